@@ -1,0 +1,212 @@
+"""Reading people's own files, and writing ours without ever leaving half a file.
+
+    corpus.txt             plain UTF-8 text, for pretraining
+    demonstrations.jsonl   {"prompt": "...", "completion": "..."}                   one object a line
+    pairs.jsonl            {"prompt": "...", "chosen": "...", "rejected": "..."}    one object a line
+
+A file that is wrong ends in one line that says where and why, never in a traceback:
+
+    ppo.py: pairs.jsonl:17: "chosen" must be text, found the number 3; put it in quotes
+
+Fields other than the ones asked for are ignored, and so are blank lines, a byte order mark and the line
+ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.
+"""
+
+import json
+import os
+import re
+import sys
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line: file, line, value, what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading
+
+def read_text(path):
+    """The text of a UTF-8 file; line ends become "\\n". InputError if it is missing, empty or not UTF-8."""
+    data = read_bytes(path)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
+                         "save the file as UTF-8") from None
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty")
+    return text
+
+
+def read_jsonl(path, fields):
+    """The rows of a JSON-lines file: a list of dicts with exactly these fields, all of them text.
+
+    InputError "FILE:LINE: reason" for a line that isn't a JSON object, holds a key twice, lacks a field, or
+    whose value isn't text, is blank, or holds a NUL or half a surrogate pair. InputError without any rows.
+    """
+    return [{field: text_of(row, field, where) for field in fields} for row, where in objects(path)]
+
+
+def read_demonstrations(path):
+    """Rows {"prompt", "completion"}. A row of a file of pairs will do: its "chosen" is the completion."""
+    rows = []
+    for row, where in objects(path):
+        field = "chosen" if "chosen" in row and "completion" not in row else "completion"
+        rows.append({"prompt": text_of(row, "prompt", where), "completion": text_of(row, field, where)})
+    return rows
+
+
+def read_pairs(path):
+    """Rows {"prompt", "chosen", "rejected"}."""
+    return read_jsonl(path, ("prompt", "chosen", "rejected"))
+
+
+def read_prompts(path):
+    """The distinct prompts of any file whose rows have a "prompt", in order of first appearance."""
+    return list(dict.fromkeys(row["prompt"] for row in read_jsonl(path, ("prompt",))))
+
+
+def read_bytes(path):
+    """The bytes of a file; InputError if there is no such file or it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; name a file in it") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def objects(path):
+    """Yield (row, "FILE:LINE") for each line that isn't blank; InputError if a line isn't a JSON object."""
+    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    where = None
+    # Bytes are split, not text: str.splitlines would also cut at U+2028, which may stand inside a string.
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8"), object_pairs_hook=dict_of_distinct_keys)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x}; "
+                             "save the file as UTF-8") from None
+        except json.JSONDecodeError as error:
+            near = shown(error.doc[max(0, error.pos - 15):error.pos + 15])
+            raise InputError(f"{where}: not JSON: {error.msg} (character {error.pos + 1}, near {near}); "
+                             "each line must be one JSON object") from None
+        except RecursionError:
+            raise InputError(f"{where}: the JSON is nested too deeply") from None
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except ValueError:      # what int() says of more than 4,300 digits
+            raise InputError(f"{where}: a number has too many digits") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: found {kind(row)}; each line must be one JSON object")
+        yield row, where
+    if where is None:
+        raise InputError(f"{path}: the file is empty; each line must be one JSON object")
+
+
+def dict_of_distinct_keys(pairs):
+    """A JSON object as a dict. Python would keep the last of two equal keys and say nothing."""
+    row = {}
+    for key, value in pairs:
+        if key in row:
+            raise InputError(f"the key {shown(key)} stands twice in one object; remove one")
+        row[key] = value
+    return row
+
+
+def text_of(row, field, where):
+    """row[field] if it is text that a tokenizer can take, else InputError."""
+    if field not in row:
+        found = ", ".join(shown(key) for key in list(row)[:5]) or "an empty object"
+        raise InputError(f'{where}: the field "{field}" is missing; found {found}')
+    value = row[field]
+    if not isinstance(value, str):
+        advice = "put it in quotes" if isinstance(value, (int, float)) else "write it as a string"
+        raise InputError(f'{where}: "{field}" must be text, found {kind(value)}; {advice}')
+    if not value.strip():
+        raise InputError(f'{where}: "{field}" is blank; give it a text or remove the line')
+    bad = re.search("[\0\ud800-\udfff]", value)
+    if bad:
+        name = "a NUL character" if bad.group() == "\0" else f"half a surrogate pair, U+{ord(bad.group()):04X},"
+        raise InputError(f'{where}: "{field}" holds {name} at character {bad.start() + 1}; remove it')
+    return value
+
+
+def kind(value):
+    """What a JSON value is, in words."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, (int, float)):
+        return f"the number {shown(value)}"
+    return {str: "a string", list: "a list", dict: "an object"}[type(value)]
+
+
+def shown(value):
+    """A string or a number for a message: one line, in quotes where it is text, cut at 40 characters."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:37] + "...")
+    return f"{value!r:.40}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Writing
+
+def write_atomic(path, data):
+    """Write bytes, or a str as UTF-8, so that path holds the old file or all of the new one, never a part.
+
+    The data goes to a temporary file in the same folder, to the disk, and then takes the old file's name.
+    If anything fails, the old file is intact, the temporary one is gone, and the error goes on its way.
+    """
+    if isinstance(data, str):
+        data = data.encode("utf-8")
+    path = os.path.realpath(path)       # a link stays a link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is a folder or a device; name a file")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def write_jsonl(path, rows):
+    """Write rows, JSON-safe dicts, one a line and all or nothing: read_jsonl gives them back."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Running a script
+
+def run_script(main):
+    """Run a script's main(). What the user can mend (InputError, OSError) becomes one line and exit status 1.
+
+    Ctrl-C exits with 130. Every other exception is a bug of ours and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:     # `python ppo.py | head`: nobody reads on, and the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason, status = "nobody reads the output any more", 1
+    except InputError as error:
+        reason, status = str(error), 1
+    except OSError as error:
+        reason, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    except KeyboardInterrupt:
+        reason, status = "interrupted", 130
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,157 @@
+"""The tokenizer: byte-level BPE, trained here by hand and served by tiktoken; and the chat format.
+
+Byte pair encoding (Sennrich et al. 2016; on bytes: Radford et al. 2019, GPT-2) starts from the 256 bytes
+and again and again gives a new id to the most frequent pair of neighbours. A worked example, merges of
+"banana bandana" up to a vocabulary of 262 = 256 bytes + 3 merges + 3 special tokens:
+
+    banana | bandana         the text is split into words first; no merge crosses a border
+    b an an a |  b an d an a     (a, n) stands 4 times, most of all                  -> 256 = "an"
+    ban an a |  ban d an a       (b, an) and (an, a) tie at 2; the smaller ids win   -> 257 = "ban"
+    ban ana |  ban d ana         (an, a) stands twice                                -> 258 = "ana"
+
+    >>> tokenizer = Tokenizer(train("banana bandana", 262))
+    >>> tokenizer.encode("banana bandana")
+    [257, 258, 32, 257, 100, 258]
+    >>> tokenizer.prompt("banana") + tokenizer.response("bandana")
+    [259, 257, 258, 260, 257, 100, 258, 261]
+
+The last line is the chat format, <|user|>PROMPT<|assistant|>RESPONSE<|end|>. The three special tokens
+have the last three ids, and only prompt() and response() produce them: a text that spells "<|end|>" is
+encoded as the seven characters that it is, so no user can end a turn by typing.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+
+import regex
+import tiktoken
+
+SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+# A word, a number, or a run of other signs, each with the space before it; or white space: GPT-2's rule
+# without its English contractions. White space is cut at 64, because the look-ahead makes tiktoken panic
+# (a stack overflow) on a run of a million blanks.
+PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,64}(?!\S)|\s{1,64}"
+
+
+def train(text, vocab_size):
+    """Learn a vocabulary from text: a list of bytes in rank order, the 256 single bytes, then a merge each.
+
+    vocab_size includes the three special tokens, which aren't in the list: it has vocab_size - 3 entries,
+    or fewer where the text runs out of pairs to merge. Pairs are counted with their overlaps ("aaa" holds
+    two) and merged from left to right; of equally frequent pairs the one with the smaller ids wins, so the
+    result depends on the text alone. ValueError if vocab_size < 259, or if text holds a lone surrogate.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and 3 special tokens need at least 259")
+    vocabulary = [bytes([i]) for i in range(256)]
+
+    # Every distinct word once, as a list of ids, with its number of occurrences.
+    occurrences = Counter(regex.findall(PATTERN, text))
+    words = [list(word.encode("utf-8")) for word in occurrences]
+    weights = list(occurrences.values())
+    counts = Counter()              # pair of ids -> how often it stands in the text
+    places = defaultdict(set)       # pair of ids -> indices of the words that hold it (or once did)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            counts[pair] += weights[i]
+            places[pair].add(i)
+
+    # A heap finds the best pair. A count that changes is pushed anew; its older entries are skipped when
+    # they come up. (-count, pair) sorts as wanted: most frequent first, then smaller ids.
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    while heap and len(vocabulary) < vocab_size - len(SPECIAL_TOKENS):
+        count, pair = heapq.heappop(heap)
+        if counts[pair] != -count:
+            continue
+        new_id = len(vocabulary)
+        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        changed = set()
+        for i in places.pop(pair):
+            before, after = words[i], merge(words[i], pair, new_id)
+            words[i] = after
+            for old in zip(before, before[1:]):
+                counts[old] -= weights[i]
+                changed.add(old)
+            for new in zip(after, after[1:]):
+                counts[new] += weights[i]
+                places[new].add(i)
+                changed.add(new)
+        for other in changed:
+            if counts[other] > 0:
+                heapq.heappush(heap, (-counts[other], other))
+    return vocabulary
+
+
+def merge(ids, pair, new_id):
+    """Replace each occurrence of the pair by new_id, from left to right: merge([1, 1, 1], (1, 1), 2) is [2, 1]."""
+    merged, i = [], 0
+    while i < len(ids):
+        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+class Tokenizer:
+    """Text to ids and back, for a vocabulary from train(). Ids run from 0 to n_vocab - 1, specials last."""
+
+    def __init__(self, vocabulary):
+        """vocabulary: list of bytes in rank order. ValueError if it isn't one that can encode every text."""
+        vocabulary = list(vocabulary)
+        wrong = [token for token in vocabulary if not isinstance(token, bytes) or not token]
+        if wrong:
+            raise ValueError(f"the vocabulary holds {wrong[0]!r:.60}; every entry must be bytes, at least one")
+        twice = [token for token, count in Counter(vocabulary).items() if count > 1]
+        if twice:
+            raise ValueError(f"the vocabulary holds {twice[0]!r:.60} twice")
+        missing = {bytes([i]) for i in range(256)} - set(vocabulary)
+        if missing:
+            raise ValueError(f"the vocabulary lacks the single byte {min(missing)!r}")
+
+        self.vocabulary = vocabulary
+        self.n_vocab = len(vocabulary) + len(SPECIAL_TOKENS)
+        self.user_token, self.assistant_token, self.end_token = range(len(vocabulary), self.n_vocab)
+        self._encoding = tiktoken.Encoding(
+            name="rlhf",
+            pat_str=PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(vocabulary)},
+            special_tokens=dict(zip(SPECIAL_TOKENS, range(len(vocabulary), self.n_vocab))),
+            explicit_n_vocab=self.n_vocab,
+        )
+
+    def encode(self, text):
+        """Text to a list of ids, never a special one. A lone surrogate, which isn't text, becomes U+FFFD."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts, num_threads=2):
+        """[encode(text) for text in texts], in threads."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+
+    def decode(self, ids):
+        """A list of ids to text. Special tokens are spelled out; bytes that aren't UTF-8 become U+FFFD."""
+        return self._encoding.decode(ids)
+
+    def prompt(self, text):
+        """The ids of <|user|>TEXT<|assistant|>."""
+        return [self.user_token, *self.encode(text), self.assistant_token]
+
+    def response(self, text):
+        """The ids of TEXT<|end|>."""
+        return [*self.encode(text), self.end_token]
+
+    def to_strings(self):
+        """The vocabulary as a list of strings for JSON or a checkpoint, a character U+0000 to U+00FF a byte."""
+        return [token.decode("latin-1") for token in self.vocabulary]
+
+    @classmethod
+    def from_strings(cls, strings):
+        """The tokenizer that to_strings() wrote down. ValueError if these strings aren't such a list."""
+        try:
+            return cls([string.encode("latin-1") for string in strings])
+        except (AttributeError, TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"not a vocabulary written by to_strings(): {error}") from None

@@ -1,0 +1,587 @@
+"""
+gpt.py: a small GPT from scratch, and stage 1 of the pipeline, pretraining.
+
+The model is GPT-2's (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU, tied embeddings.
+Pretraining is next-token prediction, max_θ E_{x~D} Σ_t log p_θ(x_t | x_{<t})  (CS 224R, Lecture 9, ch. 3).
+
+    python gpt.py                           pretrain on the little world (data/stories.py), no download
+    python gpt.py --text FILE               pretrain on any UTF-8 text file
+    python gpt.py --sample "Once"           print samples from the checkpoint
+
+Here also stand the conventions that every later file keeps:
+    Sequences are prompt + response + <|end|>, padded on the RIGHT: a causal model never sees the padding after a
+    token, so attention needs no mask and positions need no arithmetic.
+    The shift happens once, in token_logprobs: per-token tensors are (B, T-1), and column t belongs to the action
+    "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
+    Masks come from lengths, never from token values (padding may be any token, <|end|> too).
+"""
+
+import argparse
+import contextlib
+import inspect
+import io
+import json
+import math
+import pickle
+import random
+import re
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import stories
+from data.files import InputError, read_text, run_script, write_atomic
+from data.tokenizer import Tokenizer, train as train_vocabulary
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int         # exactly the tokenizer's, specials included
+    block_size: int         # context: the longest sequence, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int             # width C
+    dropout: float = 0.0    # 0: the policy that is scored must be the policy that was sampled
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; with a cache, over the keys and values of the tokens before."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, positions=None, visible=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, heads, C/heads)
+        if cache is None:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, C/heads)
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            rows = torch.arange(B, device=x.device)[:, None]  # (B, 1)
+            keys, values = cache  # (B, S, heads, C/heads)
+            keys[rows, positions] = k.to(keys.dtype)  # every row writes at its own position
+            values[rows, positions] = v.to(values.dtype)
+            seen = visible.shape[-1]  # the longest row so far
+            y = F.scaled_dot_product_attention(q.transpose(1, 2).to(keys.dtype), keys[:, :seen].transpose(1, 2),
+                                               values[:, :seen].transpose(1, 2), attn_mask=visible)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, positions=None, visible=None):
+        x = x + self.drop(self.attn(self.ln_1(x), cache, positions, visible))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2. The output matrix is the token embedding's (tied), so the model has no other head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, parameter in self.named_parameters():  # GPT-2's initialization
+            if name.endswith("c_proj.weight"):  # 2 residual branches a layer: their sum keeps its variance
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, tokens, caches=None, positions=None, visible=None):
+        """tokens (B, T) -> (B, T, C), after the final LayerNorm: what a head reads (never normalize it again)."""
+        if tokens.shape[1] > self.config.block_size:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,): the same for every row
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, caches and caches[layer], positions, visible)
+        return self.ln_f(x)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits (B, T, V); logits[:, t] is the prediction of tokens[:, t+1]."""
+        return F.linear(self.hidden(tokens), self.wte.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probabilities, masks, sampling
+
+
+def token_logprobs(logits, tokens, temperature=1.0):
+    """The log-probability, in nats, of every token given the tokens before it.
+
+    logits (B, T, V), tokens (B, T) -> (B, T-1): column t is log π(tokens[:, t+1] | tokens[:, :t+1]), with
+    π = softmax(logits / temperature). This is the only place where logits and tokens are shifted.
+    """
+    logits = logits[:, :-1].float() / temperature  # (B, T-1, V); float32 also under bf16 autocast
+    chosen = logits.gather(2, tokens[:, 1:, None]).squeeze(2)  # (B, T-1)
+    return chosen - logits.logsumexp(dim=2)
+
+
+def response_mask(prompt_lengths, lengths, T):
+    """True where the emitted token belongs to the response, <|end|> included.
+
+    prompt_lengths (B,), lengths (B,) (prompt + response) -> bool (B, T-1), aligned with token_logprobs.
+    >>> response_mask(torch.tensor([2]), torch.tensor([4]), T=6).int().tolist()
+    [[0, 1, 1, 0, 0]]
+    """
+    emitted = torch.arange(1, T, device=lengths.device)  # column t emits the token at position t+1
+    return (emitted >= prompt_lengths[:, None]) & (emitted < lengths[:, None])
+
+
+def pad(sequences, device="cpu"):
+    """Lists of ids -> (tokens (B, T) padded on the right with 0, lengths (B,))."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
+
+
+class Rollout(NamedTuple):
+    """Sampled sequences. tokens (B, T), right-padded with 0; prompt_lengths (B,); lengths (B,), prompt + response."""
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+
+    def ended(self, end_token):
+        """(B,) bool: the response's last token is end_token (false: it hit the length limit)."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1) == end_token
+
+    def responses(self):
+        """The responses' ids as lists, end_token included where there is one."""
+        ranges = zip(self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
+        return [row[start:stop] for row, start, stop in ranges]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, top_k=None, seed=None):
+    """Sample one response for each prompt, all in one batch, with a key-value cache.
+
+    prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early); top_k keeps the k
+    likeliest tokens (None: all; training rollouts must not truncate; 1 is greedy decoding); seed: an int for
+    a reproducible draw. A row's draw depends on its index and the seed alone, not on its neighbours.
+    Returns a Rollout. A response that hits max_new_tokens has no end_token.
+    Raises ValueError if a prompt is empty or prompt + max_new_tokens exceed the context, FloatingPointError if the
+    model's probabilities are not finite.
+    """
+    config, device = model.config, model.wte.weight.device
+    if min(map(len, prompts)) < 1 or max_new_tokens < 1 or temperature <= 0:
+        raise ValueError("generate needs prompts of at least one token, max_new_tokens >= 1 and temperature > 0")
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > config.block_size:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+                         f"{config.block_size}: shorten the prompt or lower max_new_tokens")
+    was_training = model.training
+    model.eval()
+    padded, prompt_lengths = pad(prompts, device)
+    B = len(prompts)
+    tokens = F.pad(padded, (0, max_new_tokens))  # (B, S)
+    lengths = prompt_lengths.clone()
+    generator = torch.Generator(device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
+
+    # Prefill: all prompts at once. What padding writes into the cache is overwritten before it can be seen, because
+    # a row's next token goes to the position right after its prompt, and sees no position beyond its own.
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
+    shape = (B, tokens.shape[1], config.n_head, config.n_embd // config.n_head)
+    caches = [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+              for _ in range(config.n_layer)]
+    positions = torch.arange(longest, device=device).expand(B, longest)
+    slots = torch.arange(tokens.shape[1], device=device)
+    visible = slots[:longest] <= positions[:, None, :, None]  # (B, 1, T, S): key at or before the query
+    x = model.hidden(padded, caches, positions, visible)
+    x = x[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C): the last token of each prompt
+
+    rows = torch.arange(B, device=device)  # the rows still in the batch
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        logits = F.linear(x, model.wte.weight).double() / temperature  # (b, V)
+        if top_k is not None and top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        # Sample by inverting the distribution function: the first token whose cumulative probability exceeds u.
+        cumulative = logits.softmax(dim=1).cumsum(dim=1)
+        finite &= cumulative[:, -1].isfinite().all()
+        u = uniforms[rows, t, None] * cumulative[:, -1:]
+        new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        position = lengths[rows]  # (b,): where the new token goes
+        tokens[rows, position] = torch.where(done, 0, new)
+        lengths[rows] = position + ~done
+        if end_token is not None:
+            done = done | (new == end_token)
+        if t == max_new_tokens - 1:
+            break
+        if t % 8 == 7 and end_token is not None:  # a look at the data makes a GPU wait: only now and then
+            keep = (~done).nonzero().squeeze(1)
+            if len(keep) == 0:
+                break
+            if len(keep) <= 0.75 * len(rows):  # rows that have ended leave the batch
+                rows, done, new, position = rows[keep], done[keep], new[keep], position[keep]
+                caches = [(keys[keep], values[keep]) for keys, values in caches]
+        visible = (slots[:longest + t + 1] <= position[:, None])[:, None, None, :]  # (b, 1, 1, S)
+        x = model.hidden(new[:, None], caches, position[:, None], visible).squeeze(1)
+    if not finite:
+        raise FloatingPointError("the model's probabilities are not finite: its weights or its input are broken")
+    model.train(was_training)
+    return Rollout(tokens[:, :int(lengths.max())], prompt_lengths, lengths)
+
+
+def respond(model, tokenizer, prompts, max_new_tokens, seed):
+    """Sample a response for each prompt (lists of ids). Returns (texts without <|end|>, ended: list of bool)."""
+    rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, seed=seed)
+    ended = rollout.ended(tokenizer.end_token).tolist()
+    ids = [response[:-1] if end else response for response, end in zip(rollout.responses(), ended)]
+    return [tokenizer.decode(response) for response in ids], ended
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every stage needs: command line, device, checkpoints, log, optimizer
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse_config(Config, gpu, argv, description):
+    """Build a Config from the command line. Every field is a flag; the comment on its line is its help.
+
+    gpu: what --size gpu changes of the defaults. Fields must have the type int, float, str or bool.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = _Parser(description=description, allow_abbrev=False)
+    for field in fields(Config):
+        default = f"{field.default!r}" + (f"; gpu: {gpu[field.name]!r}" if field.name in gpu else "")
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument(f"--{field.name}", default=None, **kind,
+                            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    size = given.get("size", "auto")
+    if size == "auto":
+        size = "gpu" if torch.cuda.is_available() else "cpu"
+    if size not in ("cpu", "gpu"):
+        raise InputError(f"--size {size}: say cpu, gpu or auto")
+    config = Config(**{**(gpu if size == "gpu" else {}), **given, "size": size})
+    for field in fields(Config):  # counts and sizes are never negative; a count of nothing is a mistake
+        if field.type is int and getattr(config, field.name) < (0 if field.name == "seed" else 1):
+            raise InputError(f"--{field.name} {getattr(config, field.name)}: must be positive")
+    return config
+
+
+def stage_folder(config, stage):
+    """out/<size>/<stage>: where a stage keeps its checkpoint, metrics.jsonl and data."""
+    return Path(config.out) / config.size / stage
+
+
+def get_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 on a GPU, plain float32 on the CPU. Losses and log-probabilities are float32 either way."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def announce(stage, config, device, data, model):
+    """The first lines of every stage: device, size, data and where it saves."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\n== {stage} ==\ndevice  {where}, size {config.size}, seed {config.seed}\n"
+          f"model   {parameters:,} parameters, context {model.config.block_size}\n"
+          f"data    {data}\nsaves   {stage_folder(config, stage)}", flush=True)
+
+
+def show(*lines):
+    """Print (label, text) pairs, the texts in one column."""
+    for label, text in lines:
+        print(f"{label:9s}" + text.replace("\n", "\n" + 9 * " "), flush=True)
+
+
+def train_if_missing(stage, main, config):
+    """Run an earlier stage's main, with this run's size, folder and seed, if its checkpoint is not there."""
+    path = stage_folder(config, stage) / "checkpoint.pt"
+    if not path.exists():
+        print(f"{path} is missing: training the stage {stage} first", flush=True)
+        main(["--size", config.size, "--out", config.out, "--seed", str(config.seed)])
+
+
+class Log:
+    """Writes one JSON object a line to metrics.jsonl and prints the same row; a new Log begins a new file."""
+
+    def __init__(self, folder, total):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.start, self.total = time.perf_counter(), total
+
+    def __call__(self, step, **row):
+        """row: name -> number. The printed line also has the time that the stage still needs."""
+        seconds = time.perf_counter() - self.start
+        self.file.write(json.dumps({"step": step, **row, "seconds": round(seconds, 2)}) + "\n")
+        self.file.flush()
+        left = seconds / max(step, 1) * (self.total - step)
+        columns = "  ".join(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:7.3f}"
+                            for name, value in row.items())
+        print(f"{step:5d}/{self.total}  {columns}  left {left // 60:.0f}:{left % 60:02.0f}", flush=True)
+
+
+def save_checkpoint(path, stage, size, model, tokenizer, **extra):
+    """Write a model with all that is needed to use it: stage, size, GPTConfig, vocabulary. Atomic.
+
+    extra: more values that torch.load(weights_only=True) accepts (numbers, strings, lists, dicts, tensors).
+    """
+    checkpoint = {"stage": stage, "size": size, "config": asdict(model.config), "vocabulary": tokenizer.to_strings(),
+                  "model": model.state_dict(), **extra}
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
+    """Read what save_checkpoint wrote: (model, tokenizer, the whole dict). Nothing in the file can run code.
+
+    Raises InputError, one line that names the file, if it is missing, corrupt, or of another stage or size.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive with a checksum for every record
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("checksum error")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        found = checkpoint["stage"], checkpoint["size"]
+        if found != (stage, size):
+            raise InputError(f"{path}: is a {found[0]} checkpoint of size {found[1]}, "
+                             f"but {stage} of size {size} is wanted")
+        tokenizer = Tokenizer.from_strings(checkpoint["vocabulary"])
+        config = GPTConfig(**checkpoint["config"])
+        if config.vocab_size != tokenizer.n_vocab:
+            raise ValueError(f"the model has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
+        model = model_class(config).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
+            AttributeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a whole checkpoint of this project ({reason}); delete it and train the stage "
+                         f"again") from error
+    return model, tokenizer, checkpoint
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW that decays matrices only: biases, gains and nothing else that is 1-D."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over `warmup` steps, then a cosine from peak down to a tenth of it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def optimizer_step(optimizer, model, lr, max_norm=1.0):
+    """Clip the gradient's norm, take a step with the learning rate lr, clear the gradient. Returns the norm.
+
+    Raises FloatingPointError, and takes no step, if the norm is not finite.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm {norm}: no step taken; lower the learning rate")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def held_out_loss(model, sequences, prompt_lengths, rows=64):
+    """Nats per token, a mean over all response tokens of all sequences (lists of ids), prompts not counted."""
+    device = model.wte.weight.device
+    total, count = 0.0, 0
+    for start in range(0, len(sequences), rows):
+        tokens, lengths = pad(sequences[start:start + rows], device)
+        with autocast(device):
+            logprobs = token_logprobs(model(tokens), tokens)
+        prompts = torch.tensor(prompt_lengths[start:start + rows], device=device)
+        mask = response_mask(prompts, lengths, tokens.shape[1])
+        total -= logprobs[mask].double().sum().item()
+        count += int(mask.sum())
+    return total / count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+@dataclass
+class Config:
+    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/gpt
+    seed: int = 1               # fixes weights, data and samples
+    text: str = ""              # pretrain on this text file instead of the little world
+    sample: str = ""            # print three continuations of this text from the checkpoint, and stop
+    vocab_size: int = 1024      # tokens of the tokenizer to train, the three special ones included
+    block_size: int = 128       # context in tokens
+    n_layer: int = 4            # transformer blocks
+    n_head: int = 4             # attention heads in a block
+    n_embd: int = 128           # width
+    steps: int = 600            # optimizer steps
+    batch: int = 32             # windows of block_size tokens in a step
+    lr: float = 3e-3            # peak learning rate (linear warm-up, cosine to a tenth)
+    warmup: int = 50            # steps of warm-up
+    weight_decay: float = 0.1   # AdamW's, on matrices only
+    report: int = 50            # steps between two reports
+
+
+GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100, report=100)
+
+
+def world_tokens(tokenizer, count, rng):
+    """At least `count` tokens of the world's documents, each followed by <|end|>, as uint16."""
+    chunks, total = [], 0
+    while total < count:
+        texts = [stories.document(rng).text for _ in range(1000)]
+        for ids in tokenizer.encode_batch(texts):
+            chunks.append(np.array(ids + [tokenizer.end_token], dtype=np.uint16))
+            total += len(chunks[-1])
+    return np.concatenate(chunks)
+
+
+def train(config):
+    """Pretrain a GPT and save it to OUT/SIZE/gpt/checkpoint.pt."""
+    folder, device = stage_folder(config, "gpt"), get_device()
+    torch.manual_seed(config.seed)  # weights' initialization: the one draw that torch makes from its own generator
+    rng = random.Random(f"pretraining {config.seed}")
+
+    # 1. Text, tokenizer, tokens; what is held out.
+    if config.text:
+        text = read_text(config.text)
+        tokenizer = Tokenizer(train_vocabulary(text, config.vocab_size))
+        tokens = np.array(tokenizer.encode(text), dtype=np.uint16 if config.vocab_size < 2 ** 16 else np.int32)
+        cut = len(tokens) * 9 // 10
+        train_tokens, rest = tokens[:cut], tokens[cut:]
+        held_out = [window.tolist() for window in np.split(rest, range(config.block_size, len(rest), config.block_size))
+                    if len(window) > 1]
+        if cut <= config.block_size or not held_out:
+            raise InputError(f"{config.text}: {len(tokens)} tokens are too few for a context of {config.block_size}")
+        source, start = None, []
+        data = f"{config.text}: {cut:,} tokens to train on, the last {len(rest):,} held out"
+    else:
+        tokenizer = Tokenizer(train_vocabulary("\n".join(stories.document(rng).text for _ in range(4000)), config.vocab_size))
+        train_tokens = world_tokens(tokenizer, config.steps * config.batch * config.block_size, rng)
+        # Held-out documents are scored whole, each from its start, so no window begins in mid-document.
+        held_out_rng = random.Random("held-out documents")
+        documents = [stories.document(held_out_rng) for _ in range(500)]
+        start = [tokenizer.end_token]  # what stands before a document
+        held_out = [start + ids + [tokenizer.end_token] for ids in tokenizer.encode_batch([d.text for d in documents])]
+        source = -sum(d.logprob for d in documents) / sum(len(ids) - 1 for ids in held_out)
+        data = f"the little world: {len(train_tokens):,} fresh tokens, {len(documents)} held-out documents"
+    longest = max(map(len, held_out))
+    if longest > config.block_size:
+        raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
+    shape = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    model = GPT(shape).to(device)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    announce("gpt", config, device, data, model)
+    prefix = [start + tokenizer.encode("Once" if start else "\n")] * 2
+    before, _ = respond(model, tokenizer, prefix, 60, config.seed)
+
+    # 2. Next-token prediction on random windows.
+    log, losses = Log(folder, config.steps), []
+    windows = np.random.default_rng([config.seed, 1])
+    prompt_lengths = [1] * len(held_out)  # the first token has nothing before it to be predicted from
+    for step in range(config.steps):
+        offsets = windows.integers(0, len(train_tokens) - config.block_size, config.batch)
+        batch = np.stack([train_tokens[i:i + config.block_size] for i in offsets]).astype(np.int64)
+        batch = torch.from_numpy(batch).to(device)  # (B, T)
+        with autocast(device):
+            logits = model(batch)
+        loss = -token_logprobs(logits, batch).mean()  # -1/T Σ_t log p_θ(x_t | x_{<t})  (CS 224R, ch. 3)
+        loss.backward()
+        losses.append(loss.detach())
+        lr = learning_rate(step, config.steps, config.lr, config.warmup)
+        norm = optimizer_step(optimizer, model, lr)
+        if (step + 1) % config.report == 0 or step + 1 == config.steps:
+            held_out_nats = held_out_loss(model, held_out, prompt_lengths)
+            row = dict(loss=torch.stack(losses).mean().item(), held_out=held_out_nats)
+            if source:
+                row.update(entropy=source, excess=held_out_nats / source - 1)
+            log(step + 1, **row, grad_norm=norm, lr=lr)
+            losses = []
+
+    # 3. Save; the same beginning before and after.
+    save_checkpoint(folder / "checkpoint.pt", "gpt", config.size, model, tokenizer, text=config.text)
+    after, _ = respond(model, tokenizer, prefix, 60, config.seed)
+    opening = tokenizer.decode(prefix[0][len(start):])
+    show(*[("before", opening + text) for text in before], *[("after", opening + text) for text in after])
+    print(f"saved {folder / 'checkpoint.pt'}; next: python sft.py", flush=True)
+
+
+def sample(config):
+    """Print three continuations of config.sample from the stage's checkpoint."""
+    model, tokenizer, checkpoint = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size,
+                                                   get_device())
+    start = [] if checkpoint["text"] else [tokenizer.end_token]
+    prompt = start + tokenizer.encode(config.sample)
+    room = model.config.block_size - len(prompt)
+    if room < 1:
+        raise InputError(f"--sample: {len(prompt)} tokens leave no room in the context of {model.config.block_size}")
+    texts, _ = respond(model, tokenizer, [prompt] * 3, room, config.seed)
+    for text in texts:
+        print(f"{config.sample}{text}\n")
+
+
+def main(argv=None):
+    config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or on a text file.")
+    sample(config) if config.sample else train(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,307 @@
+"""
+ppo.py: RLHF with proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022;
+ECE 7115, 13. RLHF, "RLHF Training with PPO"; CS 224R, Lecture 9, ch. 7; CME 295, Lecture 5).
+
+    max_θ J(θ) = E_{x~D, y~π_θ} [ r_φ(x, y) ] - β · KL( π_θ(·|x) || π_ref(·|x) )
+
+Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen reward model r_φ, the value model V.
+
+    python ppo.py                       everything: a stage whose checkpoint is missing is trained first
+    python ppo.py --data FILE.jsonl     prompts of your own (any rows with a "prompt")
+    python ppo.py --beta 0.02 --iterations 150 --name ppo-hacked        over-optimization: reward rises, gold falls
+
+The loop is the lecture's: 1 generate, 2 score, 3 estimate advantages, 4 update (K epochs), 5 repeat.
+
+Departures from the slides, on purpose:
+    The KL penalty stands in the rewards, token by token, as on the slide "Token-Level Returns" and in Ouyang et al. 2022,
+    not in the loss as on the slide "RLHF Training with PPO"; with both it would count twice.
+    For a negative advantage the clipped objective is (1-ε)A; the clipping slide prints 1+ε.
+    The advantages are whitened over the response tokens of a batch, and the value loss is clipped like the policy's
+    (both from Ziegler et al. 2019's code); neither is on the slides.
+    A response that hits the length limit never earned its score: it gets missing_end_score instead of the model's.
+"""
+
+import random
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+import reward_model as reward_model_stage
+from data import annotator, stories
+from data.files import InputError, read_prompts, run_script
+from gpt import (Log, announce, autocast, generate, get_device, load_checkpoint, make_optimizer, optimizer_step,
+                 parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
+                 train_if_missing)
+from reward_model import RewardModel
+
+
+@dataclass
+class Config:
+    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
+    name: str = "ppo"           # name of this run's folder: another name keeps an experiment apart
+    seed: int = 1               # fixes prompts, samples and minibatches
+    data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's requests
+    iterations: int = 50        # rollout batches
+    rollouts: int = 64          # responses in a rollout batch
+    epochs: int = 4             # K: passes over each rollout batch
+    minibatch: int = 16         # responses in an optimizer step
+    micro_batch: int = 16       # responses in one forward pass; less memory, the same gradient
+    lr: float = 2e-4            # the policy's learning rate, falling linearly to zero
+    value_lr: float = 5e-4      # the value model's, likewise
+    beta: float = 0.5           # price of one nat of KL to the reference, in reward units
+    kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats (Ziegler et al. 2019)
+    clip: float = 0.2           # ε of the policy's ratio
+    value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
+    gamma: float = 1.0          # discount: 1, the reward comes with the last token
+    lam: float = 0.95           # λ of generalized advantage estimation
+    temperature: float = 1.0    # of the policy that samples, and so of every log-probability too
+    max_new_tokens: int = 96    # the longest response
+    missing_end_score: float = -5.0     # score of a response without <|end|>, in place of the reward model's
+    report: int = 1             # iterations between two printed reports
+
+
+GPU = dict(iterations=100, rollouts=512, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, max_new_tokens=128)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm. Every tensor per token is (B, T-1), aligned with gpt.token_logprobs: column t is the action
+# a_t = tokens[:, t+1] in the state s_t = tokens[:, :t+1]. mask is true where a_t belongs to the response.
+
+
+def masked_mean(x, mask):
+    """The mean of x where mask is true; what stands elsewhere never counts, not even inf or nan.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0, float("inf")]]), torch.tensor([[True, True, False]])).item()
+    2.0
+    """
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Shift and scale x to mean 0 and variance 1 over the mask (Ziegler et al. 2019); 0 outside of it."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0.0)
+
+
+def token_entropy(logits, temperature=1.0):
+    """The entropy of the next-token distribution, in nats: logits (B, T, V) -> (B, T-1), aligned with token_logprobs."""
+    logprobs = (logits[:, :-1].float() / temperature).log_softmax(dim=2)
+    return -(logprobs.exp() * logprobs).sum(dim=2)
+
+
+def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """One reward per token out of one score per response (ECE 7115, "Token-Level Returns").
+
+    scores (B,), the others (B, T-1) -> (B, T-1):
+        r_t = -β KL_t, and at the last response token r_T = R(x, y) - β KL_T,    KL_t = log π_θ(a_t|s_t) - log π_ref(a_t|s_t)
+    The ratio has the sampling policy on top: only then is the expectation of Σ_t KL_t the KL divergence, never negative.
+    """
+    kl = logprobs - ref_logprobs
+    rewards = torch.where(mask, -beta * kl, 0.0)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, columns, -1).amax(dim=1)  # (B,): where the last response token is emitted
+    rewards[torch.arange(len(scores), device=mask.device), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; ECE 7115, "Generalized Advantage Estimation").
+
+    rewards, values, mask (B, T-1) -> (advantages, returns), both (B, T-1), 0 outside the mask. values[:, t] = V(s_t); the
+    state after the last response token is terminal, V = 0: also for a response that hit the length limit.
+        δ_t = r_t + γ V(s_{t+1}) - V(s_t)          A_t = δ_t + γλ A_{t+1}          returns = A_t + V(s_t)
+    """
+    values = torch.where(mask, values, 0.0)  # V(terminal) = 0
+    advantages = torch.zeros_like(rewards)
+    next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # δ_t
+        advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)  # A_t
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """PPO's clipped objective, negated (Schulman et al. 2017, eq. 7; ECE 7115, "PPO Clipped Objective").
+
+    All (B, T-1) -> (loss, clip_fraction), token means. clip_fraction is the share of tokens whose gradient the clipping
+    stops: ρ > 1+ε with A > 0, or ρ < 1-ε with A < 0.
+    """
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -masked_mean(torch.min(unclipped, clipped), mask)  # L^CLIP = E_t[min(ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t)]
+    return loss, masked_mean((clipped < unclipped).float(), mask)
+
+
+def clipped_value_loss(values, old_values, returns, mask, clip):
+    """½ (V(s_t) - G_t)², the worse of the plain and the clipped one (ECE 7115, "Value Function"; Ziegler et al. 2019).
+
+    All (B, T-1) -> scalar, a token mean.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def adapt_beta(beta, kl, kl_target):
+    """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2), β ← β(1 + 0.1 e)."""
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return beta * (1 + 0.1 * error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One minibatch
+
+
+class Experience(NamedTuple):
+    """What the update needs of a rollout batch: tokens (B, T), all others (B, T-1)."""
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    old_values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def backward(policy, value_model, batch, config):
+    """Accumulate the gradients of both losses over one minibatch (an Experience), config.micro_batch rows at a time.
+
+    Every micro-batch counts by its share of the minibatch's response tokens, so the gradient is the minibatch's token
+    mean, however it is cut. Returns figures (policy_loss, value_loss, clip_fraction, approx_kl), token means too.
+    """
+    total = torch.zeros(4, device=batch.tokens.device)
+    for rows in torch.arange(len(batch.tokens)).split(config.micro_batch):
+        part = Experience(*(tensor[rows] for tensor in batch))
+        share = part.mask.sum() / batch.mask.sum()
+        with autocast(part.tokens.device):
+            logits, values = policy(part.tokens), value_model(part.tokens)[:, :-1]
+        logprobs = token_logprobs(logits, part.tokens, config.temperature)
+        policy_loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
+        value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
+        (share * (policy_loss + value_loss)).backward()  # two models, no shared parameter: the sum needs no coefficient
+        log_ratio = (logprobs - part.old_logprobs).detach()
+        approx_kl = masked_mean(log_ratio.exp() - 1 - log_ratio, part.mask)  # KL(π_old || π_θ), never negative (k3)
+        total += share * torch.stack([policy_loss.detach(), value_loss.detach(), clip_fraction, approx_kl])
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(config):
+    """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
+    train_if_missing("reward_model", reward_model_stage.main, config)
+    folder, device = stage_folder(config, config.name), get_device()
+    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
+    policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
+    reference, _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
+    reward_path = stage_folder(config, "reward_model") / "checkpoint.pt"
+    reward_model, reward_tokenizer, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
+    value_model, _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)  # V starts as r_φ
+    if reward_tokenizer.vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{reward_path}: its vocabulary is not that of {sft_path}; train the reward model again")
+    room = policy.config.block_size - config.max_new_tokens
+    rng = random.Random(f"ppo {config.seed}")
+
+    if config.data:
+        prompts = read_prompts(config.data)
+        prompt_pool = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room]
+        if not prompt_pool:
+            raise InputError(f"{config.data}: no prompt leaves room for --max_new_tokens {config.max_new_tokens} in the "
+                             f"context of {policy.config.block_size}")
+        data = (f"{config.data}: {len(prompt_pool)} prompts, dropped {len(prompts) - len(prompt_pool)} that leave no room "
+                f"for {config.max_new_tokens} new tokens")
+    else:
+        data = "fresh requests of the little world"
+    announce(config.name, config, device, data, policy)
+
+    optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)
+    value_optimizer = make_optimizer(value_model, config.value_lr, weight_decay=0.0)
+    beta, log = config.beta, Log(folder, config.iterations)
+    for iteration in range(config.iterations):
+        started = time.perf_counter()
+
+        # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
+        if config.data:
+            prompts = rng.choices(prompt_pool, k=config.rollouts)
+        else:
+            prompts = [stories.request(rng).text for _ in range(config.rollouts)]
+        with autocast(device):
+            rollout = generate(policy, [tokenizer.prompt(prompt) for prompt in prompts], config.max_new_tokens,
+                               tokenizer.end_token, config.temperature, seed=rng.getrandbits(48))
+        tokens, lengths = rollout.tokens, rollout.lengths
+        ended = rollout.ended(tokenizer.end_token)
+        generated = time.perf_counter()
+
+        # 2. Score: the reward model at the last token; the KL penalty from π_ref at every token.
+        mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
+        columns = [[], [], [], [], []]
+        with torch.inference_mode():
+            for rows in torch.arange(len(tokens)).split(config.micro_batch):
+                part = tokens[rows]
+                with autocast(device):
+                    logits, ref_logits = policy(part), reference(part)
+                    values, scores = value_model(part)[:, :-1], reward_model.score(part, lengths[rows])
+                for column, x in zip(columns, (token_logprobs(logits, part, config.temperature),
+                                               token_logprobs(ref_logits, part, config.temperature),
+                                               token_entropy(logits, config.temperature), values, scores)):
+                    column.append(x)
+        logprobs, ref_logprobs, entropies, values, scores = (torch.cat(column).clone() for column in columns)
+        scores = torch.where(ended, scores, config.missing_end_score)
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, beta)
+        scored = time.perf_counter()
+
+        # 3. Estimate advantages.
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        experience = Experience(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
+
+        # 4. Update: K epochs of minibatches on the same rollouts.
+        falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
+        figures = []
+        for epoch in range(config.epochs):
+            order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
+            for rows in order.split(config.minibatch):
+                minibatch = Experience(*(tensor[rows] for tensor in experience))
+                figures.append(backward(policy, value_model, minibatch, config))
+                optimizer_step(optimizer, policy, falling * config.lr)
+                optimizer_step(value_optimizer, value_model, falling * config.value_lr)
+        policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(figures).mean(dim=0).tolist()
+        updated = time.perf_counter()
+
+        # 5. Repeat with a new batch: the next rollouts come from the updated policy, π_old ← π_θ.
+        kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x)
+        row = dict(reward=scores.mean().item())
+        if not config.data:
+            texts = [tokenizer.decode(ids[:-1] if end else ids) for ids, end in zip(rollout.responses(), ended.tolist())]
+            row.update(gold=sum(map(annotator.gold_reward, prompts, texts)) / len(texts))
+        residual = returns - values
+        row.update(kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
+                   entropy=masked_mean(entropies, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
+                   value_explained=1 - (residual[mask].var() / returns[mask].var()).item(), value_loss=value_loss,
+                   length=(lengths - rollout.prompt_lengths).float().mean().item(),
+                   no_end=1 - ended.float().mean().item(), rollout_s=generated - started, scoring_s=scored - generated,
+                   update_s=updated - scored)
+        log(iteration + 1, **row)
+        if config.kl_target:
+            beta = adapt_beta(beta, row["kl"], config.kl_target)
+
+    save_checkpoint(folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer)
+    samples = prompts[:3]
+    ids = [tokenizer.prompt(prompt) for prompt in samples]
+    before, _ = respond(reference, tokenizer, ids, config.max_new_tokens, config.seed)
+    after, _ = respond(policy, tokenizer, ids, config.max_new_tokens, config.seed)
+    for prompt, *texts in zip(samples, before, after):
+        show(("prompt", prompt), ("before", texts[0]), ("after", texts[1]))
+    print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
+
+
+def main(argv=None):
+    train(parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO."))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,304 @@
+"""
+reward_model.py: preferences and the Bradley-Terry reward model
+(CS 224R, Lecture 9, ch. 5 and 6; ECE 7115, step 2/3; Bradley & Terry 1952; Ouyang et al. 2022, section 3.5).
+
+Step one: sample two responses y1, y2 to each prompt x from the SFT policy; the annotator says which is better, y_w ≻ y_l.
+Step two: fit r_φ(x, y), the SFT trunk with a scalar head read at the last token, to the comparisons:
+
+    P(y_w ≻ y_l | x) = σ(r(x, y_w) - r(x, y_l))          L_RM(φ) = -E[ log σ(r_φ(x, y_w) - r_φ(x, y_l)) ]
+
+    python reward_model.py                      collect pairs from the SFT model, then train
+    python reward_model.py --data FILE.jsonl    train on your own pairs: {"prompt", "chosen", "rejected"}
+
+One epoch: the pairs are few and a second pass learns them by heart (ECE 7115, "Reward Model Training").
+Only differences of rewards enter the loss, so it leaves a constant free: after training the rewards are shifted to mean 0
+over the SFT policy's responses. They are not rescaled, Bradley-Terry fixes the scale.
+The slides' class finds the last token from the attention mask; here every length is known, so no mask is needed.
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import sft
+from data import annotator, stories
+from data.files import InputError, read_pairs, run_script, write_jsonl
+from gpt import (GPT, Log, announce, autocast, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
+                 optimizer_step, pad, parse_config, respond, save_checkpoint, show, stage_folder, train_if_missing)
+
+
+@dataclass
+class Config:
+    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/reward_model
+    seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
+    data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
+    pairs: int = 8192           # comparisons to collect for training
+    held_out: int = 1024        # comparisons to collect for the held-out figures
+    max_new_tokens: int = 96    # the longest sampled response
+    sample_batch: int = 512     # prompts in one batch of sampling
+    epochs: int = 1             # passes over the pairs
+    batch: int = 32             # pairs in a step
+    micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
+    lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to a tenth)
+    warmup: int = 10            # steps of warm-up
+    weight_decay: float = 0.1   # AdamW's, on matrices only
+    report: int = 32            # steps between two reports
+    learning_curve: bool = False    # after training: accuracy by number of pairs, a fresh model for each number
+
+
+GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64, micro_batch=64, lr=1e-4,
+           report=64)
+
+
+class RewardModel(nn.Module):
+    """A GPT trunk with a linear head that gives every prefix a number.
+
+    The reward model reads it at the last token (score); the value model of PPO, the same class, at every token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = GPT(config)
+        self.head = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.head.weight)  # r = 0: every comparison starts at 50:50, loss log 2
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one."""
+        return self.head(self.trunk.hidden(tokens)).squeeze(2).float()
+
+    def score(self, tokens, lengths):
+        """r(x, y): (B,), the number at the last token of each sequence, <|end|>; lengths (B,) say where that is."""
+        return self(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
+
+
+def bradley_terry_loss(chosen_rewards, rejected_rewards):
+    """-E[log σ(r(x, y_w) - r(x, y_l))]. Both (B,) -> scalar (CS 224R, ch. 6).
+
+    Worked numbers of the lecture: rewards 2.5 and 1.0 give P = 0.818 and a loss of 0.201; flipped, 0.182 and 1.70.
+    """
+    return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
+
+
+@torch.no_grad()
+def score_all(model, sequences, rows=128):
+    """r(x, y) of many sequences (lists of ids: prompt + response + <|end|>) -> (N,) float32 on the CPU."""
+    device, scores = model.head.weight.device, []
+    for start in range(0, len(sequences), rows):
+        tokens, lengths = pad(sequences[start:start + rows], device)
+        with autocast(device):
+            scores.append(model.score(tokens, lengths).cpu())
+    return torch.cat(scores)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Step one: preferences
+
+
+def collect_pairs(model, tokenizer, count, config, rng):
+    """Ask the policy twice for each of the world's requests and let the annotator choose.
+
+    Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
+    """
+    rows, dropped = [], {"no end": 0, "equal texts": 0}
+    while len(rows) < count:
+        prompts = [stories.request(rng).text for _ in range(min(config.sample_batch, count - len(rows)))]
+        ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(2)]
+        texts, ended = respond(model, tokenizer, ids, config.max_new_tokens, seed=rng.getrandbits(48))
+        for i, prompt in enumerate(prompts):
+            first, second = texts[2 * i:2 * i + 2]
+            if not all(ended[2 * i:2 * i + 2]):
+                dropped["no end"] += 1
+            elif first == second:
+                dropped["equal texts"] += 1
+            else:
+                choice = annotator.choose(prompt, first, second, rng)
+                chosen, rejected = (first, second) if choice == 0 else (second, first)
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows, dropped
+
+
+def split_pairs(rows, seed):
+    """Somebody's pairs -> (training rows, held-out rows): a tenth of the prompts, at least one, is held out whole,
+    because two pairs of one prompt share their texts."""
+    prompts = sorted({row["prompt"] for row in rows})
+    random.Random(f"held-out prompts {seed}").shuffle(prompts)
+    held_out = set(prompts[:max(1, len(prompts) // 10)])
+    return ([row for row in rows if row["prompt"] not in held_out],
+            [row for row in rows if row["prompt"] in held_out])
+
+
+def encode_pairs(rows, tokenizer, block_size):
+    """Rows -> (pairs (chosen ids, rejected ids, prompt length), kept rows, dropped {reason: number}); never cut."""
+    pairs, kept, dropped = [], [], {"longer than the context": 0, "equal texts": 0}
+    for row in rows:
+        prompt = tokenizer.prompt(row["prompt"])
+        chosen, rejected = (prompt + tokenizer.response(row[name]) for name in ("chosen", "rejected"))
+        if row["chosen"] == row["rejected"]:
+            dropped["equal texts"] += 1
+        elif max(len(chosen), len(rejected)) > block_size:
+            dropped["longer than the context"] += 1
+        else:
+            pairs.append((chosen, rejected, len(prompt)))
+            kept.append(row)
+    return pairs, kept, dropped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Step two: Bradley-Terry
+
+
+def backward(model, pairs, micro_batch):
+    """Accumulate the gradient of the Bradley-Terry loss of one batch, micro_batch pairs at a time. Returns the loss."""
+    device, total_loss = model.head.weight.device, 0.0
+    for start in range(0, len(pairs), micro_batch):
+        part = pairs[start:start + micro_batch]
+        tokens, lengths = pad([chosen for chosen, _, _ in part] + [rejected for _, rejected, _ in part], device)
+        with autocast(device):
+            rewards = model.score(tokens, lengths)  # (2b,): the chosen ones, then the rejected ones
+        loss = bradley_terry_loss(*rewards.chunk(2)) * len(part) / len(pairs)
+        loss.backward()
+        total_loss += loss.detach()
+    return total_loss
+
+
+def fit(model, pairs, held_out, config, rng, log=None):
+    """Train a reward model on pairs; log, if given, gets the loss and the held-out accuracy as it goes."""
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
+    for epoch in range(config.epochs):
+        order = rng.sample(pairs, len(pairs))
+        for start in range(0, len(pairs), config.batch):
+            losses.append(backward(model, order[start:start + config.batch], config.micro_batch))
+            optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
+            step += 1
+            if log and (step % config.report == 0 or step == steps):
+                margin = held_out_margins(model, held_out)
+                log(step, loss=torch.stack(losses).mean().item(), held_out_loss=-F.logsigmoid(margin).mean().item(),
+                    held_out_accuracy=(margin > 0).float().mean().item())
+                losses = []
+
+
+def held_out_margins(model, pairs):
+    """r(x, y_w) - r(x, y_l) of every pair: (N,)."""
+    chosen, rejected = ([pair[i] for pair in pairs] for i in (0, 1))
+    return score_all(model, chosen) - score_all(model, rejected)
+
+
+def answer_key(margin, gold_margin, bins=10):
+    """How far a reward model is from the best one, on pairs whose true rewards are known.
+
+    margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns (figures, table):
+    Bayes accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; the annotator's own loss is
+    its entropy, E[-σ log σ - (1-σ) log(1-σ)]; slope is the least-squares Δreward = slope · Δgold through the origin;
+    table has a row (pairs, predicted, observed) for each bin of predicted preference: a pair counts in both orders.
+    """
+    p = torch.sigmoid(gold_margin.double())
+    figures = dict(accuracy=(margin > 0).double().mean().item(),
+                   bayes_accuracy=torch.sigmoid(gold_margin.double().abs()).mean().item(),
+                   loss=-F.logsigmoid(margin.double()).mean().item(),
+                   annotator_loss=(torch.special.entr(p) + torch.special.entr(1 - p)).mean().item(),
+                   correlation=(margin @ gold_margin / (margin.norm() * gold_margin.norm())).item(),
+                   slope=(margin @ gold_margin / (gold_margin @ gold_margin)).item())
+    predicted = torch.sigmoid(torch.cat([margin, -margin]))
+    won = torch.cat([torch.ones_like(margin), torch.zeros_like(margin)])
+    which = (predicted * bins).long().clamp(max=bins - 1)
+    table = [(int((which == b).sum()), predicted[which == b].mean().item(), won[which == b].mean().item())
+             for b in range(bins) if (which == b).any()]
+    return figures, table
+
+
+def train(config):
+    """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model/checkpoint.pt."""
+    train_if_missing("sft", sft.main, config)
+    folder, device = stage_folder(config, "reward_model"), get_device()
+    policy, tokenizer, sft_checkpoint = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft",
+                                                        config.size, device)
+    rng = random.Random(f"reward model {config.seed}")
+    model = RewardModel(policy.config).to(device)
+    model.trunk.load_state_dict(policy.state_dict())  # the SFT model with a linear head in place of the LM head
+
+    # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
+    if config.data:
+        rows, held_out_rows = split_pairs(read_pairs(config.data), config.seed)
+        announce("reward_model", config, device, config.data, model)
+    else:
+        announce("reward_model", config, device, "two SFT samples a request, compared by the annotator", model)
+        start = time.perf_counter()
+        rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config, rng)
+        print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {dropped}")
+        held_out_rows, rows = rows[:config.held_out], rows[config.held_out:]
+        write_jsonl(folder / "pairs.jsonl", rows)
+        write_jsonl(folder / "held_out.jsonl", held_out_rows)
+    pairs, _, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
+    held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
+    print(f"{len(pairs):,} pairs to train on, dropped {dropped}; {len(held_out):,} held out, dropped {held_out_dropped}")
+    if not pairs or not held_out:
+        raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
+                         f"{'train on' if not pairs else 'hold out'}")
+
+    # 2. Train by maximum likelihood.
+    log = Log(folder, config.epochs * math.ceil(len(pairs) / config.batch))
+    fit(model, pairs, held_out, config, rng, log)
+
+    # 3. Shift to mean 0 over the SFT policy's own responses.
+    prompts = [pair[0][:pair[2]] for pair in rng.choices(pairs, k=512)]
+    prompts = [prompt for prompt in prompts if len(prompt) + config.max_new_tokens <= policy.config.block_size]
+    if not prompts:
+        raise InputError(f"--max_new_tokens {config.max_new_tokens}: no prompt leaves so much room in the context of "
+                         f"{policy.config.block_size}")
+    rollout = generate(policy, prompts, config.max_new_tokens, tokenizer.end_token, seed=config.seed)
+    sequences = [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    scores = score_all(model, sequences)
+    with torch.no_grad():
+        model.head.bias -= scores.mean().to(device)
+    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(prompts)} SFT samples, standard deviation "
+          f"{scores.std():.3f}")
+
+    # 4. Against the answer key, where there is one.
+    margin = held_out_margins(model, held_out)
+    if config.data:
+        print(f"held-out accuracy {(margin > 0).float().mean():.3f}, loss {-F.logsigmoid(margin).mean():.3f}")
+    else:
+        gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
+                             - annotator.gold_reward(row["prompt"], row["rejected"]) for row in held_out_rows])
+        figures, table = answer_key(margin, gold)
+        print(f"held-out accuracy {figures['accuracy']:.3f}, Bayes {figures['bayes_accuracy']:.3f} "
+              f"({figures['accuracy'] / figures['bayes_accuracy']:.1%} of it); loss {figures['loss']:.3f}, the annotator's "
+              f"own {figures['annotator_loss']:.3f}; Δreward against Δgold: correlation {figures['correlation']:.3f}, "
+              f"slope {figures['slope']:.3f}")
+        print("calibration   pairs  predicted  observed")
+        for count, predicted, observed in table:
+            print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
+    save_checkpoint(folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer)
+    row = held_out_rows[0]
+    for name in ("chosen", "rejected"):
+        ids = tokenizer.prompt(row["prompt"]) + tokenizer.response(row[name])
+        show((name, f"{score_all(model, [ids]).item():+.2f}  {row[name]}"))
+    print(f"saved {folder / 'checkpoint.pt'}; next: python ppo.py or python dpo.py", flush=True)
+
+    # 5. Learning curve: how many pairs does it take?
+    if config.learning_curve:
+        print("pairs  held-out accuracy")
+        count = 256
+        while count <= len(pairs):
+            fresh = RewardModel(policy.config).to(device)
+            fresh.trunk.load_state_dict(policy.state_dict())
+            fit(fresh, pairs[:count], held_out, config, random.Random(f"learning curve {config.seed}"))
+            print(f"{count:5d}  {(held_out_margins(fresh, held_out) > 0).float().mean():.3f}", flush=True)
+            count *= 2
+
+
+def main(argv=None):
+    train(parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them."))
+
+
+if __name__ == "__main__":
+    run_script(main)

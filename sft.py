@@ -1,0 +1,170 @@
+"""
+sft.py: stage 2, supervised fine-tuning (instruction finetuning; CS 224R, Lecture 9, ch. 4; ECE 7115, step 1/3).
+
+    max_θ E_{(x,y)~D} [ Σ_t log π_θ(y_t | x, y_<t) ]
+
+The same loss as pretraining on other data: demonstrations of somebody answering. Only the response's tokens count,
+and <|end|> is one of them: a model that is not taught <|end|> never stops talking.
+
+    python sft.py                       fine-tune on demonstrations of the little world
+    python sft.py --data FILE.jsonl     on your own: {"prompt", "completion"}, or pairs, whose "chosen" is taken
+
+Departure from the slides: the loss is the mean over all response tokens of the batch, not the sum over a response,
+so the learning rate does not depend on how long people's answers are.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+import gpt
+from data import stories
+from data.files import InputError, read_demonstrations, run_script
+from gpt import (Log, announce, autocast, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
+                 optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
+                 token_logprobs, train_if_missing)
+
+
+@dataclass
+class Config:
+    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/sft
+    seed: int = 1               # fixes data and samples
+    data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
+    demonstrations: int = 16384     # how many the world's writers give (one epoch)
+    epochs: int = 1             # passes over the demonstrations
+    batch: int = 64             # demonstrations in a step
+    micro_batch: int = 64       # demonstrations in one forward pass; less memory, the same gradient
+    lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to a tenth)
+    warmup: int = 10            # steps of warm-up
+    weight_decay: float = 0.1   # AdamW's, on matrices only
+    max_new_tokens: int = 96    # the longest sampled response
+    questions: int = 200        # held-out requests put to the model before and after
+    report: int = 32            # steps between two reports
+
+
+GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128, report=64)
+
+
+def backward(model, sequences, prompt_lengths, micro_batch):
+    """Accumulate the gradient of the SFT loss of one batch, micro_batch sequences at a time. Returns the loss.
+
+    sequences: lists of ids (prompt + response + <|end|>). The loss is -1/N Σ log π_θ(y_t | x, y_<t) over the N response
+    tokens of the whole batch, however it is cut into micro-batches (a mean of the micro-batches' means would weigh
+    a token of a short response more).
+    """
+    device = model.wte.weight.device
+    total_tokens = sum(map(len, sequences)) - sum(prompt_lengths)
+    total_loss = 0.0
+    for start in range(0, len(sequences), micro_batch):
+        tokens, lengths = pad(sequences[start:start + micro_batch], device)
+        mask = response_mask(torch.tensor(prompt_lengths[start:start + micro_batch], device=device), lengths,
+                             tokens.shape[1])
+        with autocast(device):
+            logits = model(tokens)
+        loss = -(token_logprobs(logits, tokens) * mask).sum() / total_tokens  # CS 224R, ch. 4
+        loss.backward()
+        total_loss += loss.detach()
+    return total_loss
+
+
+def encode_demonstrations(rows, tokenizer, block_size):
+    """Rows {"prompt", "completion"} -> (sequences, prompt lengths, dropped): whole ones only, never cut."""
+    sequences, prompt_lengths = [], []
+    for row in rows:
+        prompt = tokenizer.prompt(row["prompt"])
+        sequence = prompt + tokenizer.response(row["completion"])
+        if len(sequence) <= block_size:
+            sequences.append(sequence)
+            prompt_lengths.append(len(prompt))
+    return sequences, prompt_lengths, len(rows) - len(sequences)
+
+
+def draw_demonstrations(rng, count):
+    """(rows {"prompt", "completion"} drawn from the world, their stories' log-probabilities in nats)."""
+    rows, logprobs = [], []
+    for _ in range(count):
+        request = stories.request(rng).text
+        story = stories.story(rng, request)
+        rows.append({"prompt": request, "completion": story.text})
+        logprobs.append(story.logprob)
+    return rows, logprobs
+
+
+def answered(texts, ended):
+    """The share of responses that are an answer: they ended, and every sentence is one that the world tells."""
+    return sum(end and stories.is_story(text) for text, end in zip(texts, ended)) / len(texts)
+
+
+def train(config):
+    """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
+    train_if_missing("gpt", gpt.main, config)
+    folder, device = stage_folder(config, "sft"), get_device()
+    model, tokenizer, _ = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size, device)
+    block_size = model.config.block_size
+    rng = random.Random(f"demonstrations {config.seed}")
+
+    # 1. Demonstrations: prompts and the answers that somebody wrote. What is held out.
+    source = None
+    if config.data:
+        rows = read_demonstrations(config.data)
+        rng.shuffle(rows)
+        held_out_rows, rows = rows[:max(1, len(rows) // 10)], rows[max(1, len(rows) // 10):]
+        origin, questions = config.data, [row["prompt"] for row in held_out_rows]
+    else:
+        rows, _ = draw_demonstrations(rng, config.demonstrations)
+        held_out_rows, held_out_logprobs = draw_demonstrations(random.Random("held-out demonstrations"), 500)
+        origin, questions = "the little world", [row["prompt"] for row in held_out_rows[:config.questions]]
+    sequences, prompt_lengths, dropped = encode_demonstrations(rows, tokenizer, block_size)
+    held_out, held_out_prompts, held_out_dropped = encode_demonstrations(held_out_rows, tokenizer, block_size)
+    if not sequences or not held_out:
+        raise InputError(f"{origin}: no demonstration is left to {'train on' if not sequences else 'hold out'}: "
+                         f"{dropped + held_out_dropped} exceed the context of {block_size} tokens")
+    if not config.data:
+        source = -sum(held_out_logprobs) / (sum(map(len, held_out)) - sum(held_out_prompts))
+    announce("sft", config, device, f"{origin}: {len(sequences):,} demonstrations, {len(held_out)} held out; dropped "
+             f"{dropped + held_out_dropped} longer than the context", model)
+    plain = [[tokenizer.end_token] + tokenizer.encode(question + "\n") for question in questions]
+    chat = [tokenizer.prompt(question) for question in questions]
+    # A base model has never seen the chat format: it is asked in plain text, a line on a page.
+    before, before_ended = respond(model, tokenizer, plain, config.max_new_tokens, config.seed)
+
+    # 2. Next-token prediction on the responses.
+    steps = config.epochs * math.ceil(len(sequences) / config.batch)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    log, losses, step = Log(folder, steps), [], 0
+    for epoch in range(config.epochs):
+        order = rng.sample(range(len(sequences)), len(sequences))
+        for start in range(0, len(order), config.batch):
+            rows = order[start:start + config.batch]
+            losses.append(backward(model, [sequences[i] for i in rows], [prompt_lengths[i] for i in rows],
+                                   config.micro_batch))
+            norm = optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
+            step += 1
+            if step % config.report == 0 or step == steps:
+                held_out_nats = held_out_loss(model, held_out, held_out_prompts)
+                row = dict(loss=torch.stack(losses).mean().item(), held_out=held_out_nats)
+                if source:
+                    row.update(entropy=source, excess=held_out_nats / source - 1)
+                log(step, **row, grad_norm=norm)
+                losses = []
+
+    # 3. Save; the same questions before and after.
+    save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
+    after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed)
+    if not config.data:
+        print(f"answers {len(questions)} held-out requests with a story: base model "
+              f"{answered(before, before_ended):.1%}, SFT {answered(after, after_ended):.1%}")
+    for question, base_text, text in list(zip(questions, before, after))[:3]:
+        show(("prompt", question), ("before", base_text), ("after", text))
+    print(f"saved {folder / 'checkpoint.pt'}; next: python reward_model.py", flush=True)
+
+
+def main(argv=None):
+    train(parse_config(Config, GPU, argv, "Fine-tune the base model on demonstrations, loss on the response only."))
+
+
+if __name__ == "__main__":
+    run_script(main)

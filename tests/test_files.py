@@ -1,0 +1,336 @@
+"""Reading people's files: thousands of damaged ones, each of which must end in one line that says where and why."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from data import files
+from data.files import (InputError, read_demonstrations, read_jsonl, read_pairs, read_prompts, read_text,
+                        write_atomic, write_jsonl)
+
+FORMATS = {
+    read_demonstrations: ("prompt", "completion"),
+    read_pairs: ("prompt", "chosen", "rejected"),
+    read_prompts: ("prompt",),
+}
+BOM = b"\xef\xbb\xbf"
+readers = pytest.mark.parametrize("reader", FORMATS, ids=lambda reader: reader.__name__)
+
+
+def random_value(rng):
+    """A text that a reader must take as it is: quotes, escapes, line ends inside, other scripts, U+2028, U+FEFF."""
+    pieces = ["fox", " ", "a kite", '"', "\\", "\n", "\r\n", "\t", "é", "日本", "🦊", "\u2028", "\x85", "\ufeff", "{", "},"]
+    return "x" + "".join(rng.choices(pieces, k=rng.randint(0, 8)))
+
+
+def random_rows(rng, fields):
+    return [{field: random_value(rng) for field in fields} for _ in range(rng.randint(1, 5))]
+
+
+def as_line(rng, row):
+    """A row as a line of JSON: escaped or not, with fields that nobody asked for, in any order."""
+    items = list((row | {"id": rng.choice([7, None, [1, {}], "x"])}).items())
+    rng.shuffle(items)
+    return json.dumps(dict(items), ensure_ascii=rng.random() < 0.5).encode()
+
+
+def as_file(rng, lines):
+    """Lines in a file as editors leave them: BOM, CRLF, blank lines. Returns (bytes, the number of each line)."""
+    end = rng.choice([b"\n", b"\r\n"])
+    data, numbers, number = rng.choice([b"", BOM]), [], 0
+    for line in lines:
+        for _ in range(rng.choice([0, 0, 0, 1, 2])):
+            data += rng.choice([b"", b" ", b"\t"]) + end
+            number += 1
+        data += line + end
+        number += 1
+        numbers.append(number)
+    return (data if rng.random() < 0.5 else data.removesuffix(end)), numbers
+
+
+def damaged_lines(rng, row):
+    """Every kind of wrong line that can be made of a good row, each as bytes."""
+    field = rng.choice(list(row))
+    good = json.dumps(row, ensure_ascii=False).encode()
+    nest = rng.choice([500, 5_000, 50_000])
+    values = [3, -1.5, 10 ** 30, True, False, None, [], ["fox"], {}, {"role": "user"}, float("nan"),    # not text
+              "", " ", "\n\t ", "\u3000", "\0", "a\0b", "\ud83e", "a\udd8a", "\udd8a\ud83e"]
+    return [json.dumps(row | {field: value}).encode() for value in values] + [
+        json.dumps({key: value for key, value in row.items() if key != field}).encode(),
+        json.dumps({key.upper(): value for key, value in row.items()}).encode(),
+        good[:rng.randint(1, len(good) - 1)],                                           # cut off
+        good[rng.randint(1, len(good) - 1):],
+        good.replace(b'"', b"", 1), good.replace(b'"', b"'"), good[:-2] + b"}",          # quotes
+        good + good, good + b",", b"[" + good + b"]", b"foo", b"3", b"null", b'"fox"', b"[]", b"{}", b"NaN",
+        good[:-1] + b', "%s": "again"}' % field.encode(),                                # keys that stand twice
+        good[:-1] + b', "\\u0070rompt": "again"}',
+        good[:-1] + b', "x": 1, "x": 2}',
+        good[:-1] + b', "x": ' + b"9" * 5000 + b"}",                                     # what hurts json.loads
+        good[:-1] + b', "x": ' + b"[" * 50_000 + b"}",
+        good[:-1] + b', "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"prompt": ' + b'{"a":' * nest + b"1" + b"}" * nest + b"}",
+        good[:-1] + b"\xff}", good[:-2] + b'\xc3"}', good[:-2] + b'\xed\xa0\x80"}', good[:-2] + b'\xc0\x80"}',  # not UTF-8
+        good[:-2] + b'\0"}', good + b"\0", b"\0" * 10, good[:-2] + b'\x07"}',            # raw control characters
+        good.decode().encode("utf-16-le"), b"\xff\xfe" + good.decode().encode("utf-16-le"),
+        good[:-2] + b'\\x"}', good[:-2] + b'\\u12"}', good[:-2] + b'\\', BOM + BOM + good,
+    ]
+
+
+def expected(reader, rows):
+    return list(dict.fromkeys(row["prompt"] for row in rows)) if reader is read_prompts else rows
+
+
+def put(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@readers
+def test_good_files_are_read_exactly(reader, tmp_path):
+    """A reader that strips, normalises, or splits at U+2028 trains on another text than the user's."""
+    rng = random.Random(3)
+    for _ in range(300):
+        rows = random_rows(rng, FORMATS[reader])
+        data, _ = as_file(rng, [as_line(rng, row) for row in rows])
+        assert reader(put(tmp_path / "good.jsonl", data)) == expected(reader, rows)
+
+
+@readers
+def test_every_wrong_line_is_named(reader, tmp_path):
+    """A traceback, the wrong line number, or a bad row let through: the user can mend a file only if told where."""
+    rng = random.Random(4)
+    for _ in range(10):
+        rows = random_rows(rng, FORMATS[reader])
+        i = rng.randrange(len(rows))
+        for bad in damaged_lines(rng, rows[i]):
+            lines = [as_line(rng, row) for row in rows]
+            lines[i] = bad
+            data, numbers = as_file(rng, lines)
+            path = put(tmp_path / "bad.jsonl", data)
+            with pytest.raises(InputError) as error:
+                reader(path)
+                pytest.fail(f"{bad[:200]} was read")
+            message = str(error.value)
+            assert message.startswith(f"{path}:{numbers[i]}: "), (bad[:200], message)
+            assert len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
+            message.encode()    # can be printed
+
+
+@readers
+def test_truncated_files(reader, tmp_path):
+    """A copy that stopped half way must not pass for a shorter file, unless it stopped between two rows."""
+    rng = random.Random(5)
+    for _ in range(600):
+        rows = random_rows(rng, FORMATS[reader])
+        lines = [json.dumps(row).encode() for row in rows]
+        data = b"\n".join(lines)[:rng.randint(0, 400)]
+        whole = [row for row, line in zip(rows, data.split(b"\n")) if line in lines]
+        last = data.split(b"\n")[-1]
+        path = put(tmp_path / "cut.jsonl", data)
+        if whole and (not last or last in lines):
+            assert reader(path) == expected(reader, whole)
+        else:
+            with pytest.raises(InputError) as error:
+                reader(path)
+            assert str(error.value).startswith(f"{path}:{data.count(bytes([10])) + 1}: " if data else f"{path}: ")
+
+
+@readers
+def test_flipped_and_random_bytes(reader, tmp_path):
+    """Whatever the bytes, only InputError may come out, or exactly what Python's own json reads there."""
+    rng = random.Random(6)
+    read = 0
+    for n in range(1200):
+        data, _ = as_file(rng, [as_line(rng, row) for row in random_rows(rng, FORMATS[reader])])
+        data = bytearray(data if n % 4 else rng.randbytes(rng.randint(0, 60)))
+        for _ in range(rng.randint(1, 3) if data else 0):
+            data[rng.randrange(len(data))] = rng.choice([rng.randrange(256), *b'{}[]":,\\\n\r\0 0u'])
+        path = put(tmp_path / "noise.jsonl", bytes(data))
+        try:
+            result = reader(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path}:") and len(str(error).splitlines()) == 1
+        else:
+            lines = [line for line in bytes(data).decode("utf-8-sig").split("\n") if line.strip()]
+            rows = [{field: json.loads(line)[field] for field in FORMATS[reader]} for line in lines]
+            assert result == expected(reader, rows)
+            assert all(isinstance(value, str) and value.strip() for row in rows for value in row.values())
+            read += 1
+    assert 50 < read < 900      # the test sees both outcomes
+
+
+def test_the_message_says_what_to_do(tmp_path):
+    """ "KeyError: 'completion'" helps nobody: line, field, what stands there, what should."""
+    path = put(tmp_path / "d.jsonl", b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", "completion": 3}\n')
+    with pytest.raises(InputError) as error:
+        read_demonstrations(path)
+    assert str(error.value) == f'{path}:3: "completion" must be text, found the number 3; put it in quotes'
+    put(path, b'{"prompt": "a", "answer": "b"}')
+    with pytest.raises(InputError) as error:
+        read_demonstrations(path)
+    assert str(error.value) == f"{path}:1: the field \"completion\" is missing; found 'prompt', 'answer'"
+
+
+def test_pairs_serve_as_demonstrations(tmp_path):
+    """Whoever has only pairs can still fine-tune: on the chosen answer, never on the rejected one."""
+    rows = [{"prompt": "p", "chosen": "good", "rejected": "bad"},
+            {"prompt": "q", "completion": "c", "rejected": "bad"},
+            {"prompt": "r", "completion": "c", "chosen": "good"}]
+    write_jsonl(tmp_path / "mixed.jsonl", rows)
+    assert read_demonstrations(tmp_path / "mixed.jsonl") == [
+        {"prompt": "p", "completion": "good"}, {"prompt": "q", "completion": "c"}, {"prompt": "r", "completion": "c"}]
+
+
+def test_prompts_are_distinct_and_in_order(tmp_path):
+    """A set would shuffle them anew in every run, and one seed would no longer reproduce it."""
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in ["b", "a", "b", "c", "a", "a "]])
+    assert read_prompts(tmp_path / "p.jsonl") == ["b", "a", "c", "a "]
+
+
+def test_huge_line(tmp_path):
+    """A line of many megabytes is a line."""
+    rows = [{"prompt": "x" * 5_000_000, "note": 1}, {"prompt": "y", "note": 2}]
+    write_jsonl(tmp_path / "huge.jsonl", rows)
+    assert read_jsonl(tmp_path / "huge.jsonl", ["prompt"]) == [{"prompt": row["prompt"]} for row in rows]
+
+
+@pytest.mark.parametrize("reader", [read_text, *FORMATS], ids=lambda reader: reader.__name__)
+def test_files_that_are_not_there(reader, tmp_path):
+    """Missing, a folder, empty, blank: the commonest mistakes of all, each one line that names the file."""
+    cases = [tmp_path / "missing", tmp_path, put(tmp_path / "a", b""), put(tmp_path / "b", b" \r\n\n\t"),
+             put(tmp_path / "c", BOM), put(tmp_path / "d", b"") / "below"]
+    for path in cases:
+        for given in (path, str(path)):
+            with pytest.raises(InputError) as error:
+                reader(given)
+            assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_text_is_read_or_refused(tmp_path):
+    """Random bytes and cut characters: InputError that names the first wrong byte, or what Python decodes."""
+    rng = random.Random(7)
+    path = tmp_path / "corpus.txt"
+    refused = 0
+    for n in range(1500):
+        data = rng.choice([b"", BOM]) + rng.choice([random_value(rng) * 3, "fox\r\nkite\rhen\n"]).encode()
+        if n % 3 == 0:
+            data = rng.randbytes(rng.randint(0, 8))
+        elif n % 3 == 1:
+            data = data[:rng.randint(0, len(data))] + rng.choice([b"", b"\xff", b"\xed\xa0\x80", b"\xc0\x80"])
+        put(path, data)
+        try:
+            good = path.read_text(encoding="utf-8-sig")     # Python's own line ends, too
+        except UnicodeDecodeError:
+            with pytest.raises(InputError) as error:
+                read_text(path)
+            offset = int(str(error.value).split("offset ")[1].split(";")[0])
+            data[:offset].decode()
+            with pytest.raises(UnicodeDecodeError):
+                data[:offset + 4].decode()
+            assert str(error.value).startswith(f"{path}: not UTF-8: byte 0x{data[offset]:02x} ")
+            refused += 1
+        else:
+            if good.strip():
+                assert read_text(path) == good
+            else:
+                with pytest.raises(InputError, match="empty"):
+                    read_text(path)
+    assert 500 < refused < 1200
+
+
+def test_written_rows_come_back(tmp_path):
+    """What a stage writes, the next one reads: escapes, other scripts and line ends included, and legibly."""
+    rng = random.Random(8)
+    rows = [row for _ in range(100) for row in random_rows(rng, ("prompt", "chosen", "rejected"))]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    assert read_pairs(tmp_path / "pairs.jsonl") == rows
+    assert "日本" in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8")
+
+
+def test_write_replaces_and_leaves_nothing_behind(tmp_path):
+    """Bytes and text go in unchanged (no CRLF on Windows), and a link goes on pointing to the file."""
+    path, link = tmp_path / "model.pt", tmp_path / "latest.pt"
+    for data in (b"\0\xff\r\n", "é\r\n🦊\n", b""):
+        write_atomic(path, data)
+        assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
+    link.symlink_to(path)
+    write_atomic(link, b"new")
+    assert link.is_symlink() and path.read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["latest.pt", "model.pt"]
+    with pytest.raises(InputError):
+        write_atomic(tmp_path, b"a folder")
+    with pytest.raises(InputError):
+        write_atomic(os.devnull, b"os.replace would turn the device into a file")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step, error):
+    """A full disk or Ctrl-C in the middle of a save must not cost the last good checkpoint."""
+    path = put(tmp_path / "model.pt", b"old")
+
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(files.os, step, fail)
+    with pytest.raises(type(error)):
+        write_atomic(path, b"new" * 1000)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path):
+    """The same when the data is at fault: a row that fails, an object JSON can't hold, half a surrogate pair."""
+    path = put(tmp_path / "rows.jsonl", b"old")
+
+    def rows():
+        yield {"prompt": "fine"}
+        raise RuntimeError
+    for bad, kind in [(rows(), RuntimeError), ([{"prompt": object()}], TypeError), ([{"prompt": "\ud83e"}], ValueError)]:
+        with pytest.raises(kind):
+            write_jsonl(path, bad)
+    with pytest.raises(TypeError):
+        write_atomic(path, None)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def run(body, tmp_path, shell="{}"):
+    """Run a script whose main() is this body; returns (exit status, stdout, stderr)."""
+    script = put(tmp_path / "script.py", f"""
+import sys; sys.path.insert(0, {os.getcwd()!r})
+from data.files import InputError, run_script
+def main():
+    {body}
+run_script(main)
+""".encode())
+    command = shell.format(f"'{sys.executable}' '{script}'")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("body, status, message", [
+    ("print('fine')", 0, ""),
+    ("raise InputError('pairs.jsonl:3: no')", 1, "script.py: pairs.jsonl:3: no\n"),
+    ("raise InputError('two\\nlines')", 1, "script.py: two lines\n"),
+    ("open('/no/such/file')", 1, "script.py: /no/such/file: No such file or directory\n"),
+    ("raise OSError('disk')", 1, "script.py: disk\n"),
+    ("raise KeyboardInterrupt", 130, "script.py: interrupted\n"),
+    ("sys.exit(2)", 2, ""),
+])
+def test_script_ends_in_one_line(tmp_path, body, status, message):
+    """A user's mistake is a line and a status that a shell script can test, not twenty lines of our code."""
+    assert run(body, tmp_path)[::2] == (status, message)
+
+
+def test_our_bugs_keep_their_traceback(tmp_path):
+    """InputError is a ValueError, but a ValueError of torch or of ours must not pass for the user's mistake."""
+    status, _, stderr = run("raise ValueError('a bug')", tmp_path)
+    assert status == 1 and stderr.startswith("Traceback") and stderr.endswith("ValueError: a bug\n")
+
+
+def test_closed_pipe(tmp_path):
+    """`python ppo.py | head -1` ends in one line, not in Python's complaint about flushing at exit."""
+    _, stdout, stderr = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
+    assert stdout == "step 0\n" and stderr == "script.py: nobody reads the output any more\n"

@@ -1,0 +1,193 @@
+"""The tokenizer against a brute-force trainer, a naive encoder, and 10,000 hostile strings."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+import regex
+
+from data.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, merge, train
+
+TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
+Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the wind was
+never there when the fox was. "Wind, wind," said the fox, "where do you go at 12 or 1212 or 121212?"
+The banana bandana sang: aaaa aaaaa aaaaaa, lalalala, ananananas!  Naïve café, 日本語日本語, 🦊🪁🦊🪁.
+"""
+
+
+def random_text(rng, length):
+    """Words, every plane of Unicode, and what breaks tokenizers: joined emoji, accents, NUL, CRLF, specials."""
+    hostile = ["👩‍👩‍👧", "🇩🇪", "e\u0301\u0301", "\0", "\r\n", "\t", "  ", "\u2028", "\ufeff", "\x1c", "\x85", "\xa0", "ﷺ",
+               "<|end|>", "<|user|>", "<|assistant|>", "fox", " kite", "0123", "'s", "...", "\x7f", "\uffff"]
+    ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF), (0x300, 0x36F)]
+    return "".join(rng.choice(hostile) if rng.random() < 0.5 else chr(rng.randint(*rng.choice(ranges)))
+                   for _ in range(length))
+
+
+def brute_force_train(text, vocab_size):
+    """The definition: count every pair anew in each round. Returns the list of (pair, new id)."""
+    words = [list(word.encode()) for word in regex.findall(PATTERN, text)]
+    merges = []
+    while 256 + len(merges) + 3 < vocab_size:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append((best, 256 + len(merges)))
+        words = [merge(word, *merges[-1]) for word in words]
+    return merges
+
+
+def naive_encode(text, merges):
+    """The definition: every merge in the order it was learnt, over every word."""
+    ids = []
+    for word in regex.findall(PATTERN, text):
+        word = list(word.encode())
+        for pair, new_id in merges:
+            word = merge(word, pair, new_id)
+        ids += word
+    return ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(train(TEXT, 400))
+
+
+def test_worked_example():
+    """The docstring's example, counted by hand: a wrong tie-break or a wrong place for the specials shows here."""
+    vocabulary = train("banana bandana", 262)
+    assert vocabulary[:256] == [bytes([i]) for i in range(256)]
+    assert vocabulary[256:] == [b"an", b"ban", b"ana"]
+    tokenizer = Tokenizer(vocabulary)
+    assert tokenizer.encode("banana bandana") == [257, 258, 32, 257, 100, 258]
+    assert tokenizer.prompt("banana") + tokenizer.response("bandana") == [259, 257, 258, 260, 257, 100, 258, 261]
+
+
+def test_merge_takes_overlaps_from_left_to_right():
+    """Counting or merging "aaa" as two merges of the same byte would lose or double a byte."""
+    assert merge([1, 1, 1], (1, 1), 2) == [2, 1]
+    assert merge([1, 1, 1, 1], (1, 1), 2) == [2, 2]
+    assert merge([3, 1, 2, 1, 2], (1, 2), 4) == [3, 4, 4]
+    assert merge([], (1, 2), 3) == [] and merge([1], (1, 1), 3) == [1]
+
+
+def test_training_equals_recounting_every_round():
+    """Incremental counts drift when a pair overlaps itself or its neighbours (aaaa, lalala); recounting can't."""
+    rng = random.Random(0)
+    texts = [TEXT, "a" * 37, "ab" * 20 + " " + "aab" * 9, random_text(rng, 300)]
+    texts += ["".join(rng.choices("aab c", k=rng.randint(0, 200))) for _ in range(40)]
+    for text in texts:
+        vocabulary = [bytes([i]) for i in range(256)]
+        for (left, right), _ in brute_force_train(text, 400):
+            vocabulary.append(vocabulary[left] + vocabulary[right])
+        assert train(text, 400) == vocabulary
+
+
+def test_encoding_equals_merges_in_order(tokenizer):
+    """tiktoken merges by the bytes' rank, training by pairs of ids: if they split a text differently, the
+    model is trained on one segmentation and asked about another."""
+    rng = random.Random(1)
+    merges = brute_force_train(TEXT, 400)
+    texts = [TEXT, "a" * 100, "ananana bananas", "", " "] + [random_text(rng, 30) for _ in range(100)]
+    texts += ["".join(rng.choices("aanl fox", k=50)) for _ in range(100)]
+    for text in texts:
+        # Python's and Rust's tables may differ in what they call white space; then only the bytes must agree.
+        if not regex.search(r"[\x1c-\x1f]|\p{Cn}", text):
+            assert tokenizer.encode(text) == naive_encode(text, merges)
+    assert len(tokenizer.encode(TEXT)) < 0.6 * len(TEXT.encode())
+
+
+def test_any_text_comes_back(tokenizer):
+    """A pattern that skips a character, or a byte without an id, silently deletes what a user wrote."""
+    rng = random.Random(2)
+    texts = [random_text(rng, rng.randint(0, 20)) for _ in range(10_000)]
+    batch = tokenizer.encode_batch(texts)
+    for text, ids in zip(texts, batch):
+        assert ids == tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.n_vocab - 3 for i in ids)
+
+
+def test_half_characters_are_replaced(tokenizer):
+    """Neither a lone surrogate in a prompt nor a response cut inside an emoji may end a run with a traceback."""
+    assert tokenizer.decode(tokenizer.encode("fox\ud83e kite")) == "fox\ufffd kite"
+    assert tokenizer.decode(list("🦊".encode())[:2]) == "\ufffd"
+    with pytest.raises(ValueError):
+        train("fox\ud83e kite", 300)
+
+
+def test_long_runs_do_not_panic(tokenizer):
+    """GPT-2's pattern overflows tiktoken's regex stack on a million blanks: a Rust panic that no except catches."""
+    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "?" * 300_000, "🦊" * 100_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_never_becomes_a_special_token(tokenizer):
+    """A user who types <|end|> must not end the turn, nor one who types <|assistant|> speak for the model."""
+    for special in SPECIAL_TOKENS:
+        for text in (special, special * 3, f"a fox{special}a kite", f" {special}\n"):
+            ids = tokenizer.prompt(text)
+            assert [i for i in ids if i >= len(tokenizer.vocabulary)] == [tokenizer.user_token,
+                                                                          tokenizer.assistant_token]
+            assert tokenizer.decode(ids) == f"<|user|>{text}<|assistant|>"
+    # Not even when the tokenizer was trained on a text full of them.
+    eager = Tokenizer(train("<|end|>" * 50, 300))
+    assert max(eager.encode("<|end|>")) < eager.end_token
+
+
+def test_chat_format(tokenizer):
+    """The design's <|user|>PROMPT<|assistant|>RESPONSE<|end|>, each special exactly once and at its place."""
+    ids = tokenizer.prompt("Tell me a story.") + tokenizer.response("Once upon a time.")
+    assert tokenizer.decode(ids) == "<|user|>Tell me a story.<|assistant|>Once upon a time.<|end|>"
+    assert (ids[0], ids[-1]) == (tokenizer.user_token, tokenizer.end_token)
+    assert tokenizer.prompt("") == [tokenizer.user_token, tokenizer.assistant_token]
+    assert tokenizer.response("") == [tokenizer.end_token]
+
+
+def test_every_id_is_a_token(tokenizer):
+    """A padded vocabulary lets the model sample an id that nothing decodes."""
+    n = len(tokenizer.vocabulary)
+    assert n == 397 and tokenizer.n_vocab == 400
+    assert (tokenizer.user_token, tokenizer.assistant_token, tokenizer.end_token) == (n, n + 1, n + 2)
+    for i, token in enumerate(tokenizer.vocabulary):
+        assert tokenizer.decode([i]) == token.decode("utf-8", "replace")
+    assert tuple(tokenizer.decode([i]) for i in range(n, n + 3)) == SPECIAL_TOKENS
+    assert len(set(tokenizer.vocabulary)) == n
+
+
+def test_vocabulary_sizes():
+    """vocab_size includes bytes and specials; forgetting either makes the embedding the wrong size."""
+    assert len(train(TEXT, 259)) == 256
+    assert len(train(TEXT, 260)) == 257
+    assert len(train("", 1000)) == 256
+    assert train("abc", 1000)[256:] == [b"ab", b"abc"]      # the text runs out of pairs
+    assert train(TEXT, 300) == train(TEXT, 400)[:297]
+    with pytest.raises(ValueError, match="259"):
+        train(TEXT, 258)
+
+
+def test_vocabulary_survives_json(tokenizer):
+    """Every checkpoint stores the vocabulary; one that doesn't come back byte for byte loads another language."""
+    again = Tokenizer.from_strings(json.loads(json.dumps(tokenizer.to_strings())))
+    assert again.vocabulary == tokenizer.vocabulary
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda v: v[1:], lambda v: v[:255], lambda v: v + [v[-1]], lambda v: v + [b"a"], lambda v: v + [b""],
+    lambda v: v + ["ab"], lambda v: v + [None], lambda v: v + [7], lambda v: v + [[1]], lambda v: [],
+])
+def test_wrong_vocabulary(tokenizer, damage):
+    """A damaged checkpoint must say so, in one line, before a byte that has no id is met in a text."""
+    with pytest.raises(ValueError) as error:
+        Tokenizer(damage(tokenizer.vocabulary))
+    assert "vocabulary" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("strings", [None, 3, ["a", 3], ["日"], [], "abc", {"a": 1}, [None]])
+def test_wrong_strings(strings):
+    """The same for the strings of a checkpoint that another program wrote."""
+    with pytest.raises(ValueError, match="vocabulary"):
+        Tokenizer.from_strings(strings)
