@@ -1,0 +1,235 @@
+"""
+best_of_n.py: best-of-N and rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling"; CME 295, Lecture 5),
+and the yardstick that puts all policies side by side with the best that is possible.
+
+Best-of-N samples N responses, scores them with the reward model and returns the best. No training; N times the cost.
+
+    python best_of_n.py --prompt "Tell me a story about a shy fox and a kite." --n 16      candidates and the winner
+    python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
+    python best_of_n.py --data FILE.jsonl   the same over prompts of your own, without the gold columns
+
+The answer key: the objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), and
+J* = β log Z(x) (CS 224R, Lecture 9, ch. 7). For y ~ π put w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w], and
+Z(x) = E_π[exp w], so β (log mean exp w - mean w) = β KL(π || π*) >= 0: samples of a policy give its objective and its
+distance from the optimum.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+import dpo
+import ppo
+from data import annotator, stories
+from data.files import InputError, read_prompts, run_script
+from gpt import (autocast, generate, get_device, load_checkpoint, parse_config, stage_folder, train_if_missing)
+from dpo import response_logprobs
+from reward_model import RewardModel
+
+
+@dataclass
+class Config:
+    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/best_of_n
+    seed: int = 1               # fixes the samples; a missing stage is trained with it
+    prompt: str = ""            # answer this prompt with best-of-N, and stop
+    n: int = 16                 # N: candidates for --prompt
+    data: str = ""              # yardstick over the prompts of a .jsonl file instead of the little world's
+    policies: str = "ppo,dpo"   # the folders of the policies to compare, with commas between
+    prompts: int = 48           # held-out prompts of the yardstick
+    samples: int = 64           # samples a prompt and policy; best-of-N for N up to this
+    sample_batch: int = 256     # responses in one batch of sampling or scoring
+    beta: float = 0.5           # price of one nat of KL in J, in reward units
+    max_new_tokens: int = 96    # the longest response
+    missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
+
+
+GPU = dict(prompts=128, sample_batch=1024, max_new_tokens=128)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Selection
+
+
+def best_of_n_kl(n):
+    """The KL divergence of best-of-n from its reference in nats, an upper bound that is tight when ties are rare:
+    log n - (n-1)/n (Stiennon et al. 2020, appendix G.3)."""
+    return math.log(n) - (n - 1) / n
+
+
+def top_per_prompt(rewards):
+    """S(R) = [argmax_j r_1j, ..., argmax_j r_Mj]: rewards (M, N) -> (M,), counted from 0 (ECE 7115, "Rejection Sampling").
+
+    >>> top_per_prompt(torch.tensor([[0.7, 0.3, 0.5, 0.2], [0.4, 0.8, 0.6, 0.5]])).tolist()
+    [0, 1]
+    """
+    return rewards.argmax(dim=1)
+
+
+def top_k_overall(rewards, k):
+    """S_K(R_flat), the k best of all: rewards (M, N) -> (k, 2), rows (prompt, completion), best first, counted from 0.
+
+    >>> top_k_overall(torch.tensor([[0.9, 0.3], [0.2, 0.5]]), 2).tolist()
+    [[0, 0], [1, 1]]
+    """
+    best = rewards.flatten().argsort(descending=True, stable=True)[:k]
+    return torch.stack([best // rewards.shape[1], best % rewards.shape[1]], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The answer key
+
+
+def log_mean_exp(x, dim):
+    """log of the mean of exp(x) along dim, without overflow."""
+    return x.logsumexp(dim) - math.log(x.shape[dim])
+
+
+def optimality_gap(rewards, log_ratios, beta):
+    """A policy's objective and its own estimate of the optimum, from its own samples, prompt by prompt.
+
+    rewards, log_ratios (M, N): r(x, y) and log π(y|x)/π_ref(y|x) of N samples y ~ π for each of M prompts.
+    Returns (J, J_star), each (M,): J = β E[w] and J* = β log Z = β log E[exp w], w = r/β - log π/π_ref. J* - J =
+    β KL(π || π*). A policy that dropped modes never samples them and underestimates J*: compare with the reference's
+    own estimate (log_ratios = 0), or use pooled_optimum.
+    """
+    w = rewards / beta - log_ratios
+    return beta * w.mean(dim=1), beta * log_mean_exp(w, dim=1)
+
+
+def pooled_optimum(rewards, log_ratios, beta):
+    """J* = β log Z(x) from the samples of several policies together (balance heuristic; Veach & Guibas 1995).
+
+    rewards (M, S): S samples a prompt, the same number from each of K policies, the reference among them; log_ratios
+    (M, S, K): log π_k(y|x)/π_ref(y|x) of every sample under every policy. The samples come from the mixture of the K
+    policies, so Z = E_mixture[exp(r/β) π_ref / mixture]: no sample can weigh more than K exp(r/β). Returns (M,).
+    """
+    log_mixture = log_mean_exp(log_ratios, dim=2)  # log mixture(y|x)/π_ref(y|x)
+    return beta * log_mean_exp(rewards / beta - log_mixture, dim=1)
+
+
+def mean_and_error(x):
+    """The mean over prompts, x (M,), and its standard error."""
+    return x.mean().item(), (x.std() / math.sqrt(len(x))).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The yardstick
+
+
+class Samples(NamedTuple):
+    """N responses to each of M prompts: ids (M·N lists, prompt by prompt), texts, and the rest as (M, N) tensors."""
+    rollouts: list
+    texts: list
+    rewards: torch.Tensor
+    gold: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+
+
+def draw(policy, reward_model, tokenizer, prompts, count, config, gold, seed):
+    """`count` responses to every prompt, with their scores; gold: whether to ask the annotator too."""
+    device = get_device()
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    ids = [tokenizer.prompt(prompt) for prompt in repeated]
+    rollouts, texts, rewards, lengths, ends = [], [], [], [], []
+    for start in range(0, len(ids), config.sample_batch):
+        with autocast(device):
+            rollout = generate(policy, ids[start:start + config.sample_batch], config.max_new_tokens, tokenizer.end_token,
+                               seed=seed + start)
+            with torch.no_grad():
+                scores = reward_model.score(rollout.tokens, rollout.lengths)
+        ended = rollout.ended(tokenizer.end_token)
+        rewards.append(torch.where(ended, scores, config.missing_end_score).cpu())
+        lengths.append((rollout.lengths - rollout.prompt_lengths).cpu())
+        ends.append(ended.cpu())
+        rollouts.append(rollout)
+        texts += [tokenizer.decode(response[:-1] if end else response)
+                  for response, end in zip(rollout.responses(), ended.tolist())]
+    shape = (len(prompts), count)
+    golds = torch.tensor(list(map(annotator.gold_reward, repeated, texts))).view(shape) if gold else None
+    return Samples(rollouts, texts, torch.cat(rewards).view(shape), golds, torch.cat(lengths).view(shape),
+                   torch.cat(ends).view(shape))
+
+
+@torch.no_grad()
+def sequence_logprobs(policy, rollouts):
+    """log π(y|x) of every sampled response under a policy: (M·N,)."""
+    return torch.cat([response_logprobs(policy, rollout.tokens, rollout.prompt_lengths, rollout.lengths).cpu()
+                      for rollout in rollouts])
+
+
+def win_rate(gold, opponents):
+    """P(gold of ours > gold of theirs) + ½ P(equal), all against all of one prompt: (M, N), (M, K) -> (M,)."""
+    ours, theirs = gold[:, :, None], opponents[:, None, :]
+    return ((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean(dim=(1, 2))
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words over all pairs: 1 where no two words ever meet twice."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def yardstick(config):
+    """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
+    names = [name for name in config.policies.split(",") if name]
+    for name, main in (("ppo", ppo.main), ("dpo", dpo.main)):
+        if name in names:
+            train_if_missing(name, main, config)
+    policies, reward_model, tokenizer = load_policies(config, names)
+
+    # 1. Held-out prompts: the world's, or the user's own.
+    room = policies["sft"].config.block_size - config.max_new_tokens
+    rng = random.Random("yardstick prompts")
+    if config.data:
+        prompts = read_prompts(config.data)
+        fitting = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room]
+        print(f"{config.data}: {len(prompts)} prompts, dropped {len(prompts) - len(fitting)} that leave no room for "
+              f"{config.max_new_tokens} new tokens")
+        if not fitting:
+            raise InputError(f"{config.data}: no prompt is left; lower --max_new_tokens")
+        prompts = rng.sample(fitting, min(config.prompts, len(fitting)))
+    else:
+        prompts = [stories.request(rng).text for _ in range(config.prompts)]
+    gold = not config.data
+
+    # 2. The same number of samples from every policy; other samples of SFT, to win against.
+    samples = {name: draw(policy, reward_model, tokenizer, prompts, config.samples, config, gold, 1000 * config.seed + i)
+               for i, (name, policy) in enumerate(policies.items())}
+    opponents = draw(policies["sft"], reward_model, tokenizer, prompts, 16, config, gold, 1000 * config.seed + 999)
+
+    # 3. log π_k/π_ref of every sample under every policy: (M, S, K), with S = K · config.samples.
+    logprobs = [torch.stack([sequence_logprobs(policy, one.rollouts) for policy in policies.values()], dim=1)
+                for one in samples.values()]
+    log_ratios = [(x - x[:, :1]).view(len(prompts), config.samples, len(policies)) for x in logprobs]  # SFT comes first
+
+    # 4. A row for each policy, and for best-of-N one for each N.
+    rows = []
+    for i, (name, one) in enumerate(samples.items()):
+        rows.append(dict(name=name, rewards=one.rewards, gold=one.gold, kl=log_ratios[i][:, :, i].mean().item(),
+                         lengths=one.lengths, ended=one.ended, texts=one.texts[::config.samples], penalty=log_ratios[i][:, :, i]))
+        if name == "sft":
+            for n in (n for n in (4, 16, 64) if n <= config.samples):
+                rows.append(best_of_n_row(one, n))
+    report(rows, samples, log_ratios, opponents, config)
+
+
+def load_policies(config, names):
+    """({"sft": GPT, name: GPT, ...}, reward model, tokenizer), all of one vocabulary."""
+    device = get_device()
+    policies, paths = {}, {"sft": "sft"} | {name: "dpo" if name.startswith("dpo") else "ppo" for name in names}
+    for name, stage in paths.items():
+        path = stage_folder(config, name) / "checkpoint.pt"
+        policies[name], tokenizer, _ = load_checkpoint(path, stage, config.size, device)
+        vocabulary = tokenizer.vocabulary if name == "sft" else vocabulary
+        if tokenizer.vocabulary != vocabulary:
+            raise InputError(f"{path}: its vocabulary is not the SFT model's; train the stage again")
+    path = stage_folder(config, "reward_model") / "checkpoint.pt"
+    reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
+    if tokenizer.vocabulary != vocabulary:
+        raise InputError(f"{path}: its vocabulary is not the SFT model's; train the stage again")
+    return policies, reward_model, tokenizer

@@ -1,0 +1,181 @@
+"""
+dpo.py: direct preference optimization (Rafailov et al. 2023; CS 224R, Lecture 9, ch. 8; ECE 7115, "DPO Loss").
+
+The optimum of RLHF's objective is π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), so r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x).
+Put into Bradley-Terry, Z(x) cancels, and the policy itself is fitted to the comparisons, with no reward model, no sampling:
+
+    L_DPO(θ) = -E[ log σ( β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x) ) ]
+
+Two models: the policy π_θ and the frozen reference π_ref, both from SFT.
+
+    python dpo.py                       on the comparisons that reward_model.py collected
+    python dpo.py --data FILE.jsonl     on your own pairs: {"prompt", "chosen", "rejected"}
+
+No departure from the slides: the log-probabilities are sums over the response (means would be SimPO's, another loss).
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import reward_model as reward_model_stage
+import sft
+from data.files import InputError, read_pairs, run_script
+from gpt import (Log, announce, autocast, get_device, learning_rate, load_checkpoint, make_optimizer, optimizer_step, pad,
+                 parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
+                 train_if_missing)
+from reward_model import encode_pairs, split_pairs
+
+
+@dataclass
+class Config:
+    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/dpo
+    name: str = "dpo"           # name of this run's folder: another name keeps an experiment apart
+    seed: int = 1               # fixes the order of the pairs and the samples
+    data: str = ""              # your own pairs, a .jsonl file, instead of the comparisons of the reward model's stage
+    epochs: int = 1             # passes over the pairs
+    batch: int = 32             # pairs in a step
+    micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
+    lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to a tenth)
+    warmup: int = 10            # steps of warm-up
+    beta: float = 0.5           # price of one nat of KL to the reference, in reward units: PPO's β, so the same optimum
+    max_new_tokens: int = 96    # the longest sampled response
+    report: int = 32            # steps between two reports
+
+
+GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128, report=64)
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7; CS 224R, ch. 8).
+
+    All four arguments: (B,) log-probabilities in nats, summed over the response. Returns a scalar.
+    Worked number of the lecture: dpo_loss(-15.2, -14.8, -16.0, -14.5, beta=0.1) = 0.640.
+    """
+    chosen = policy_chosen - ref_chosen        # log π_θ(y_w|x) / π_ref(y_w|x)
+    rejected = policy_rejected - ref_rejected  # log π_θ(y_l|x) / π_ref(y_l|x)
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def response_logprobs(model, tokens, prompt_lengths, lengths):
+    """log π(y|x) of every row: (B,), the sum over the response's tokens, <|end|> included; tokens (B, T)."""
+    with autocast(tokens.device):
+        logits = model(tokens)
+    mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
+    return torch.where(mask, token_logprobs(logits, tokens), 0.0).sum(dim=1)
+
+
+def pair_logprobs(policy, reference, pairs):
+    """The four summed log-probabilities that dpo_loss takes, each (B,), in its order; none for π_ref's gradient."""
+    device = policy.wte.weight.device
+    tokens, lengths = pad([chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs], device)
+    prompt_lengths = torch.tensor([length for _, _, length in pairs] * 2, device=device)
+    policy_chosen, policy_rejected = response_logprobs(policy, tokens, prompt_lengths, lengths).chunk(2)
+    with torch.no_grad():
+        ref_chosen, ref_rejected = response_logprobs(reference, tokens, prompt_lengths, lengths).chunk(2)
+    return policy_chosen, policy_rejected, ref_chosen, ref_rejected
+
+
+def backward(policy, reference, pairs, beta, micro_batch):
+    """Accumulate the gradient of the DPO loss of one batch of pairs, micro_batch pairs at a time.
+
+    Returns figures (5,): loss, accuracy and margin of the implicit reward β log π_θ/π_ref, chosen and rejected
+    log-ratio, all means over the batch.
+    """
+    total = torch.zeros(5, device=policy.wte.weight.device)
+    for start in range(0, len(pairs), micro_batch):
+        part = pairs[start:start + micro_batch]
+        share = len(part) / len(pairs)
+        logprobs = pair_logprobs(policy, reference, part)
+        loss = dpo_loss(*logprobs, beta)
+        (share * loss).backward()
+        total += share * figures(loss, *logprobs, beta).detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(policy, reference, pairs, beta, rows=64):
+    """The same figures on held-out pairs, (5,)."""
+    total = torch.zeros(5, device=policy.wte.weight.device)
+    for start in range(0, len(pairs), rows):
+        part = pairs[start:start + rows]
+        logprobs = pair_logprobs(policy, reference, part)
+        total += len(part) / len(pairs) * figures(dpo_loss(*logprobs, beta), *logprobs, beta)
+    return total
+
+
+def figures(loss, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """(5,): loss, implicit-reward accuracy, implicit-reward margin, chosen log-ratio, rejected log-ratio."""
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    margin = beta * (chosen - rejected)  # r̂(x, y_w) - r̂(x, y_l), with r̂ = β log π_θ/π_ref (CS 224R, ch. 8)
+    return torch.stack([loss, (margin > 0).float().mean(), margin.mean(), chosen.mean(), rejected.mean()])
+
+
+def train(config):
+    """Fit the SFT policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
+    if config.data:
+        train_if_missing("sft", sft.main, config)
+    else:
+        train_if_missing("reward_model", reward_model_stage.main, config)
+    folder, device = stage_folder(config, config.name), get_device()
+    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
+    policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
+    reference, _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
+    rng = random.Random(f"dpo {config.seed}")
+
+    # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
+    if config.data:
+        origin = config.data
+        rows, held_out_rows = split_pairs(read_pairs(origin), config.seed)
+    else:
+        origin = stage_folder(config, "reward_model") / "pairs.jsonl"
+        rows, held_out_rows = read_pairs(origin), read_pairs(origin.with_name("held_out.jsonl"))
+    pairs, _, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
+    held_out, _, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
+    if not pairs or not held_out:
+        raise InputError(f"{origin}: no pair is left to {'train on' if not pairs else 'hold out'}; "
+                         f"dropped {dropped} and {held_out_dropped}")
+    announce(config.name, config, device, f"{origin}: {len(pairs):,} pairs, dropped {dropped}; {len(held_out):,} held out, "
+             f"dropped {held_out_dropped}", policy)
+
+    # 2. Gradient steps on the loss.
+    optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)
+    steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
+    log = Log(folder, steps)
+    for epoch in range(config.epochs):
+        order = rng.sample(pairs, len(pairs))
+        for start in range(0, len(pairs), config.batch):
+            losses.append(backward(policy, reference, order[start:start + config.batch], config.beta, config.micro_batch))
+            optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup))
+            step += 1
+            if step % config.report == 0 or step == steps:
+                names = ("loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio")
+                row = dict(zip(names, torch.stack(losses).mean(dim=0).tolist()))
+                held_out_figures = evaluate(policy, reference, held_out, config.beta).tolist()
+                log(step, **row, held_out_loss=held_out_figures[0], held_out_accuracy=held_out_figures[1])
+                losses = []
+
+    # 3. Save; the same prompts before and after.
+    save_checkpoint(folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer)
+    room = policy.config.block_size - config.max_new_tokens
+    prompts = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
+    prompts = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room][:3]
+    if prompts:
+        ids = [tokenizer.prompt(prompt) for prompt in prompts]
+        before, _ = respond(reference, tokenizer, ids, config.max_new_tokens, config.seed)
+        after, _ = respond(policy, tokenizer, ids, config.max_new_tokens, config.seed)
+        for prompt, *texts in zip(prompts, before, after):
+            show(("prompt", prompt), ("before", texts[0]), ("after", texts[1]))
+    print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
+
+
+def main(argv=None):
+    train(parse_config(Config, GPU, argv, "Fit the SFT policy to preference pairs with DPO."))
+
+
+if __name__ == "__main__":
+    run_script(main)
