@@ -25,8 +25,8 @@ import torch
 import dpo
 import ppo
 from data import annotator, stories
-from data.files import InputError, read_prompts, run_script
-from gpt import (autocast, generate, get_device, load_checkpoint, parse_config, stage_folder, train_if_missing)
+from data.files import InputError, read_prompts, run_script, write_jsonl
+from gpt import autocast, generate, get_device, load_checkpoint, parse_config, stage_folder, train_if_missing
 from dpo import response_logprobs
 from reward_model import RewardModel
 
@@ -207,15 +207,103 @@ def yardstick(config):
                 for one in samples.values()]
     log_ratios = [(x - x[:, :1]).view(len(prompts), config.samples, len(policies)) for x in logprobs]  # SFT comes first
 
-    # 4. A row for each policy, and for best-of-N one for each N.
-    rows = []
+    # 4. Best-of-N picks among SFT's samples by the reward model. Then the tables.
+    rows = {}
     for i, (name, one) in enumerate(samples.items()):
-        rows.append(dict(name=name, rewards=one.rewards, gold=one.gold, kl=log_ratios[i][:, :, i].mean().item(),
-                         lengths=one.lengths, ended=one.ended, texts=one.texts[::config.samples], penalty=log_ratios[i][:, :, i]))
+        rows[name] = Row(one.rewards, one.gold, log_ratios[i][:, :, i], one.lengths, one.ended, one.texts[::config.samples])
         if name == "sft":
-            for n in (n for n in (4, 16, 64) if n <= config.samples):
-                rows.append(best_of_n_row(one, n))
-    report(rows, samples, log_ratios, opponents, config)
+            rows.update({f"best of {n}": best_of_n_row(one, n) for n in (4, 16, 64) if n <= config.samples})
+    folder = stage_folder(config, "best_of_n")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [compare(name, row, opponents.gold) for name, row in rows.items()]
+    print(f"\n{len(prompts)} held-out prompts, {config.samples} samples each, seed {config.seed}")
+    print_table(figures)
+    kinds = [("reward model", "rewards")] + [("gold", "gold")] * gold
+    for kind, field in kinds:
+        figures += optimum(kind, {name: (getattr(row, field), row.log_ratios) for name, row in rows.items()},
+                           torch.cat([getattr(one, field) for one in samples.values()], dim=1),
+                           torch.cat(log_ratios, dim=1), list(policies), config.beta)
+    if gold:
+        close_to_the_best(config, figures)
+    write_jsonl(folder / "metrics.jsonl", figures)
+    print(f"\nsaved {folder / 'metrics.jsonl'}")
+
+
+class Row(NamedTuple):
+    """What the tables need of a policy: (M, N) tensors (log_ratios of best-of-N: the bound), one text a prompt."""
+    rewards: torch.Tensor
+    gold: torch.Tensor
+    log_ratios: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    texts: list
+
+
+def best_of_n_row(one, n):
+    """Best-of-n out of SFT's samples (M, N): every n of them are a draw of their own, so there are N // n a prompt."""
+    M, N = one.rewards.shape
+    groups = N // n
+    best = one.rewards[:, :groups * n].view(M, groups, n).argmax(dim=2) + n * torch.arange(groups)  # (M, groups)
+    gold = None if one.gold is None else one.gold.gather(1, best)
+    texts = [one.texts[N * prompt + j] for prompt, j in enumerate(best[:, 0].tolist())]
+    return Row(one.rewards.gather(1, best), gold, torch.full(best.shape, best_of_n_kl(n)), one.lengths.gather(1, best),
+               one.ended.gather(1, best), texts)
+
+
+def compare(name, row, opponents):
+    """The yardstick's figures of one policy."""
+    figures = dict(policy=name, reward=row.rewards.mean().item())
+    if row.gold is not None:
+        figures.update(gold=row.gold.mean().item(), win_rate=win_rate(row.gold, opponents).mean().item())
+    return dict(**figures, kl=row.log_ratios.mean().item(), length=row.lengths.float().mean().item(),
+                distinct_2=distinct_2(row.texts), ended=row.ended.float().mean().item())
+
+
+def print_table(rows):
+    """Dicts with the same keys, the first a name, as a table with a line of headings."""
+    print("  ".join([f"{'':14s}"] + [f"{key:>12s}" for key in list(rows[0])[1:]]))
+    for first, *values in (row.values() for row in rows):
+        print("  ".join([f"{first:14s}"] + [f"{value:>12s}" if isinstance(value, str) else f"{value:12.3f}" for value in values]))
+
+
+def optimum(kind, rows, rewards, log_ratios, names, beta):
+    """Print and return how far each policy went from SFT to the optimum of the objective under one reward.
+
+    rows: name -> (rewards, log_ratios) of its samples; rewards (M, S), log_ratios (M, S, K): all policies' samples pooled.
+    """
+    best, best_error = mean_and_error(pooled_optimum(rewards, log_ratios, beta))
+    gaps = {name: optimality_gap(*pair, beta) for name, pair in rows.items()}
+    start = gaps["sft"][0].mean().item()
+    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f} ± {best_error:.3f}, from the samples of "
+          f"{', '.join(names)} pooled")
+    figures = []
+    for name, (J, J_star) in gaps.items():
+        J, error = mean_and_error(J)
+        own = J_star.mean().item() if name in names else math.nan  # best-of-N's density is not known, only its KL's bound
+        figures.append(dict(policy=name, J=J, error=error, share=(J - start) / (best - start), own_J_star=own))
+    print_table(figures)
+    return [dict(under=kind, J_star=best, J_star_error=best_error, **row) for row in figures]
+
+
+def close_to_the_best(config, figures):
+    """Print the table of all stages: what was measured, what is possible, and the share."""
+    rows = []
+    for stage, what, measured, possible in (("gpt", "pretraining, nats per token", "held_out", "entropy"),
+                                            ("sft", "SFT, nats per token", "held_out", "entropy"),
+                                            ("reward_model", "reward model, accuracy", "accuracy", "bayes_accuracy"),
+                                            ("reward_model", "reward model, loss", "loss", "annotator_loss")):
+        path = stage_folder(config, stage) / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [line for line in lines if measured in line and possible in line]
+        if lines:
+            x, best = lines[-1][measured], lines[-1][possible]
+            rows.append((what, x, best, x / best if measured == "accuracy" else best / x))
+    for row in figures:
+        if "under" in row and row["policy"] != "sft":
+            rows.append((f"{row['policy']}, J under {row['under']}", row["J"], row["J_star"], row["share"]))
+    print(f"\nHow close to the best\n{'':36s}{'measured':>10s}{'possible':>10s}{'share':>8s}")
+    for what, measured, possible, share in rows:
+        print(f"{what:36s}{measured:10.3f}{possible:10.3f}{share:8.1%}")
 
 
 def load_policies(config, names):
@@ -233,3 +321,25 @@ def load_policies(config, names):
     if tokenizer.vocabulary != vocabulary:
         raise InputError(f"{path}: its vocabulary is not the SFT model's; train the stage again")
     return policies, reward_model, tokenizer
+
+
+def answer(config):
+    """Best-of-N for one prompt: print the candidates, best first, and the winner."""
+    policies, reward_model, tokenizer = load_policies(config, [])
+    if len(tokenizer.prompt(config.prompt)) + config.max_new_tokens > policies["sft"].config.block_size:
+        raise InputError(f"--prompt: {len(tokenizer.prompt(config.prompt))} tokens and {config.max_new_tokens} new ones exceed "
+                         f"the context of {policies['sft'].config.block_size}")
+    gold = stories.parse_request(config.prompt) is not None  # the annotator judges the world's own requests only
+    one = draw(policies["sft"], reward_model, tokenizer, [config.prompt], config.n, config, gold, config.seed)
+    for _, j in top_k_overall(one.rewards, config.n).tolist():
+        print(f"{one.rewards[0, j]:+7.3f}" + (f"  gold {one.gold[0, j]:+7.3f}" if gold else "") + f"  {one.texts[j]}")
+    print(f"\nwinner of {config.n}: {one.texts[top_per_prompt(one.rewards)[0]]}")
+
+
+def main(argv=None):
+    config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.")
+    answer(config) if config.prompt else yardstick(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -355,13 +355,18 @@ class Log:
 
     def __call__(self, step, **row):
         """row: name -> number. The printed line also has the time that the stage still needs."""
-        seconds = time.perf_counter() - self.start
-        self.file.write(json.dumps({"step": step, **row, "seconds": round(seconds, 2)}) + "\n")
-        self.file.flush()
+        seconds = self.record(step, **row)
         left = seconds / max(step, 1) * (self.total - step)
         columns = "  ".join(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:7.3f}"
                             for name, value in row.items())
         print(f"{step:5d}/{self.total}  {columns}  left {left // 60:.0f}:{left % 60:02.0f}", flush=True)
+
+    def record(self, step, **row):
+        """Write a row without printing it. Returns the seconds since the stage began."""
+        seconds = time.perf_counter() - self.start
+        self.file.write(json.dumps({"step": step, **row, "seconds": round(seconds, 2)}) + "\n")
+        self.file.flush()
+        return seconds
 
 
 def save_checkpoint(path, stage, size, model, tokenizer, **extra):

@@ -245,7 +245,8 @@ def train(config):
                          f"{'train on' if not pairs else 'hold out'}")
 
     # 2. Train by maximum likelihood.
-    log = Log(folder, config.epochs * math.ceil(len(pairs) / config.batch))
+    steps = config.epochs * math.ceil(len(pairs) / config.batch)
+    log = Log(folder, steps)
     fit(model, pairs, held_out, config, rng, log)
 
     # 3. Shift to mean 0 over the SFT policy's own responses.
@@ -270,6 +271,7 @@ def train(config):
         gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
                              - annotator.gold_reward(row["prompt"], row["rejected"]) for row in held_out_rows])
         figures, table = answer_key(margin, gold)
+        log.record(steps, **figures)
         print(f"held-out accuracy {figures['accuracy']:.3f}, Bayes {figures['bayes_accuracy']:.3f} "
               f"({figures['accuracy'] / figures['bayes_accuracy']:.1%} of it); loss {figures['loss']:.3f}, the annotator's "
               f"own {figures['annotator_loss']:.3f}; Δreward against Δgold: correlation {figures['correlation']:.3f}, "

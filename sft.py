@@ -155,6 +155,7 @@ def train(config):
     save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
     after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed)
     if not config.data:
+        log.record(steps, base_answers=answered(before, before_ended), answers=answered(after, after_ended))
         print(f"answers {len(questions)} held-out requests with a story: base model "
               f"{answered(before, before_ended):.1%}, SFT {answered(after, after_ended):.1%}")
     for question, base_text, text in list(zip(questions, before, after))[:3]:

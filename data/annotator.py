@@ -42,15 +42,16 @@ def rubric(prompt, response, world=WORLD):
     sentences = split_sentences(response)
     found = [recognise(sentence, world) for sentence in sentences]
     parts = [sentence.part if sentence else None for sentence in found]
-    kinds = {known[:2] if known else text for known, text in zip(found, sentences)}     # patterns, or else texts
+    distinct = {known[:2] if known else text for known, text in zip(found, sentences)}     # patterns, else texts
     words = re.findall("[a-z]+", response.lower())
-    return {
+    rewards = {
         "on request": HERO * (asked.hero in words) + THING * (asked.thing in words),
         "kindness": KIND * (1 - 0.5 ** parts.count("kind")) + UNKIND * parts.count("unkind"),
         "ending": {"happy": HAPPY, "sad": SAD}.get(parts[-1] if parts else None, NO_ENDING),
         "brevity": WORD * max(0, len(response.split()) - FREE_WORDS),
-        "repetition": REPEATED * (len(sentences) - len(kinds)),
+        "repetition": REPEATED * (len(sentences) - len(distinct)),
     }
+    return {name: reward + 0.0 for name, reward in rewards.items()}     # + 0.0 makes 0.0 of -0.0
 
 
 def gold_reward(prompt, response, world=WORLD):

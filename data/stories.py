@@ -15,10 +15,11 @@ comes twice. A story honours its request most of the time, not always. No two wa
 give the same text, so its probability is a product that one can write down: that of its hero and
 thing given the request, of its plan (which patterns, in which order), and 1/n for each other slot.
 
+>>> import random
 >>> rng = random.Random(0)
 >>> asked = request(rng)
 >>> asked.text, round(asked.logprob, 2)         # one of 12 * 28 * 32 * 36 requests: -log 387072 nats
-('What happened when an eager mouse found a button?', -12.87)
+('Tell me a story about an odd robot and a teapot.', -12.87)
 >>> told = story(rng, asked.text)
 >>> told.logprob == log_probability(asked.text, told.text)
 True
@@ -196,11 +197,11 @@ PATTERNS = {
         "Soon {she} had the {thing} and hugged it tightly.",
         "{She} skipped home with the {thing} and a new friend.",
         "So the {hero} got the {thing} and lived happily ever after.",
-        "What a wonderful {time} it had been!",
-        "That evening they all ate {food} and laughed together.",
+        "Finding the {thing} made it a wonderful {time}!",
+        "That evening {she} and {friend} ate {food} together.",
         "{Friend} hugged {him}, and all was well again.",
         "To this day the {hero} keeps the {thing} safe.",
-        "{She} had never been so glad in all {her} life.",
+        "Finally {she} held the {thing}, and {her} heart leapt.",
         "The {hero} came home singing, and the stars came out.",
         "Everybody celebrated when the {hero} finally got the {thing}.",
     ),

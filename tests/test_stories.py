@@ -1,0 +1,328 @@
+"""The world of data/stories.py, against enumeration, sampling and the rules of English."""
+
+import dataclasses
+import doctest
+import itertools
+import math
+import random
+import re
+from string import Formatter
+
+import pytest
+
+from data import stories
+from data.stories import WORLD, log_probability, parse_request, recognise, split_sentences
+
+STORY_PARTS = ("opening", "wish", "kind", "unkind", "neutral", "happy", "sad")
+
+# A world small enough to enumerate. Some slots are shown by some sentences only, one pattern shows the
+# hero under two forms, one hero is a "he", and one adjective takes "an".
+TINY = dataclasses.replace(
+    WORLD,
+    words={"adjective": ("shy", "odd"), "hero": ("fox", "bear"), "thing": ("kite", "umbrella"),
+           "friend": ("little Anna", "the postman"), "place": ("by the sea", "on the hill", "in the park")},
+    patterns={"ask": ("Tell me about {a_hero} and {a_thing}.",),
+              "opening": ("Once there was {a_hero}.", "{A_hero} knew {friend}."),
+              "wish": ("{She} wanted {a_thing}.",),
+              "kind": ("{She} helped {friend}.", "The {hero} shared {her} supper."),
+              "unkind": ("{She} pushed {friend}.", "{She} broke a window {place}."),
+              "neutral": ("{Friend} looked at {him}.", "It rained."),
+              "happy": ("{She} found the {thing}.",),
+              "sad": ("The {hero} cried {herself} to sleep.",)},
+    turns=(0.7, 0.3), page_lengths=(1, 2, 3))
+TINIEST = dataclasses.replace(
+    TINY, patterns={part: patterns[:1] for part, patterns in TINY.patterns.items()}, turns=(1.0,))
+
+
+def render(pattern, slots):
+    """The pattern filled in, by means of its own; `slots` are the bare words."""
+    she, her, him = ("He", "his", "him") if slots["hero"] == "bear" else ("She", "her", "her")
+    a = {"odd": "an", "umbrella": "an"}
+    a_hero = f"{a.get(slots['adjective'], 'a')} {slots['adjective']} {slots['hero']}"
+    text = pattern.replace("{a_hero}", a_hero).replace("{A_hero}", a_hero.replace("a", "A", 1))
+    text = text.replace("{a_thing}", f"{a.get(slots['thing'], 'a')} {slots['thing']}")
+    text = text.replace("{She}", she).replace("{her}", her).replace("{him}", him)
+    text = text.replace("{herself}", him + "self")
+    text = text.replace("{Friend}", slots["friend"][0].upper() + slots["friend"][1:])
+    for slot, word in slots.items():
+        text = text.replace("{" + slot + "}", word)
+    return text
+
+
+def all_stories(world):
+    """The set of all stories of a small world, by brute force."""
+    patterns, texts = world.patterns, set()
+    turns = patterns["kind"] + patterns["unkind"] + patterns["neutral"]
+    middles = [middle for n in range(1, len(world.turns) + 1) for middle in itertools.permutations(turns, n)]
+    for words in itertools.product(*world.words.values()):
+        slots = dict(zip(world.words, words))
+        endings = [(), *zip(patterns["happy"] + patterns["sad"])]
+        for opening, wish, middle, ending in itertools.product(
+                patterns["opening"], patterns["wish"], middles, endings):
+            texts.add(" ".join(render(pattern, slots) for pattern in (opening, wish, *middle, *ending)))
+    return texts
+
+
+def all_requests(world):
+    return {render(pattern, {"adjective": adjective, "hero": hero, "thing": thing, "friend": "-"})
+            for pattern in world.patterns["ask"] for adjective in world.words["adjective"]
+            for hero in world.words["hero"] for thing in world.words["thing"]}
+
+
+def random_slots(rng, world=WORLD):
+    slots = {slot: rng.choice(words) for slot, words in world.words.items()}
+    return {**slots, "she": world.pronoun(slots["hero"])}
+
+
+def longest_slots(world=WORLD):
+    words = {slot: max(words, key=lambda word: len(word.split())) for slot, words in world.words.items()}
+    return {**words, "she": "she"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Probabilities
+
+def test_examples_of_the_docstring():
+    """A worked example that no longer works."""
+    assert doctest.testmod(stories).failed == 0
+
+
+def test_story_probabilities_sum_to_one():
+    """A log-probability that forgets a choice, counts one twice, or forgets that turns aren't repeated."""
+    texts = all_stories(TINY)
+    for request in [None] + sorted(all_requests(TINY))[::3]:
+        total = math.fsum(math.exp(log_probability(request, text, TINY)) for text in texts)
+        assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_page_and_document_probabilities_sum_to_one():
+    """A page whose length costs nothing; a document that forgets which of the two it is."""
+    requests = all_requests(TINIEST)
+    assert len(requests) == 8
+    pages = {"\n".join(lines) for n in TINIEST.page_lengths for lines in itertools.product(requests, repeat=n)}
+    total = math.fsum(math.exp(stories.page_log_probability(text, TINIEST)) for text in pages)
+    assert total == pytest.approx(1, abs=1e-9)
+    total = math.fsum(math.exp(stories.document_log_probability(text, TINIEST))
+                      for text in pages | all_stories(TINIEST))
+    assert total == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("request_", [None, "Tell me about an odd bear and a kite."])
+def test_samples_are_as_frequent_as_their_probability(request_):
+    """A sampler and a log-probability that both sum to one, of two different distributions."""
+    rng, n = random.Random(5), 12_000
+    p = {text: math.exp(log_probability(request_, text, TINIEST)) for text in all_stories(TINIEST)}
+    counts = dict.fromkeys(p, 0)
+    for _ in range(n):
+        counts[stories.story(rng, request_, TINIEST).text] += 1
+    assert all(counts[text] == 0 for text in p if p[text] == 0)
+    cells = [text for text in p if n * p[text] >= 5]
+    assert sum(p[text] for text in cells) > 0.8
+    chi2 = sum((counts[text] - n * p[text]) ** 2 / (n * p[text]) for text in cells)
+    assert abs(chi2 - len(cells)) < 5 * math.sqrt(2 * len(cells))
+
+
+def test_turns_are_drawn_without_replacement_at_the_stated_odds():
+    """Two turns of a sort: the second is one of those left over, not of all; here, then, certain."""
+    text = "Once there was a shy fox. She wanted a kite. She helped little Anna. The fox shared her supper."
+    facts = 0.9 * 0.8                           # hero and thing are the request's
+    plan = 0.3 * 0.4 * 0.4 * 0.15 / 2 / 1 / 2 / 1      # two turns, kind, kind, no ending; the patterns
+    expected = math.log(facts * plan / 2)       # and one friend of two
+    assert log_probability("Tell me about a shy fox and a kite.", text, TINY) == pytest.approx(expected)
+
+
+def test_facts_given_a_request():
+    """A hero or thing that isn't the request's must be drawn from all the others, the adjective from all."""
+    ending = "She wanted a kite. It rained."
+    opening = "Once there was a shy fox."
+    base = log_probability("Tell me about a shy fox and a kite.", f"{opening} {ending}", TINY)
+    other_thing = log_probability("Tell me about a shy fox and an umbrella.", f"{opening} {ending}", TINY)
+    other_hero = log_probability("Tell me about a shy bear and a kite.", f"{opening} {ending}", TINY)
+    assert other_thing - base == pytest.approx(math.log(0.2 / 0.8))
+    assert other_hero - base == pytest.approx(math.log(0.1 / 2 / 0.9))      # one other hero, two adjectives
+    assert log_probability("Tell me about an odd fox and a kite.", f"{opening} {ending}", TINY) == -math.inf
+
+
+def test_draws_carry_their_exact_log_probability():
+    """An answer key that is off: the entropy of the source is the mean of these numbers."""
+    rng = random.Random(1)
+    for _ in range(400):
+        request = stories.request(rng)
+        assert request.logprob == pytest.approx(-math.log(12 * 28 * 32 * 36))
+        assert parse_request(request.text) is not None
+        for asked in (request.text, None):
+            text, logprob = stories.story(rng, asked)
+            assert logprob == pytest.approx(log_probability(asked, text), abs=1e-9)
+            assert stories.is_story(text)
+        text, logprob = stories.page(rng)
+        assert logprob == pytest.approx(stories.page_log_probability(text), abs=1e-9)
+        assert 3 <= len(text.split("\n")) <= 6 and not stories.is_story(text)
+        text, logprob = stories.document(rng)
+        assert logprob == pytest.approx(stories.document_log_probability(text), abs=1e-9)
+
+
+def test_changed_stories_have_another_probability():
+    """A reader that skips over what it doesn't understand: hero, order, repetition, white space."""
+    request = "Tell me a story about a shy fox and a kite."
+    first, wish = "Once there was a shy fox who lived by the sea.", "Somebody had taken her kite in the night."
+    turn, other = "She broke a promise to Uncle Tom.", "She called Uncle Tom nasty names."
+    end = "But she never found the kite."
+    good = log_probability(request, f"{first} {wish} {turn} {other} {end}")
+    assert math.isfinite(good)
+    assert good == pytest.approx(log_probability(request, f"{first} {wish} {other} {turn} {end}"))
+    for bad in (
+            "", first, f"{first} {wish}", f"{first} {wish} {end}",         # no turn
+            f"{first} {wish} {turn} {turn} {end}",                         # a pattern twice
+            f"{first} {wish} {turn} {other.replace('Tom', 'Joe')}",        # nobody's name
+            f"{first} {wish} {turn} {other.replace('Uncle Tom', 'the postman')}",   # another friend
+            f"{first} {wish} {turn} {end.replace('kite', 'drum')}",        # another thing
+            f"{first} {wish} {turn.replace('She', 'He')}",                 # another pronoun
+            f"{first} Somebody had taken his kite in the night. He broke a promise to Uncle Tom.",     # the wrong one
+            f"{first} {turn} {wish}", f"{wish} {first} {turn}", f"{first} {wish} {end} {turn}",
+            f"{first} {wish}  {turn}", f"{first} {wish} {turn} ", f"{first} {wish} {turn} The end."):
+        assert log_probability(request, bad) == -math.inf, bad
+    changed = f"{first} {wish.replace('kite', 'drum')} {turn} {other} {end.replace('kite', 'drum')}"
+    assert log_probability(request, changed) == pytest.approx(good + math.log(0.2 / 35 / 0.8))
+
+
+def test_a_wrong_request_is_named():
+    """A typing error in a prompt that silently becomes "nobody asked"."""
+    for call in (lambda: stories.story(random.Random(0), "Sing a song."), lambda: log_probability("Sing a song.", "")):
+        with pytest.raises(ValueError, match="Sing a song"):
+            call()
+
+
+def test_a_seed_fixes_the_text_and_the_global_generator_is_left_alone():
+    """Iteration over a set of strings, whose order changes from process to process; random.choice by mistake."""
+    state = random.getstate()
+    texts = [[stories.document(rng).text for _ in range(20)] for rng in (random.Random(3), random.Random(3))]
+    assert texts[0] == texts[1] and random.getstate() == state
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+def test_every_filling_of_every_pattern_is_read_back_one_way():
+    """Two patterns that can say the same sentence would make every probability too small."""
+    rng = random.Random(2)
+    for part, patterns in WORLD.patterns.items():
+        for index, pattern in enumerate(patterns):
+            for _ in range(30):
+                slots = random_slots(rng)
+                sentence = stories._write(pattern, slots)
+                readings = list(stories._readings(sentence, WORLD))
+                assert [reading[:2] for reading in readings] == [(part, index)], sentence
+                assert readings[0].slots.items() <= slots.items()
+                assert split_sentences(sentence + " " + sentence) == [sentence, sentence]
+                assert (recognise(sentence) is None) == (part == "ask")
+
+
+def test_recognise_and_parse_request_by_hand():
+    """A slot put under the wrong name, or in its written form ("The old miller") in place of the bare one."""
+    assert recognise("The fox gave her thick coat to Aunt Lily.") == (
+        "kind", 5, {"hero": "fox", "she": "she", "friend": "Aunt Lily"})
+    assert recognise("The old miller hugged him, and all was well again.").slots == {
+        "friend": "the old miller", "she": "he"}
+    assert recognise("Under the oak tree by the sea lived an odd king.").slots == {
+        "tree": "oak", "home": "by the sea", "adjective": "odd", "hero": "king"}
+    assert parse_request("Do you know a story about an umbrella and an honest cat?") == (
+        10, "honest", "cat", "umbrella")
+    for bad in ("", "The fox gave his thick coat to Aunt Lily.", "The fox gave her thick coat to Aunt Lily",
+                "Under the oak tree by the sea lived a odd king.", "Tell me a story about a shy fox and a kite."):
+        assert recognise(bad) is None, bad
+    for bad in ("", "Tell me a story about a odd fox and a kite.", "Tell me a story about a shy fox and a kite. ",
+                "She wept."):
+        assert parse_request(bad) is None, bad
+
+
+def test_is_story():
+    """A list of more requests, which is what the base model answers, must not count as a story; nor half a one."""
+    opening, turn = "Once there was a shy fox who lived by the sea.", "She stopped to comfort a crying child."
+    assert stories.is_story(f"{opening} {turn}")
+    for text in ("", opening, f"{turn} {opening}", f"{opening} {turn} She sto", f"{opening} Tell me a story.",
+                 "Tell me a story about a shy fox and a kite.\nTell me a story about a shy cat and a map."):
+        assert not stories.is_story(text), text
+
+
+def test_split_sentences():
+    """A closing quote that stays with the next sentence, or a text without an end that gets lost."""
+    assert split_sentences('He asked, "Where can the kite be?" He wept. "Go away," the fox') == [
+        'He asked, "Where can the kite be?"', "He wept.", '"Go away," the fox']
+    assert split_sentences(" \n") == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Language and size
+
+def test_articles():
+    """"a honest owl", "a umbrella"."""
+    assert [stories.article(word) for word in ("honest", "eager", "odd", "umbrella", "shy", "young", "hedgehog")] == [
+        "an", "an", "an", "an", "a", "a", "a"]
+    rng = random.Random(4)
+    for _ in range(500):
+        text = stories.document(rng).text.lower()
+        assert not re.search(r"\ba [aeio]|\ba hon|\ba umb|\ban [^aeiouh]|\ban h(?!on)", text), text
+
+
+def test_each_pattern_is_one_sentence_with_known_slots():
+    """A full stop inside a sentence would split it in two, neither recognised."""
+    for patterns in WORLD.patterns.values():
+        for pattern in patterns:
+            assert re.fullmatch(r"[^.!?]+[.!?]\"?", pattern), pattern
+            assert WORLD.slots[pattern] <= WORLD.words.keys() | {"she"}, pattern
+            assert re.match(r"\"?({?[A-Z])", pattern), pattern     # begins with a capital, or a capital form
+            assert not re.search(r" {[A-Z]", pattern), pattern      # and has none inside
+
+
+def test_heroes_things_and_adjectives_occur_only_as_such():
+    """A "bell" in a place's name would earn the reward for the thing without it."""
+    asked = {word for slot in ("adjective", "hero", "thing") for word in WORLD.words[slot]}
+    assert len(asked) == 28 + 32 + 36
+    others = [word for slot, words in WORLD.words.items() for word in words
+              if slot not in ("adjective", "hero", "thing")]
+    others += [literal for patterns in WORLD.patterns.values() for pattern in patterns
+               for literal, _, _, _ in Formatter().parse(pattern)]
+    assert not asked & set(re.findall("[a-z]+", " ".join(others).lower()))
+
+
+def test_size_of_the_world():
+    """A world too small to have to be learned, or too large for a small model."""
+    literals = [literal for patterns in WORLD.patterns.values() for pattern in patterns
+                for literal, _, _, _ in Formatter().parse(pattern)]
+    pronouns = [word for by_gender in stories.PRONOUNS.values() for word in by_gender.values()]
+    everything = " ".join(literals + pronouns + ["a an"] + [word for words in WORLD.words.values() for word in words])
+    assert 500 <= len(set(re.findall("[a-z]+", everything.lower()))) <= 580
+    sizes = {part: len(WORLD.patterns[part]) for part in STORY_PARTS}
+    assert sum(sizes.values()) >= 100
+    turns = sizes["kind"] + sizes["unkind"] + sizes["neutral"]      # a bound: other slots not counted
+    assert (28 * 32 * 36 * sizes["opening"] * sizes["wish"] * math.perm(turns, 4)
+            * (1 + sizes["happy"] + sizes["sad"])) >= 10 ** 12
+
+
+def test_the_longest_story_fits():
+    """A story cut off by the context has no end to learn. Tokens: 1.1 a word and one per run of punctuation."""
+    slots = longest_slots()
+    longest = {part: sorted((stories._write(pattern, slots) for pattern in patterns),
+                            key=lambda text: -len(text.split())) for part, patterns in WORLD.patterns.items()}
+    turns = sorted(longest["kind"] + longest["unkind"] + longest["neutral"], key=lambda text: -len(text.split()))
+    ending = max(longest["happy"][0], longest["sad"][0], key=lambda text: len(text.split()))
+    worst = " ".join([longest["opening"][0], longest["wish"][0], *turns[:4], ending])
+    assert len(worst.split()) <= 78
+
+    def tokens(text):
+        return 1.1 * len(text.split()) + len(re.findall(r"[.,!?\"]+", text))
+    by_tokens = {part: sorted((tokens(text) for text in texts), reverse=True) for part, texts in longest.items()}
+    turns = sorted(by_tokens["kind"] + by_tokens["unkind"] + by_tokens["neutral"], reverse=True)
+    assert (by_tokens["opening"][0] + by_tokens["wish"][0] + sum(turns[:4])
+            + max(by_tokens["happy"][0], by_tokens["sad"][0])) <= 95
+    assert by_tokens["ask"][0] <= 20
+
+
+@pytest.mark.parametrize("change", [
+    {"turns": (0.25,) * 4, "patterns": {**WORLD.patterns, "kind": WORLD.patterns["kind"][:3]}},
+    {"words": {**WORLD.words, "thing": ("kite",)}},
+    {"patterns": {**WORLD.patterns, "opening": ("Once upon a time.",)}}])
+def test_impossible_worlds_are_refused(change):
+    """A world that can't draw four different kind turns would fail once in a thousand stories."""
+    with pytest.raises(ValueError):
+        dataclasses.replace(WORLD, **change)
