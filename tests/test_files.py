@@ -1,5 +1,6 @@
 """Reading people's files: thousands of damaged ones, each of which must end in one line that says where and why."""
 
+import io
 import json
 import os
 import random
@@ -23,7 +24,8 @@ readers = pytest.mark.parametrize("reader", FORMATS, ids=lambda reader: reader._
 
 def random_value(rng):
     """A text that a reader must take as it is: quotes, escapes, line ends inside, other scripts, U+2028, U+FEFF."""
-    pieces = ["fox", " ", "a kite", '"', "\\", "\n", "\r\n", "\t", "é", "日本", "🦊", "\u2028", "\x85", "\ufeff", "{", "},"]
+    pieces = ["fox", " ", "a kite", '"', "\\", "\n", "\r\n", "\t", "é", "日本", "🦊", "\u2028", "\x85",
+              "\ufeff", "{", "},"]
     return "x" + "".join(rng.choices(pieces, k=rng.randint(0, 8)))
 
 
@@ -73,7 +75,8 @@ def damaged_lines(rng, row):
         good[:-1] + b', "x": ' + b"[" * 50_000 + b"}",
         good[:-1] + b', "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
         b'{"prompt": ' + b'{"a":' * nest + b"1" + b"}" * nest + b"}",
-        good[:-1] + b"\xff}", good[:-2] + b'\xc3"}', good[:-2] + b'\xed\xa0\x80"}', good[:-2] + b'\xc0\x80"}',  # not UTF-8
+        good[:-1] + b"\xff}", good[:-2] + b'\xc3"}',                        # not UTF-8
+        good[:-2] + b'\xed\xa0\x80"}', good[:-2] + b'\xc0\x80"}',
         good[:-2] + b'\0"}', good + b"\0", b"\0" * 10, good[:-2] + b'\x07"}',            # raw control characters
         good.decode().encode("utf-16-le"), b"\xff\xfe" + good.decode().encode("utf-16-le"),
         good[:-2] + b'\\x"}', good[:-2] + b'\\u12"}', good[:-2] + b'\\', BOM + BOM + good,
@@ -85,6 +88,7 @@ def expected(reader, rows):
 
 
 def put(path, data):
+    path.unlink(missing_ok=True)    # overwriting makes some file systems wait for the disk
     path.write_bytes(data)
     return path
 
@@ -223,7 +227,7 @@ def test_text_is_read_or_refused(tmp_path):
             data = data[:rng.randint(0, len(data))] + rng.choice([b"", b"\xff", b"\xed\xa0\x80", b"\xc0\x80"])
         put(path, data)
         try:
-            good = path.read_text(encoding="utf-8-sig")     # Python's own line ends, too
+            good = io.StringIO(data.decode("utf-8-sig"), newline=None).read()      # Python's own line ends
         except UnicodeDecodeError:
             with pytest.raises(InputError) as error:
                 read_text(path)
@@ -288,7 +292,8 @@ def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path):
     def rows():
         yield {"prompt": "fine"}
         raise RuntimeError
-    for bad, kind in [(rows(), RuntimeError), ([{"prompt": object()}], TypeError), ([{"prompt": "\ud83e"}], ValueError)]:
+    for bad, kind in [(rows(), RuntimeError),
+                      ([{"prompt": object()}], TypeError), ([{"prompt": "\ud83e"}], ValueError)]:
         with pytest.raises(kind):
             write_jsonl(path, bad)
     with pytest.raises(TypeError):
@@ -306,7 +311,8 @@ def main():
 run_script(main)
 """.encode())
     command = shell.format(f"'{sys.executable}' '{script}'")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -334,3 +340,6 @@ def test_closed_pipe(tmp_path):
     """`python ppo.py | head -1` ends in one line, not in Python's complaint about flushing at exit."""
     _, stdout, stderr = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
     assert stdout == "step 0\n" and stderr == "script.py: nobody reads the output any more\n"
+    # A short output stays in the buffer until the end, and meets the closed pipe only there.
+    _, _, stderr = run("import time; time.sleep(0.5); print('step')", tmp_path, "{} | true")
+    assert stderr == "script.py: nobody reads the output any more\n"

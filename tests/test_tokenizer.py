@@ -18,7 +18,8 @@ The banana bandana sang: aaaa aaaaa aaaaaa, lalalala, ananananas!  Naïve café,
 
 def random_text(rng, length):
     """Words, every plane of Unicode, and what breaks tokenizers: joined emoji, accents, NUL, CRLF, specials."""
-    hostile = ["👩‍👩‍👧", "🇩🇪", "e\u0301\u0301", "\0", "\r\n", "\t", "  ", "\u2028", "\ufeff", "\x1c", "\x85", "\xa0", "ﷺ",
+    hostile = ["👩‍👩‍👧", "🇩🇪", "e\u0301\u0301", "\0", "\r\n", "\t", "  ", "\u2028", "\ufeff", "\x1c",
+               "\x85", "\xa0", "ﷺ",
                "<|end|>", "<|user|>", "<|assistant|>", "fox", " kite", "0123", "'s", "...", "\x7f", "\uffff"]
     ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF), (0x300, 0x36F)]
     return "".join(rng.choice(hostile) if rng.random() < 0.5 else chr(rng.randint(*rng.choice(ranges)))
