@@ -25,10 +25,9 @@ import math
 import pickle
 import random
 import re
-import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,11 +118,14 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, parameter in self.named_parameters():  # GPT-2's initialization
+        # GPT-2's initialization, but for the scale: its 0.02 suits a width of 768; so small in a narrow model, attention
+        # starts out flat and learns to copy a name from the sentences before only after twice as many tokens.
+        std = config.n_embd ** -0.5
+        for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 residual branches a layer: their sum keeps its variance
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -171,9 +173,21 @@ def response_mask(prompt_lengths, lengths, T):
 
 def pad(sequences, device="cpu"):
     """Lists of ids -> (tokens (B, T) padded on the right with 0, lengths (B,))."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
+
+
+def batches_by_length(sequences, batch, rng):
+    """The indices of all sequences, shuffled, in lists of `batch`. Rows of one list have about the same length, so little
+    of a batch is padding: each run of 16 batches is sorted by length, then the batches are shuffled."""
+    order = rng.sample(range(len(sequences)), len(sequences))
+    batches = []
+    for start in range(0, len(order), 16 * batch):
+        group = sorted(order[start:start + 16 * batch], key=lambda i: len(sequences[i]))
+        batches += [group[i:i + batch] for i in range(0, len(group), batch)]
+    rng.shuffle(batches)
+    return batches
 
 
 class Rollout(NamedTuple):
@@ -472,31 +486,20 @@ class Config:
     seed: int = 1               # fixes weights, data and samples
     text: str = ""              # pretrain on this text file instead of the little world
     sample: str = ""            # print three continuations of this text from the checkpoint, and stop
-    vocab_size: int = 1024      # tokens of the tokenizer to train, the three special ones included
+    vocab_size: int = 1472      # at most so many tokens, the three special ones included; the world's words fill 1,440 or so
     block_size: int = 128       # context in tokens
     n_layer: int = 4            # transformer blocks
     n_head: int = 4             # attention heads in a block
     n_embd: int = 128           # width
-    steps: int = 600            # optimizer steps
-    batch: int = 32             # windows of block_size tokens in a step
+    steps: int = 1200           # optimizer steps
+    batch: int = 32             # documents in a step; of a text file, windows of block_size tokens
     lr: float = 3e-3            # peak learning rate (linear warm-up, cosine to a tenth)
     warmup: int = 50            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
-    report: int = 50            # steps between two reports
+    report: int = 100           # steps between two reports
 
 
 GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100, report=100)
-
-
-def world_tokens(tokenizer, count, rng):
-    """At least `count` tokens of the world's documents, each followed by <|end|>, as uint16."""
-    chunks, total = [], 0
-    while total < count:
-        texts = [stories.document(rng).text for _ in range(1000)]
-        for ids in tokenizer.encode_batch(texts):
-            chunks.append(np.array(ids + [tokenizer.end_token], dtype=np.uint16))
-            total += len(chunks[-1])
-    return np.concatenate(chunks)
 
 
 def train(config):
@@ -509,7 +512,7 @@ def train(config):
     if config.text:
         text = read_text(config.text)
         tokenizer = Tokenizer(train_vocabulary(text, config.vocab_size))
-        tokens = np.array(tokenizer.encode(text), dtype=np.uint16 if config.vocab_size < 2 ** 16 else np.int32)
+        tokens = np.array(tokenizer.encode(text))
         cut = len(tokens) * 9 // 10
         train_tokens, rest = tokens[:cut], tokens[cut:]
         held_out = [window.tolist() for window in np.split(rest, range(config.block_size, len(rest), config.block_size))
@@ -517,18 +520,23 @@ def train(config):
         if cut <= config.block_size or not held_out:
             raise InputError(f"{config.text}: {len(tokens)} tokens are too few for a context of {config.block_size}")
         source, start = None, []
+        offsets = rng.choices(range(cut - config.block_size), k=config.steps * config.batch)
+        sequences = [train_tokens[i:i + config.block_size] for i in offsets]  # random windows; views, no copies
         data = f"{config.text}: {cut:,} tokens to train on, the last {len(rest):,} held out"
     else:
         tokenizer = Tokenizer(train_vocabulary("\n".join(stories.document(rng).text for _ in range(4000)), config.vocab_size))
-        train_tokens = world_tokens(tokenizer, config.steps * config.batch * config.block_size, rng)
-        # Held-out documents are scored whole, each from its start, so no window begins in mid-document.
         held_out_rng = random.Random("held-out documents")
         documents = [stories.document(held_out_rng) for _ in range(500)]
-        start = [tokenizer.end_token]  # what stands before a document
-        held_out = [start + ids + [tokenizer.end_token] for ids in tokenizer.encode_batch([d.text for d in documents])]
-        source = -sum(d.logprob for d in documents) / sum(len(ids) - 1 for ids in held_out)
-        data = f"the little world: {len(train_tokens):,} fresh tokens, {len(documents)} held-out documents"
-    longest = max(map(len, held_out))
+        texts = [stories.document(rng).text for _ in range(config.steps * config.batch)]
+        # A row is one whole document, between two <|end|>: no row begins in the middle of a story, where nobody can know
+        # whose story it is, so the loss compares with the source's entropy.
+        start = [tokenizer.end_token]
+        held_out, sequences = ([start + ids + [tokenizer.end_token] for ids in tokenizer.encode_batch(batch)]
+                               for batch in ([document.text for document in documents], texts))
+        source = -sum(document.logprob for document in documents) / sum(len(ids) - 1 for ids in held_out)
+        data = (f"the little world: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} tokens; "
+                f"{len(documents)} documents held out")
+    longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
     shape = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
@@ -538,23 +546,20 @@ def train(config):
     prefix = [start + tokenizer.encode("Once" if start else "\n")] * 2
     before, _ = respond(model, tokenizer, prefix, 60, config.seed)
 
-    # 2. Next-token prediction on random windows.
+    # 2. Next-token prediction.
     log, losses = Log(folder, config.steps), []
-    windows = np.random.default_rng([config.seed, 1])
-    prompt_lengths = [1] * len(held_out)  # the first token has nothing before it to be predicted from
-    for step in range(config.steps):
-        offsets = windows.integers(0, len(train_tokens) - config.block_size, config.batch)
-        batch = np.stack([train_tokens[i:i + config.block_size] for i in offsets]).astype(np.int64)
-        batch = torch.from_numpy(batch).to(device)  # (B, T)
+    for step, batch in enumerate(batches_by_length(sequences, config.batch, rng)):
+        tokens, lengths = pad([sequences[i] for i in batch], device)  # (B, T)
+        mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding
         with autocast(device):
-            logits = model(batch)
-        loss = -token_logprobs(logits, batch).mean()  # -1/T Σ_t log p_θ(x_t | x_{<t})  (CS 224R, ch. 3)
+            logits = model(tokens)
+        loss = -(token_logprobs(logits, tokens) * mask).sum() / mask.sum()  # -Σ_t log p_θ(x_t | x_{<t})  (CS 224R, ch. 3)
         loss.backward()
         losses.append(loss.detach())
         lr = learning_rate(step, config.steps, config.lr, config.warmup)
         norm = optimizer_step(optimizer, model, lr)
         if (step + 1) % config.report == 0 or step + 1 == config.steps:
-            held_out_nats = held_out_loss(model, held_out, prompt_lengths)
+            held_out_nats = held_out_loss(model, held_out, [1] * len(held_out))
             row = dict(loss=torch.stack(losses).mean().item(), held_out=held_out_nats)
             if source:
                 row.update(entropy=source, excess=held_out_nats / source - 1)

@@ -22,8 +22,8 @@ import torch
 import gpt
 from data import stories
 from data.files import InputError, read_demonstrations, run_script
-from gpt import (Log, announce, autocast, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
-                 optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
+from gpt import (Log, announce, autocast, batches_by_length, get_device, held_out_loss, learning_rate, load_checkpoint,
+                 make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
                  token_logprobs, train_if_missing)
 
 
@@ -119,6 +119,9 @@ def train(config):
         origin, questions = "the little world", [row["prompt"] for row in held_out_rows[:config.questions]]
     sequences, prompt_lengths, dropped = encode_demonstrations(rows, tokenizer, block_size)
     held_out, held_out_prompts, held_out_dropped = encode_demonstrations(held_out_rows, tokenizer, block_size)
+    if not config.data and held_out_dropped:
+        raise InputError(f"the context of {block_size} tokens is too short for the little world's stories: pretrain with a "
+                         f"larger --block_size")
     if not sequences or not held_out:
         raise InputError(f"{origin}: no demonstration is left to {'train on' if not sequences else 'hold out'}: "
                          f"{dropped + held_out_dropped} exceed the context of {block_size} tokens")
@@ -136,9 +139,7 @@ def train(config):
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     log, losses, step = Log(folder, steps), [], 0
     for epoch in range(config.epochs):
-        order = rng.sample(range(len(sequences)), len(sequences))
-        for start in range(0, len(order), config.batch):
-            rows = order[start:start + config.batch]
+        for rows in batches_by_length(sequences, config.batch, rng):
             losses.append(backward(model, [sequences[i] for i in rows], [prompt_lengths[i] for i in rows],
                                    config.micro_batch))
             norm = optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
