@@ -24,11 +24,12 @@ import torch
 
 import dpo
 import ppo
-from data import annotator, stories
+from data import stories
 from data.files import InputError, read_prompts, run_script, write_jsonl
-from gpt import autocast, generate, get_device, load_checkpoint, parse_config, stage_folder, train_if_missing
+from gpt import (autocast, generate, get_device, load_checkpoint, parse_config, response_texts, stage_folder,
+                 train_if_missing)
 from dpo import response_logprobs
-from reward_model import RewardModel
+from reward_model import RewardModel, gold_rewards
 
 
 @dataclass
@@ -121,7 +122,7 @@ def mean_and_error(x):
 
 
 class Samples(NamedTuple):
-    """N responses to each of M prompts: ids (M·N lists, prompt by prompt), texts, and the rest as (M, N) tensors."""
+    """N responses to each of M prompts: rollouts (batches) and texts prompt by prompt, the rest as float (M, N)."""
     rollouts: list
     texts: list
     rewards: torch.Tensor
@@ -132,27 +133,22 @@ class Samples(NamedTuple):
 
 def draw(policy, reward_model, tokenizer, prompts, count, config, gold, seed):
     """`count` responses to every prompt, with their scores; gold: whether to ask the annotator too."""
-    device = get_device()
-    repeated = [prompt for prompt in prompts for _ in range(count)]
-    ids = [tokenizer.prompt(prompt) for prompt in repeated]
-    rollouts, texts, rewards, lengths, ends = [], [], [], [], []
+    device, shape = policy.wte.weight.device, (len(prompts), count)
+    ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(count)]
+    rollouts, texts, columns = [], [], []
     for start in range(0, len(ids), config.sample_batch):
-        with autocast(device):
+        with autocast(device), torch.no_grad():
             rollout = generate(policy, ids[start:start + config.sample_batch], config.max_new_tokens, tokenizer.end_token,
                                seed=seed + start)
-            with torch.no_grad():
-                scores = reward_model.score(rollout.tokens, rollout.lengths)
+            scores = reward_model.score(rollout.tokens, rollout.lengths)
         ended = rollout.ended(tokenizer.end_token)
-        rewards.append(torch.where(ended, scores, config.missing_end_score).cpu())
-        lengths.append((rollout.lengths - rollout.prompt_lengths).cpu())
-        ends.append(ended.cpu())
+        golds = gold_rewards(rollout, tokenizer) if gold else torch.zeros(len(scores))
+        columns.append(torch.stack([torch.where(ended, scores, config.missing_end_score).cpu(), golds, ended.cpu(),
+                                    (rollout.lengths - rollout.prompt_lengths).cpu()]))
         rollouts.append(rollout)
-        texts += [tokenizer.decode(response[:-1] if end else response)
-                  for response, end in zip(rollout.responses(), ended.tolist())]
-    shape = (len(prompts), count)
-    golds = torch.tensor(list(map(annotator.gold_reward, repeated, texts))).view(shape) if gold else None
-    return Samples(rollouts, texts, torch.cat(rewards).view(shape), golds, torch.cat(lengths).view(shape),
-                   torch.cat(ends).view(shape))
+        texts += response_texts(rollout, tokenizer)
+    rewards, golds, ended, lengths = torch.cat(columns, dim=1).view(4, *shape)
+    return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended)
 
 
 @torch.no_grad()
@@ -307,19 +303,16 @@ def close_to_the_best(config, figures):
 
 
 def load_policies(config, names):
-    """({"sft": GPT, name: GPT, ...}, reward model, tokenizer), all of one vocabulary."""
-    device = get_device()
-    policies, paths = {}, {"sft": "sft"} | {name: "dpo" if name.startswith("dpo") else "ppo" for name in names}
-    for name, stage in paths.items():
-        path = stage_folder(config, name) / "checkpoint.pt"
-        policies[name], tokenizer, _ = load_checkpoint(path, stage, config.size, device)
-        vocabulary = tokenizer.vocabulary if name == "sft" else vocabulary
-        if tokenizer.vocabulary != vocabulary:
-            raise InputError(f"{path}: its vocabulary is not the SFT model's; train the stage again")
+    """({"sft": GPT, name: GPT, ...}, reward model, tokenizer); InputError if their vocabularies differ."""
+    device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
-    if tokenizer.vocabulary != vocabulary:
-        raise InputError(f"{path}: its vocabulary is not the SFT model's; train the stage again")
+    for name in ["sft", *names]:
+        stage = name if name == "sft" else "dpo" if name.startswith("dpo") else "ppo"
+        policy_path = stage_folder(config, name) / "checkpoint.pt"
+        policies[name], policy_tokenizer, _ = load_checkpoint(policy_path, stage, config.size, device)
+        if policy_tokenizer.vocabulary != tokenizer.vocabulary:
+            raise InputError(f"{policy_path}: its vocabulary is not that of {path}; train the stages again")
     return policies, reward_model, tokenizer
 
 

@@ -280,12 +280,16 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     return Rollout(tokens[:, :int(lengths.max())], prompt_lengths, lengths)
 
 
+def response_texts(rollout, tokenizer):
+    """The responses of a Rollout as strings, without <|end|>."""
+    ended = rollout.ended(tokenizer.end_token).tolist()
+    return [tokenizer.decode(ids[:-1] if end else ids) for ids, end in zip(rollout.responses(), ended)]
+
+
 def respond(model, tokenizer, prompts, max_new_tokens, seed):
     """Sample a response for each prompt (lists of ids). Returns (texts without <|end|>, ended: list of bool)."""
     rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, seed=seed)
-    ended = rollout.ended(tokenizer.end_token).tolist()
-    ids = [response[:-1] if end else response for response, end in zip(rollout.responses(), ended)]
-    return [tokenizer.decode(response) for response in ids], ended
+    return response_texts(rollout, tokenizer), rollout.ended(tokenizer.end_token).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,15 +369,17 @@ class Log:
     def __init__(self, folder, total):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.start, self.total = time.perf_counter(), total
+        self.start, self.total, self.header = time.perf_counter(), total, False
 
     def __call__(self, step, **row):
-        """row: name -> number. The printed line also has the time that the stage still needs."""
+        """row: name -> number. Names are printed once, above their columns; left is the time the stage still needs."""
+        if not self.header:
+            self.header = True
+            print("     step  " + "  ".join(f"{name:>8s}" for name in row) + "    left")
         seconds = self.record(step, **row)
-        left = seconds / max(step, 1) * (self.total - step)
-        columns = "  ".join(f"{name} {value:.3g}" if name == "lr" else f"{name} {value:7.3f}"
-                            for name, value in row.items())
-        print(f"{step:5d}/{self.total}  {columns}  left {left // 60:.0f}:{left % 60:02.0f}", flush=True)
+        left = seconds / step * (self.total - step)
+        columns = "  ".join(f"{value:{max(8, len(name))}.4{'e' if 0 < value < 1e-3 else 'f'}}" for name, value in row.items())
+        print(f"{step:4d}/{self.total:<4d}  {columns}  {left // 60:3.0f}:{left % 60:02.0f}", flush=True)
 
     def record(self, step, **row):
         """Write a row without printing it. Returns the seconds since the stage began."""

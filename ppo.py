@@ -29,12 +29,12 @@ from typing import NamedTuple
 import torch
 
 import reward_model as reward_model_stage
-from data import annotator, stories
+from data import stories
 from data.files import InputError, read_prompts, run_script
 from gpt import (Log, announce, autocast, generate, get_device, load_checkpoint, make_optimizer, optimizer_step,
                  parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
                  train_if_missing)
-from reward_model import RewardModel
+from reward_model import RewardModel, gold_rewards
 
 
 @dataclass
@@ -60,7 +60,6 @@ class Config:
     temperature: float = 1.0    # of the policy that samples, and so of every log-probability too
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, in place of the reward model's
-    report: int = 1             # iterations between two printed reports
 
 
 GPU = dict(iterations=100, rollouts=512, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, max_new_tokens=128)
@@ -192,6 +191,72 @@ def backward(policy, value_model, batch, config):
 # The loop
 
 
+def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config):
+    """PPO's loop. Trains policy and value_model in place; a generator that yields (rollout, figures) every iteration.
+
+    reward_model: anything with score(tokens, lengths) -> (B,); draw_prompts(count, rng) -> lists of ids; figures: name ->
+    number, all that can be known without the annotator.
+    """
+    device, rng, beta = policy.wte.weight.device, random.Random(f"ppo {config.seed}"), config.beta
+    optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)
+    value_optimizer = make_optimizer(value_model, config.value_lr, weight_decay=0.0)
+    for iteration in range(config.iterations):
+        started = time.perf_counter()
+
+        # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
+        prompts = draw_prompts(config.rollouts, rng)
+        with autocast(device):
+            rollout = generate(policy, prompts, config.max_new_tokens, end_token, config.temperature,
+                               seed=rng.getrandbits(48))
+        tokens, lengths, ended = rollout.tokens, rollout.lengths, rollout.ended(end_token)
+        mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
+        generated = time.perf_counter()
+
+        # 2. Score: the reward model at the last token; log-probabilities under π_θ and π_ref for the KL penalty.
+        parts = []
+        with torch.no_grad():
+            for rows in torch.arange(len(tokens), device=device).split(config.micro_batch):
+                part = tokens[rows]
+                with autocast(device):
+                    logits, ref_logits = policy(part), reference(part)
+                    values, scores = value_model(part)[:, :-1], reward_model.score(part, lengths[rows])
+                parts.append((token_logprobs(logits, part, config.temperature),
+                              token_logprobs(ref_logits, part, config.temperature),
+                              token_entropy(logits, config.temperature), values, scores))
+        logprobs, ref_logprobs, entropies, values, scores = map(torch.cat, zip(*parts))  # (B, T-1), the scores (B,)
+        scores = torch.where(ended, scores, config.missing_end_score)
+        rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, beta)
+        scored = time.perf_counter()
+
+        # 3. Estimate advantages.
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        experience = Experience(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
+
+        # 4. Update: K epochs of minibatches on the same rollouts.
+        falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
+        losses = []
+        for epoch in range(config.epochs):
+            order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
+            for rows in order.split(config.minibatch):
+                minibatch = Experience(*(tensor[rows] for tensor in experience))
+                losses.append(backward(policy, value_model, minibatch, config))
+                optimizer_step(optimizer, policy, falling * config.lr)
+                optimizer_step(value_optimizer, value_model, falling * config.value_lr)
+        policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
+        updated = time.perf_counter()
+
+        # 5. Repeat with a new batch: the next rollouts come from the updated policy, π_old ← π_θ.
+        kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x)
+        yield rollout, dict(
+            reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
+            entropy=masked_mean(entropies, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
+            value_explained=1 - ((returns - values)[mask].var() / returns[mask].var()).item(), value_loss=value_loss,
+            length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(),
+            rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
+        if config.kl_target:
+            beta = adapt_beta(beta, kl.mean().item(), config.kl_target)
+
+
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
     train_if_missing("reward_model", reward_model_stage.main, config)
@@ -204,98 +269,39 @@ def train(config):
     value_model, _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)  # V starts as r_φ
     if reward_tokenizer.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{reward_path}: its vocabulary is not that of {sft_path}; train the reward model again")
-    room = policy.config.block_size - config.max_new_tokens
-    rng = random.Random(f"ppo {config.seed}")
 
     if config.data:
-        prompts = read_prompts(config.data)
-        prompt_pool = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room]
-        if not prompt_pool:
+        room = policy.config.block_size - config.max_new_tokens
+        pool = read_prompts(config.data)
+        fitting = [ids for ids in map(tokenizer.prompt, pool) if len(ids) <= room]
+        if not fitting:
             raise InputError(f"{config.data}: no prompt leaves room for --max_new_tokens {config.max_new_tokens} in the "
                              f"context of {policy.config.block_size}")
-        data = (f"{config.data}: {len(prompt_pool)} prompts, dropped {len(prompts) - len(prompt_pool)} that leave no room "
-                f"for {config.max_new_tokens} new tokens")
+        data = (f"{config.data}: {len(fitting)} prompts, dropped {len(pool) - len(fitting)} that leave no room for "
+                f"{config.max_new_tokens} new tokens")
     else:
         data = "fresh requests of the little world"
     announce(config.name, config, device, data, policy)
 
-    optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)
-    value_optimizer = make_optimizer(value_model, config.value_lr, weight_decay=0.0)
-    beta, log = config.beta, Log(folder, config.iterations)
-    for iteration in range(config.iterations):
-        started = time.perf_counter()
-
-        # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
+    def draw_prompts(count, rng):
         if config.data:
-            prompts = rng.choices(prompt_pool, k=config.rollouts)
+            return rng.choices(fitting, k=count)
+        return [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
+
+    log = Log(folder, config.iterations)
+    steps = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config)
+    for iteration, (rollout, figures) in enumerate(steps, start=1):
+        if config.data:
+            log(iteration, **figures)
         else:
-            prompts = [stories.request(rng).text for _ in range(config.rollouts)]
-        with autocast(device):
-            rollout = generate(policy, [tokenizer.prompt(prompt) for prompt in prompts], config.max_new_tokens,
-                               tokenizer.end_token, config.temperature, seed=rng.getrandbits(48))
-        tokens, lengths = rollout.tokens, rollout.lengths
-        ended = rollout.ended(tokenizer.end_token)
-        generated = time.perf_counter()
-
-        # 2. Score: the reward model at the last token; the KL penalty from π_ref at every token.
-        mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
-        columns = [[], [], [], [], []]
-        with torch.inference_mode():
-            for rows in torch.arange(len(tokens)).split(config.micro_batch):
-                part = tokens[rows]
-                with autocast(device):
-                    logits, ref_logits = policy(part), reference(part)
-                    values, scores = value_model(part)[:, :-1], reward_model.score(part, lengths[rows])
-                for column, x in zip(columns, (token_logprobs(logits, part, config.temperature),
-                                               token_logprobs(ref_logits, part, config.temperature),
-                                               token_entropy(logits, config.temperature), values, scores)):
-                    column.append(x)
-        logprobs, ref_logprobs, entropies, values, scores = (torch.cat(column).clone() for column in columns)
-        scores = torch.where(ended, scores, config.missing_end_score)
-        rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, beta)
-        scored = time.perf_counter()
-
-        # 3. Estimate advantages.
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        experience = Experience(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
-
-        # 4. Update: K epochs of minibatches on the same rollouts.
-        falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
-        figures = []
-        for epoch in range(config.epochs):
-            order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
-            for rows in order.split(config.minibatch):
-                minibatch = Experience(*(tensor[rows] for tensor in experience))
-                figures.append(backward(policy, value_model, minibatch, config))
-                optimizer_step(optimizer, policy, falling * config.lr)
-                optimizer_step(value_optimizer, value_model, falling * config.value_lr)
-        policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(figures).mean(dim=0).tolist()
-        updated = time.perf_counter()
-
-        # 5. Repeat with a new batch: the next rollouts come from the updated policy, π_old ← π_θ.
-        kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x)
-        row = dict(reward=scores.mean().item())
-        if not config.data:
-            texts = [tokenizer.decode(ids[:-1] if end else ids) for ids, end in zip(rollout.responses(), ended.tolist())]
-            row.update(gold=sum(map(annotator.gold_reward, prompts, texts)) / len(texts))
-        residual = returns - values
-        row.update(kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
-                   entropy=masked_mean(entropies, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
-                   value_explained=1 - (residual[mask].var() / returns[mask].var()).item(), value_loss=value_loss,
-                   length=(lengths - rollout.prompt_lengths).float().mean().item(),
-                   no_end=1 - ended.float().mean().item(), rollout_s=generated - started, scoring_s=scored - generated,
-                   update_s=updated - scored)
-        log(iteration + 1, **row)
-        if config.kl_target:
-            beta = adapt_beta(beta, row["kl"], config.kl_target)
-
+            log(iteration, gold=gold_rewards(rollout, tokenizer).mean().item(), **figures)
     save_checkpoint(folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer)
-    samples = prompts[:3]
-    ids = [tokenizer.prompt(prompt) for prompt in samples]
-    before, _ = respond(reference, tokenizer, ids, config.max_new_tokens, config.seed)
-    after, _ = respond(policy, tokenizer, ids, config.max_new_tokens, config.seed)
-    for prompt, *texts in zip(samples, before, after):
-        show(("prompt", prompt), ("before", texts[0]), ("after", texts[1]))
+
+    prompts = draw_prompts(3, random.Random("samples"))
+    before, _ = respond(reference, tokenizer, prompts, config.max_new_tokens, config.seed)
+    after, _ = respond(policy, tokenizer, prompts, config.max_new_tokens, config.seed)
+    for prompt, *texts in zip(prompts, before, after):
+        show(("prompt", tokenizer.decode(prompt[1:-1])), ("before", texts[0]), ("after", texts[1]))
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
 
 

@@ -29,7 +29,7 @@ import sft
 from data import annotator, stories
 from data.files import InputError, read_pairs, run_script, write_jsonl
 from gpt import (GPT, Log, announce, autocast, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 optimizer_step, pad, parse_config, respond, save_checkpoint, show, stage_folder, train_if_missing)
+                 optimizer_step, pad, parse_config, respond, response_texts, save_checkpoint, show, stage_folder, train_if_missing)
 
 
 @dataclass
@@ -102,6 +102,13 @@ def score_all(model, sequences, rows=128):
 # Step one: preferences
 
 
+def gold_rewards(rollout, tokenizer):
+    """The annotator's true reward of every response of a Rollout in the chat format: (B,)."""
+    rows = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())
+    prompts = [tokenizer.decode(row[1:length - 1]) for row, length in rows]  # between <|user|> and <|assistant|>
+    return torch.tensor(list(map(annotator.gold_reward, prompts, response_texts(rollout, tokenizer))))
+
+
 def collect_pairs(model, tokenizer, count, config, rng):
     """Ask the policy twice for each of the world's requests and let the annotator choose.
 
@@ -109,6 +116,9 @@ def collect_pairs(model, tokenizer, count, config, rng):
     """
     rows, dropped = [], {"no end": 0, "equal texts": 0}
     while len(rows) < count:
+        if sum(dropped.values()) > 10 * count:
+            raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends its "
+                             f"answers within --max_new_tokens {config.max_new_tokens}; train it longer")
         prompts = [stories.request(rng).text for _ in range(min(config.sample_batch, count - len(rows)))]
         ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(2)]
         texts, ended = respond(model, tokenizer, ids, config.max_new_tokens, seed=rng.getrandbits(48))
