@@ -145,6 +145,18 @@ def clipped_value_loss(values, old_values, returns, mask, clip):
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
+def kl_estimators(log_ratio):
+    """Three estimates of KL(p || q) from samples of p, one by one (Schulman 2020, "Approximating KL Divergence").
+
+    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2 is not; k2 and k3 are
+    never negative. The shaped rewards need k1: its sum is the log-ratio of the whole response, which the objective holds.
+    """
+    k1 = log_ratio
+    k2 = log_ratio ** 2 / 2
+    k3 = (-log_ratio).exp() - 1 + log_ratio
+    return k1, k2, k3
+
+
 def adapt_beta(beta, kl, kl_target):
     """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2), β ← β(1 + 0.1 e)."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
@@ -181,8 +193,8 @@ def backward(policy, value_model, batch, config):
         policy_loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
         value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
         (share * (policy_loss + value_loss)).backward()  # two models, no shared parameter: the sum needs no coefficient
-        log_ratio = (logprobs - part.old_logprobs).detach()
-        approx_kl = masked_mean(log_ratio.exp() - 1 - log_ratio, part.mask)  # KL(π_old || π_θ), never negative (k3)
+        _, _, k3 = kl_estimators((part.old_logprobs - logprobs).detach())
+        approx_kl = masked_mean(k3, part.mask)  # KL(π_old || π_θ): the samples are π_old's
         total += share * torch.stack([policy_loss.detach(), value_loss.detach(), clip_fraction, approx_kl])
     return total
 

@@ -1,0 +1,233 @@
+"""A world small enough to list every response: the exact optimum beside what the project's own loops find.
+
+Four ordinary tokens and an end token, at most three tokens to a response: 85 responses. π_ref is a real GPT with random
+weights, the rewards are drawn once, and π*(y) = π_ref(y) exp(r(y)/β) / Z is computed from the list.
+"""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+import ppo
+from best_of_n import best_of_n_kl, optimality_gap, pooled_optimum, top_per_prompt
+from dpo import dpo_loss, response_logprobs
+from gpt import GPT, GPTConfig, generate, pad
+from reward_model import RewardModel
+
+END, PROMPT, LIMIT, BETA = 4, [1, 2], 3, 0.5
+SHAPE = GPTConfig(vocab_size=5, block_size=5, n_layer=2, n_head=2, n_embd=32)
+RESPONSES = [(*words, END) for n in range(LIMIT) for words in itertools.product(range(4), repeat=n)]
+RESPONSES += list(itertools.product(range(4), repeat=LIMIT))  # these hit the limit without an end
+ROWS = [PROMPT + list(response) for response in RESPONSES]
+UNFINISHED = -1.0  # their reward: ppo.Config.missing_end_score
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small run faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(cls, seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cls(SHAPE)
+
+
+def exact_logprobs(policy):
+    """log π(y|x) of all 85 responses, in float64."""
+    tokens, lengths = pad(ROWS)
+    return response_logprobs(policy, tokens, torch.full_like(lengths, len(PROMPT)), lengths).double()
+
+
+def draw_rewards(seed=0):
+    rewards = torch.randn(len(ROWS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.where(torch.tensor([response[-1] == END for response in RESPONSES]), rewards, UNFINISHED)
+
+
+def kl(logp, logq):
+    return (logp.exp() * (logp - logq)).sum().item()
+
+
+class TableReward:
+    """A reward model that looks the reward up in the list."""
+
+    def __init__(self, rewards):
+        self.rewards = {tuple(row): reward for row, reward in zip(ROWS, rewards.tolist())}
+
+    def score(self, tokens, lengths):
+        return torch.tensor([self.rewards[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(reference, its log-probabilities, rewards, log π*, J*)."""
+    reference = make_model(GPT, seed=3)
+    with torch.no_grad():
+        reference.wte.weight *= 1.5  # sharpen it
+        ref = exact_logprobs(reference)
+    rewards = draw_rewards()
+    log_z = (ref + rewards / BETA).logsumexp(0)
+    return reference, ref, rewards, ref + rewards / BETA - log_z, BETA * log_z.item()
+
+
+def copy_of(model):
+    other = make_model(type(model), seed=0)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_the_list_is_complete(world):
+    """A list that lacks responses makes every 'exact' number below wrong; π_ref must also be far from uniform."""
+    ref = world[1]
+    assert ref.exp().sum().item() == pytest.approx(1, abs=1e-6)
+    assert kl(ref, torch.full_like(ref, -math.log(len(ref)))) > 0.3
+
+
+def test_ppo_finds_the_boltzmann_policy(world):
+    """PPO with a wrong sign, shift, mask, bootstrap or baseline still raises the reward; only a right one ends at π*."""
+    reference, ref, rewards, best, J_star = world
+    policy, value_model = copy_of(reference), make_model(RewardModel, seed=1)
+    assert kl(ref, best) >= 0.5
+    config = ppo.Config(iterations=200, rollouts=128, epochs=4, minibatch=32, micro_batch=32, lr=2e-3, value_lr=2e-3, beta=BETA,
+                        lam=0.95, max_new_tokens=LIMIT, missing_end_score=UNFINISHED)
+    for _ in ppo.optimize(policy, reference, TableReward(rewards), value_model, lambda n, rng: [PROMPT] * n, END, config):
+        pass
+    with torch.no_grad():
+        found = exact_logprobs(policy)
+    J = (found.exp() * (rewards - BETA * (found - ref))).sum().item()
+    assert J_star - J == pytest.approx(BETA * kl(found, best), abs=1e-5)
+    assert kl(found, best) <= 0.02
+
+
+def test_dpo_finds_the_same_policy(world):
+    """The lecture's claim that DPO and RLHF share one optimum; averaged log-probs or a lost <|end|> would move DPO's."""
+    reference, ref, rewards, best, _ = world
+    policy = copy_of(reference)
+    first, second = torch.cartesian_prod(torch.arange(len(ROWS)), torch.arange(len(ROWS))).T
+    weights = torch.sigmoid(rewards[first] - rewards[second])  # P(first ≻ second), exactly
+    weights = (weights / weights.sum()).float()
+    losses = torch.vmap(lambda *logprobs: dpo_loss(*(x[None] for x in logprobs), BETA))
+    tokens, lengths = pad(ROWS)
+    prompt_lengths = torch.full_like(lengths, len(PROMPT))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=1500)
+    for _ in range(1500):
+        logprobs = response_logprobs(policy, tokens, prompt_lengths, lengths)
+        loss = (weights * losses(logprobs[first], logprobs[second], ref.float()[first], ref.float()[second])).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        assert kl(exact_logprobs(policy), best) <= 0.005
+
+
+def test_value_model_learns_the_expected_return(world):
+    """A value read one column off, or bootstrapped past the end, learns another function than E[return | prefix]."""
+    reference, ref, rewards, _, _ = world
+    policy, value_model = make_model(GPT, seed=5), make_model(RewardModel, seed=1)
+    with torch.no_grad():
+        logprobs = exact_logprobs(policy)
+    before = {name: x.clone() for name, x in policy.state_dict().items()}
+    config = ppo.Config(iterations=150, rollouts=256, epochs=4, minibatch=64, micro_batch=64, lr=0.0, value_lr=3e-3, beta=BETA,
+                        lam=1.0, value_clip=100.0, max_new_tokens=LIMIT, missing_end_score=UNFINISHED)
+    for _ in ppo.optimize(policy, reference, TableReward(rewards), value_model, lambda n, rng: [PROMPT] * n, END, config):
+        pass
+    assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
+
+    def token_log_ratio(row, t):
+        """log π/π_ref of the t-th response token: the difference of the log-probabilities of two sets of responses."""
+        def mass(logp, prefix):
+            return torch.stack([p for p, other in zip(logp, ROWS) if other[:len(prefix)] == prefix]).logsumexp(0)
+        end = len(PROMPT) + t
+        return (mass(logprobs, row[:end + 1]) - mass(logprobs, row[:end])
+                - mass(ref, row[:end + 1]) + mass(ref, row[:end])).item()
+
+    errors, spread = 0.0, 0.0
+    mean = None
+    for n in range(LIMIT):
+        for words in itertools.product(range(4), repeat=n):
+            prefix = PROMPT + list(words)
+            inside = [i for i, row in enumerate(ROWS) if row[:len(prefix)] == prefix]
+            p = (logprobs[inside] - logprobs[inside].logsumexp(0)).exp()
+            returns = [rewards[i].item() - BETA * sum(token_log_ratio(ROWS[i], t) for t in range(n, len(RESPONSES[i])))
+                       for i in inside]
+            exact = sum(a * b for a, b in zip(p.tolist(), returns))  # E[Σ_{k>=t} r_k | prefix]
+            weight = logprobs[inside].exp().sum().item()
+            with torch.no_grad():
+                value = value_model(torch.tensor([prefix]))[0, -1].item()
+            mean = exact if mean is None else mean  # the empty prefix: the mean return
+            errors += weight * (value - exact) ** 2
+            spread += weight * (exact - mean) ** 2
+    assert spread > 0.1 and errors < 0.02 * spread + 0.005
+
+
+def test_optimality_identity_is_exact(world):
+    """J* - J = β KL(π||π*): a β too many, or the log-ratio upside down, and 'distance to the optimum' is noise."""
+    reference, ref, rewards, best, J_star = world
+    counts = torch.randint(0, 4, (len(ROWS),), generator=torch.Generator().manual_seed(1))  # a policy of whole numbers
+    samples = torch.repeat_interleave(torch.arange(len(ROWS)), counts)  # each response as often as its probability says
+    policy = (counts.double() / counts.sum()).log()
+    J, _ = optimality_gap(rewards[samples][None], (policy - ref)[samples][None], BETA)
+    kept = counts > 0
+    assert J_star - J.item() == pytest.approx(BETA * (policy[kept].exp() * (policy - best)[kept]).sum().item(), abs=1e-9)
+
+
+def test_the_estimates_of_the_optimum_agree(world):
+    """A policy that dropped modes underestimates Z from its own samples; pooled with the reference's it must not."""
+    reference, ref, rewards, best, J_star = world
+    M, N = 40, 1000
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.tensor([response[0] != RESPONSES[int(best.argmax())][0] for response in RESPONSES])
+    narrow = torch.where(kept, best, -math.inf).log_softmax(0)  # π* without the first token of its best response
+    draws = [logp.exp().expand(M, -1).multinomial(N, replacement=True, generator=generator) for logp in (ref, narrow)]
+    pooled = torch.cat(draws, dim=1)
+    log_ratios = torch.stack([torch.zeros_like(pooled, dtype=torch.float64), (narrow - ref)[pooled]], dim=2)
+    estimates = pooled_optimum(rewards[pooled], log_ratios, BETA)
+    _, own = optimality_gap(rewards[draws[1]], (narrow - ref)[draws[1]], BETA)
+    assert own.max() < J_star - 0.1
+    assert abs(estimates.mean().item() - J_star) < 4 * estimates.std().item() / math.sqrt(M) + 0.005
+
+
+def test_best_of_n_has_its_exact_law(world):
+    """The law of best-of-N, P(y) = F(y)^N - F(<y)^N, against the project's sampler and selection; the KL bound holds."""
+    reference, ref, rewards, _, _ = world
+    rewards = draw_rewards() + 1e-6 * torch.arange(len(ROWS))  # no ties
+    order = rewards.argsort()
+    cumulative = ref.exp()[order].cumsum(0)
+    n, groups = 4, 4000
+    law = torch.zeros_like(ref)
+    law[order] = cumulative ** n - torch.cat([torch.zeros(1), cumulative[:-1]]) ** n
+    assert kl(law.log(), ref) <= best_of_n_kl(n)
+    rollout = generate(reference, [PROMPT] * n * groups, LIMIT, END, seed=0)
+    drawn = TableReward(rewards).score(rollout.tokens, rollout.lengths).view(groups, n)
+    won = drawn.gather(1, top_per_prompt(drawn)[:, None])
+    assert abs(won.mean().item() - (law * rewards).sum().item()) < 4 * won.std().item() / math.sqrt(groups)
+    # In the limit of many responses, all rare, the bound is tight.
+    many = torch.arange(1, 100_001, dtype=torch.float64) / 100_000
+    law = many ** n - torch.cat([torch.zeros(1), many[:-1]]) ** n
+    assert kl(law.log(), torch.full_like(law, -math.log(100_000))) == pytest.approx(best_of_n_kl(n), abs=1e-4)
+
+
+def test_kl_estimators(world):
+    """KL with the ratio upside down is unbiased for nothing; by enumeration k1 and k3 are unbiased, k2 is not."""
+    _, ref, _, best, _ = world
+    true = kl(best, ref)
+    p = best.exp()
+    figures = {}
+    for name, k in zip(("k1", "k2", "k3"), ppo.kl_estimators(best - ref)):
+        mean = (p * k).sum().item()
+        figures[name] = mean, (p * (k - mean) ** 2).sum().sqrt().item(), k.min().item()
+    print(f"\nKL(π* || π_ref) = {true:.3f} nats\n      mean    bias  standard deviation  smallest")
+    for name, (mean, deviation, smallest) in figures.items():
+        print(f"{name}  {mean:6.3f}  {mean - true:6.3f}  {deviation:18.3f}  {smallest:8.3f}")
+    assert figures["k1"][0] == pytest.approx(true, abs=1e-9) and figures["k3"][0] == pytest.approx(true, abs=1e-6)
+    assert abs(figures["k2"][0] - true) > 0.05
+    assert figures["k1"][2] < 0 <= min(figures["k2"][2], figures["k3"][2])
