@@ -265,6 +265,7 @@ class Grammar:
     ending_odds: tuple = (("happy", 0.55), ("sad", 0.30), (None, 0.15))     # None: the story just stops
     hero_kept: float = 0.9                      # P(hero and adjective are the request's); else: another hero
     thing_kept: float = 0.8                     # P(the thing is the request's); else: another thing
+    title: str = "The {adjective} {hero} and the {thing}"    # the line above a story in a book
     page_lengths: tuple = (3, 4, 5, 6)          # requests on a page of the exercise book, equally likely
     page_share: float = 0.3                     # P(a pretraining document is a page); else: a story
 
@@ -502,8 +503,12 @@ def page_log_probability(text, world=WORLD):
 
 def document_log_probability(text, world=WORLD):
     """log P(text) in nats under document(rng); no text is both a story and a page."""
-    return max(_log(1 - world.page_share) + log_probability(None, text, world),
-               _log(world.page_share) + page_log_probability(text, world))
+    title, _, told = text.partition("\n")
+    logprob = log_probability(None, told, world)
+    if logprob > -math.inf:
+        opening, wish = (recognise(sentence, world).slots for sentence in split_sentences(told)[:2])
+        logprob = logprob if title == _write(world.title, {**opening, **wish}) else -math.inf
+    return max(_log(1 - world.page_share) + logprob, _log(world.page_share) + page_log_probability(text, world))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -555,7 +560,12 @@ def story(rng, request, world=WORLD):
     Returns a Draw(text, logprob): logprob = log P(text | request) in nats, the same number as
     log_probability(request, text). Raises ValueError if the request is not one of this world.
     """
-    asked = _parse_asked(request, world)
+    draw, _ = _draw_story(rng, _parse_asked(request, world), world)
+    return draw
+
+
+def _draw_story(rng, asked, world):
+    """(Draw, its slots): a story, given the Request or None."""
     slots = _draw_facts(rng, asked, world)
     plan = _draw_plan(rng, world)
     patterns = [world.patterns[part][index] for part, index in plan]
@@ -564,7 +574,7 @@ def story(rng, request, world=WORLD):
         for slot in sorted(world.slots[pattern] - slots.keys()):
             slots[slot] = rng.choice(world.words[slot])
     text = " ".join(_write(pattern, slots) for pattern in patterns)
-    return Draw(text, _log_p_story(asked, plan, slots, world))
+    return Draw(text, _log_p_story(asked, plan, slots, world)), slots
 
 
 def page(rng, world=WORLD):
@@ -575,7 +585,12 @@ def page(rng, world=WORLD):
 
 
 def document(rng, world=WORLD):
-    """Draws a pretraining document, a story or a page. Returns a Draw(text, logprob in nats)."""
-    is_page = rng.random() < world.page_share
-    text, logprob = page(rng, world) if is_page else story(rng, None, world)
-    return Draw(text, logprob + _log(world.page_share if is_page else 1 - world.page_share))
+    """Draws a pretraining document, a story under its title or a page of requests. Returns a Draw(text, logprob in nats).
+
+    The title names adjective, hero and thing, which the story shows anyway, so it adds nothing to the log-probability.
+    """
+    if rng.random() < world.page_share:
+        text, logprob = page(rng, world)
+        return Draw(text, logprob + _log(world.page_share))
+    (text, logprob), slots = _draw_story(rng, None, world)
+    return Draw(_write(world.title, slots) + "\n" + text, logprob + _log(1 - world.page_share))

@@ -1,0 +1,546 @@
+"""ppo.py against brute force, enumeration, autograd and the lecture's own table. Every test says which bug it is for."""
+
+import copy
+import functools
+import itertools
+import json
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import gpt
+import ppo
+import reward_model
+import sft
+from data import stories
+from data.files import InputError, write_jsonl
+from data.tokenizer import Tokenizer
+from gpt import GPT, GPTConfig, load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
+from reward_model import RewardModel
+
+V, END, LIMIT = 5, 4, 3  # the world that can be enumerated: tokens 0 to 3 and <|end|>, at most 3 tokens a response
+
+
+def tiny_gpt(seed, vocab=V, block_size=32):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab, block_size, n_layer=2, n_head=2, n_embd=32))
+
+
+def tiny_reward_model(seed, vocab=V, block_size=32):
+    torch.manual_seed(seed)
+    model = RewardModel(GPTConfig(vocab, block_size, n_layer=2, n_head=2, n_embd=32))
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def all_responses():
+    """Every response of the world: it ends with END, or has LIMIT tokens without one."""
+    short = [list(body) + [END] for n in range(LIMIT) for body in itertools.product(range(END), repeat=n)]
+    return short + [list(body) for body in itertools.product(range(END), repeat=LIMIT)]
+
+
+@torch.no_grad()
+def exact_logprobs(model, prompt, responses, temperature=1.0):
+    """log π(y|x) of each response in float64, one prefix at a time: no padding, no shift."""
+    model = copy.deepcopy(model).double()
+    totals = []
+    for response in responses:
+        total = 0.0
+        for t, token in enumerate(response):
+            logits = model(torch.tensor([prompt + response[:t]]))[0, -1] / temperature
+            total += torch.log_softmax(logits, 0)[token].item()
+        totals.append(total)
+    return torch.tensor(totals, dtype=torch.float64)
+
+
+def ragged_mask(seed, B=5, T=12):
+    """A response mask with prompts and responses of different lengths: (B, T-1), prompt lengths, lengths."""
+    rng = random.Random(seed)
+    prompts = [rng.randint(1, 4) for _ in range(B)]
+    lengths = [prompt + rng.randint(1, T - prompt) for prompt in prompts]
+    lengths[0] = T
+    mask = response_mask(torch.tensor(prompts), torch.tensor(lengths), T)
+    return mask, prompts, lengths
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masked statistics, entropy
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e30, math.inf, -math.inf, math.nan])
+def test_padding_never_counts(junk):
+    """Whitening over the padding (lm-human-preferences), or 0 * nan = nan out of a product with the mask."""
+    mask, _, _ = ragged_mask(0)
+    x = 3 * noise(1, *mask.shape) + 7
+    inside = x[mask].double().numpy()
+    x[~mask] = junk
+    assert ppo.masked_mean(x, mask).item() == pytest.approx(inside.mean(), rel=1e-5)
+    white = ppo.whiten(x, mask)
+    np.testing.assert_allclose(white[mask], (inside - inside.mean()) / inside.std(), rtol=1e-4, atol=1e-5)
+    assert (white[~mask] == 0).all()
+
+
+def test_whitening_equal_values_gives_zeros():
+    """Division by a standard deviation of 0 when all advantages are the same."""
+    mask, _, _ = ragged_mask(0)
+    assert (ppo.whiten(torch.full(mask.shape, 0.5), mask) == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_token_entropy(temperature):
+    """The entropy of another distribution than the sampled one (no temperature), or of the column after."""
+    logits = 3 * noise(0, 2, 6, 9)
+    expected = torch.distributions.Categorical(logits=logits / temperature).entropy()[:, :-1]
+    torch.testing.assert_close(ppo.token_entropy(logits, temperature), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shaped rewards
+
+
+def test_score_lands_on_the_last_response_token():
+    """The score on the last column of the batch, or one beside <|end|>, where rows have other lengths."""
+    mask, prompts, lengths = ragged_mask(3)
+    logprobs, ref_logprobs, scores = noise(1, *mask.shape), noise(2, *mask.shape), 10 * noise(3, len(mask))
+    logprobs[~mask], ref_logprobs[~mask] = math.nan, math.inf
+    rewards = ppo.shaped_rewards(scores, logprobs, ref_logprobs, mask, beta=0.3)
+    for b, (prompt, length) in enumerate(zip(prompts, lengths)):
+        for t in range(mask.shape[1]):
+            position = t + 1  # of the token that this column emits
+            expected = -0.3 * (logprobs[b, t] - ref_logprobs[b, t]).item() if prompt <= position < length else 0.0
+            expected += scores[b].item() if position == length - 1 else 0.0
+            assert rewards[b, t].item() == pytest.approx(expected, abs=1e-5), (b, t)
+
+
+def test_kl_penalty_sums_to_the_kl_divergence():
+    """KL with the ratio upside down (rlhf-book): its expectation is then no divergence at all, but negative."""
+    policy, reference, prompt, beta = tiny_gpt(1), tiny_gpt(2), [2, 0], 0.7
+    responses = all_responses()
+    log_p, log_q = exact_logprobs(policy, prompt, responses), exact_logprobs(reference, prompt, responses)
+    p = log_p.exp()
+    assert p.sum().item() == pytest.approx(1)  # nothing is missing from the enumeration
+    kl = (p * (log_p - log_q)).sum().item()
+
+    tokens, lengths = pad([prompt + response for response in responses])
+    mask = response_mask(torch.full_like(lengths, len(prompt)), lengths, tokens.shape[1])
+    with torch.no_grad():
+        logprobs, ref_logprobs = token_logprobs(policy(tokens), tokens), token_logprobs(reference(tokens), tokens)
+    rewards = ppo.shaped_rewards(torch.zeros(len(tokens)), logprobs, ref_logprobs, mask, beta)
+    penalty = -(p * rewards.double().sum(dim=1)).sum().item() / beta
+    assert kl > 0.01
+    assert penalty == pytest.approx(kl, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generalized advantage estimation
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.97, 1.0), (1.0, 0.0), (0.5, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize("junk", [1e6, math.nan])
+def test_gae_is_the_sum_of_residuals(gamma, lam, junk):
+    """Bootstrapping from V at the padding, from the prompt's V or across <|end|>; gamma or lambda forgotten."""
+    mask, prompts, lengths = ragged_mask(4, B=7)
+    rewards = torch.where(mask, noise(1, *mask.shape), 0.0)
+    values = noise(2, *mask.shape)
+    values[~mask] = junk
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+
+    A = np.zeros(mask.shape)
+    for b, (prompt, length) in enumerate(zip(prompts, lengths)):
+        first, last = prompt - 1, length - 2  # the columns that emit the response's first and last token
+        r, v = rewards[b].double().numpy(), values[b].double().numpy()
+        for t in range(first, last + 1):
+            for k in range(t, last + 1):
+                delta = r[k] + (gamma * v[k + 1] if k < last else 0.0) - v[k]
+                A[b, t] += (gamma * lam) ** (k - t) * delta
+            if lam == 0:  # the residual alone
+                assert A[b, t] == pytest.approx(r[t] + (gamma * v[t + 1] if t < last else 0) - v[t])
+            if lam == 1:  # the Monte Carlo return minus V
+                G = sum(gamma ** (k - t) * r[k] for k in range(t, last + 1))
+                assert A[b, t] == pytest.approx(G - v[t])
+    np.testing.assert_allclose(advantages, A, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(returns[mask], A[mask.numpy()] + values[mask].double().numpy(), rtol=1e-4, atol=1e-5)
+    assert (returns[~mask] == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The clipped losses
+
+
+@pytest.mark.parametrize("ratio, advantage, stopped", [
+    (0.5, 2.0, False), (1.1, 2.0, False), (1.5, 2.0, True),         # A > 0: only above 1+ε
+    (0.5, -2.0, True), (0.9, -2.0, False), (1.5, -2.0, False),      # A < 0: only below 1-ε
+    (0.5, 0.0, False), (1.0, 0.0, False), (1.5, 0.0, False),        # A = 0: no update, and nothing was stopped
+])
+def test_clipping_table_of_the_lecture(ratio, advantage, stopped):
+    """max for min, or a clamp on both sides: a token that went wrong could then never come back."""
+    old = noise(0, 1, 4)
+    mask = torch.tensor([[True, False, True, True]])
+    logprobs = old.clone()
+    logprobs[0, 0] += math.log(ratio)
+    logprobs[0, 1] += 1e4  # padding
+    logprobs.requires_grad_()
+    advantages = torch.tensor([[advantage, math.nan, 0.3, -0.4]])
+    loss, clip_fraction = ppo.clipped_policy_loss(logprobs, old, advantages, mask, clip=0.2)
+    loss.backward()
+    expected = [0.0 if stopped else -advantage * ratio / 3, 0.0, -0.3 / 3, 0.4 / 3]  # -A ρ / n
+    torch.testing.assert_close(logprobs.grad, torch.tensor([expected]))
+    bound = {True: 1.2, False: 0.8}[advantage > 0]
+    objective = advantage * (bound if stopped else ratio) + 0.3 - 0.4
+    assert loss.item() == pytest.approx(-objective / 3, abs=1e-6)
+    assert clip_fraction.item() == pytest.approx(stopped / 3)
+
+
+def test_ratio_of_padding_never_overflows():
+    """exp of a difference of 1e4 at the padding is inf, and its gradient nan in every weight."""
+    mask, _, _ = ragged_mask(5)
+    old, advantages = noise(1, *mask.shape), noise(2, *mask.shape)
+    clean = (old + 0.1 * noise(3, *mask.shape)).requires_grad_()
+    ppo.clipped_policy_loss(clean, old, advantages, mask, 0.2)[0].backward()
+    for difference in (1e4, -1e4):
+        dirty = torch.where(mask, clean.detach(), old + difference).requires_grad_()
+        ppo.clipped_policy_loss(dirty, old, advantages, mask, 0.2)[0].backward()
+        torch.testing.assert_close(dirty.grad, clean.grad)
+
+
+def test_clipped_value_loss():
+    """min for max, ε as a factor instead of an amount, or the mean over the padding."""
+    mask, _, _ = ragged_mask(6)
+    old, values, returns = (3 * noise(seed, *mask.shape) for seed in (1, 2, 3))
+    for x in (old, values, returns):
+        x[~mask] = 1e6
+    values.requires_grad_()
+    loss = ppo.clipped_value_loss(values, old, returns, mask, clip=0.5)
+    loss.backward()
+    total, gradient, stopped = 0.0, np.zeros(mask.shape), 0
+    for b, t in mask.nonzero().tolist():
+        v, o, g = values[b, t].item(), old[b, t].item(), returns[b, t].item()
+        near = min(max(v, o - 0.5), o + 0.5)
+        plain, clipped = 0.5 * (v - g) ** 2, 0.5 * (near - g) ** 2
+        total += max(plain, clipped)
+        gradient[b, t] = v - g if plain > clipped or near == v else 0.0
+        stopped += gradient[b, t] == 0
+    assert stopped > 0 and (gradient != 0).sum() > 0  # both cases occur
+    assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    np.testing.assert_allclose(values.grad, gradient / mask.sum().item(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kl, expected", [
+    (6.0, 0.5), (6.6, 0.505), (5.4, 0.495),     # 10 % off the target of 6: 1 % of beta
+    (7.2, 0.51), (60.0, 0.51), (0.0, 0.49),     # never more than 2 % in one step
+])
+def test_adaptive_beta(kl, expected):
+    """A controller that lowers beta when the KL is too high, or whose step isn't clipped."""
+    assert ppo.adapt_beta(0.5, kl, kl_target=6.0) == pytest.approx(expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One minibatch
+
+
+def experience(policy, value_model, seed=0):
+    """An Experience of rows with very different response lengths, off the policy by a little noise."""
+    rng = random.Random(seed)
+    prompts, responses = [3, 1, 5, 2, 4, 1], [1, 14, 2, 9, 1, 20]
+    tokens, lengths = pad([[rng.randrange(V) for _ in range(p + r)] for p, r in zip(prompts, responses)])
+    mask = response_mask(torch.tensor(prompts), lengths, tokens.shape[1])
+    with torch.no_grad():
+        logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
+    old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
+    return ppo.Experience(tokens, mask, old_logprobs, old_values, noise(3, *mask.shape), values + noise(4, *mask.shape))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 5])
+def test_micro_batches_give_the_full_gradient(micro_batch):
+    """The mean of the micro-batches' means: a token of a short response would weigh more (TRL, transformers 2024)."""
+    policy, value_model = tiny_gpt(0), tiny_reward_model(1)
+    batch = experience(policy, value_model)
+    # The oracle: the minibatch's loss out of the formulas, token by token.
+    logprobs, values = token_logprobs(policy(batch.tokens), batch.tokens), value_model(batch.tokens)[:, :-1]
+    ratio = (logprobs - batch.old_logprobs)[batch.mask].exp()
+    A, G, old = batch.advantages[batch.mask], batch.returns[batch.mask], batch.old_values[batch.mask]
+    policy_loss = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
+    near = torch.minimum(torch.maximum(values[batch.mask], old - 0.5), old + 0.5)
+    value_loss = 0.5 * torch.maximum((values[batch.mask] - G) ** 2, (near - G) ** 2).mean()
+    parameters = list(policy.parameters()) + list(value_model.parameters())
+    expected = torch.autograd.grad(policy_loss + value_loss, parameters)
+    stopped = ((ratio > 1.2) & (A > 0)) | ((ratio < 0.8) & (A < 0))
+    figures = [policy_loss, value_loss, stopped.float().mean(), (ratio - 1 - ratio.log()).mean()]
+
+    found = ppo.backward(policy, value_model, batch, ppo.Config(micro_batch=micro_batch, clip=0.2, value_clip=0.5))
+    assert 0 < figures[2] < 1
+    torch.testing.assert_close(found, torch.stack(figures).detach(), rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip(parameters, expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_values_never_look_ahead():
+    """V(s_t) read at the token that is only just being emitted: the baseline then knows the action."""
+    model, mask_column = tiny_reward_model(0), 4
+    tokens = torch.randint(V, (1, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens)[:, :-1]
+        for changed in range(10):
+            other = tokens.clone()
+            other[0, changed] = (other[0, changed] + 1) % V
+            same = model(other)[0, mask_column] == before[0, mask_column]
+            assert same == (changed > mask_column)  # column t sees tokens[:, :t+1], all of it, and nothing else
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, in the small world
+
+
+PROMPTS = [[2, 0], [1], [3, 3, 0, 1, 2], [0, 1, 2]]
+
+
+def draw_prompts(count, rng):
+    return rng.choices(PROMPTS, k=count)
+
+
+class Score:
+    """A reward model by hand: a function of the response's ids."""
+
+    def __init__(self, score):
+        self.table = {tuple(prompt + response): score(response) for prompt in PROMPTS for response in all_responses()}
+
+    def score(self, tokens, lengths):
+        return torch.tensor([self.table[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
+
+
+def run_loop(policy, reference, score, config, value_model=None, end=END):
+    """All iterations of ppo.optimize: lists of rollouts and figures."""
+    torch.manual_seed(0)
+    value_model = value_model or RewardModel(policy.config)
+    steps = ppo.optimize(policy, reference, Score(score), value_model, draw_prompts, end, config)
+    return tuple(zip(*steps))
+
+
+def first_minibatch(monkeypatch, config, policy, reference, score, value_model):
+    """The first minibatch of the first epoch and its figures, with both models as they were before any step."""
+    seen, backward = [], ppo.backward
+
+    def spy(*args):
+        seen.append((args[2], copy.deepcopy(policy), copy.deepcopy(value_model), backward(*args)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(ppo, "backward", spy)
+    rollouts, figures = run_loop(policy, reference, score, config, value_model)
+    return seen[0], rollouts, figures
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_minibatch_is_on_policy(monkeypatch, temperature):
+    """Another temperature, position or padding in the scoring than in the sampling: the ratio starts off at 1 no more."""
+    config = ppo.Config(iterations=1, rollouts=32, minibatch=16, micro_batch=5, epochs=1, max_new_tokens=LIMIT,
+                        temperature=temperature)
+    policy = tiny_gpt(0)
+    (batch, policy, value_model, losses), _, figures = first_minibatch(
+        monkeypatch, config, policy, copy.deepcopy(policy), len, tiny_reward_model(1))
+    assert len(set(batch.mask.sum(dim=1).tolist())) > 1 and len(set(batch.mask.int().argmax(dim=1).tolist())) > 1
+    with torch.no_grad():
+        logprobs = token_logprobs(policy(batch.tokens), batch.tokens, temperature)
+    assert ((logprobs - batch.old_logprobs)[batch.mask].exp() - 1).abs().max() < 1e-4
+    _, _, clip_fraction, approx_kl = losses.tolist()
+    assert clip_fraction == 0 and abs(approx_kl) < 1e-6
+    assert figures[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference, the same model, at the same temperature
+
+    # Every row alone, in float64: what was sampled, and V of the prefix.
+    for row, mask, old, values in zip(batch.tokens.tolist(), batch.mask, batch.old_logprobs, batch.old_values):
+        first, last = mask.nonzero()[[0, -1], 0].tolist()
+        prompt, response = row[:first + 1], row[first + 1:last + 2]
+        assert old[mask].sum().item() == pytest.approx(
+            exact_logprobs(policy, prompt, [response], temperature).item(), abs=1e-4)
+        with torch.no_grad():
+            alone = [value_model(torch.tensor([row[:t + 1]]))[0, -1].item() for t in range(first, last + 1)]
+        assert values[mask].tolist() == pytest.approx(alone, abs=1e-4)
+
+
+def test_rollouts_follow_the_scored_distribution(monkeypatch):
+    """Rollouts sampled with top-k or at temperature 1, but scored at another: importance ratios of the wrong policy."""
+    config = ppo.Config(iterations=1, rollouts=4000, minibatch=4000, micro_batch=4000, epochs=1, max_new_tokens=1,
+                        temperature=0.5)
+    monkeypatch.setattr(ppo, "backward", lambda *args: torch.zeros(4))
+    monkeypatch.setattr(ppo, "optimizer_step", lambda *args: None)
+    policy = tiny_gpt(0)
+    rollouts, _ = run_loop(policy, copy.deepcopy(policy), len, config)
+    rows, p = rollouts[0], {}
+    for prompt in PROMPTS:
+        p = exact_logprobs(policy, prompt, [[token] for token in range(V)], temperature=0.5).exp()
+        drawn = [response[0] for row, response, n in zip(rows.tokens.tolist(), rows.responses(), rows.prompt_lengths.tolist())
+                 if row[:n] == prompt]
+        frequency = torch.bincount(torch.tensor(drawn), minlength=V) / len(drawn)
+        error = (p * (1 - p) / len(drawn)).sqrt()
+        assert ((frequency - p).abs() < 4.5 * error + 1e-3).all()
+
+
+def test_response_without_end_is_terminal_and_fined(monkeypatch):
+    """A cut response that keeps the reward model's score, or whose last return bootstraps from V."""
+    config = ppo.Config(iterations=1, rollouts=64, minibatch=64, micro_batch=64, epochs=1, max_new_tokens=LIMIT,
+                        missing_end_score=-3.0)
+    policy, value_model = tiny_gpt(3), tiny_reward_model(1)
+    torch.nn.init.constant_(value_model.head.bias, 100.0)  # a bootstrap would stand out
+    (batch, *_), rollouts, figures = first_minibatch(monkeypatch, config, policy, copy.deepcopy(policy), lambda y: 7.0,
+                                                     value_model)
+    ended = torch.tensor([response[-1] == END for response in rollouts[0].responses()])
+    assert 0 < ended.sum() < 64
+    assert figures[0]["no_end"] == pytest.approx(1 - ended.float().mean().item())
+    assert figures[0]["reward"] == pytest.approx(torch.where(ended, 7.0, -3.0).mean().item(), rel=1e-5)
+    last = torch.where(batch.mask, torch.arange(batch.mask.shape[1]), -1).amax(dim=1, keepdim=True)
+    ends = batch.tokens.gather(1, last + 1) == END
+    torch.testing.assert_close(batch.returns.gather(1, last), torch.where(ends, 7.0, -3.0), rtol=0, atol=1e-3)
+
+
+def objective(policy, reference, score, beta):
+    """(J, J*, KL) by enumeration, means over the prompts; a response without END gets the fine of -5."""
+    responses, figures = all_responses(), []
+    r = torch.tensor([score(y) if y[-1] == END else -5.0 for y in responses], dtype=torch.float64)
+    for prompt in PROMPTS:
+        log_p, log_q = exact_logprobs(policy, prompt, responses), exact_logprobs(reference, prompt, responses)
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        figures.append(torch.stack([(log_p.exp() * r).sum() - beta * kl, beta * (log_q + r / beta).logsumexp(0), kl]))
+    return torch.stack(figures).mean(dim=0).tolist()
+
+
+def test_training_climbs_to_the_optimum_and_beta_holds_it_back():
+    """A loss with the wrong sign, advantages of the wrong token, a KL penalty that pushes away from the reference."""
+    def score(response):
+        return 1.5 * response.count(2) - response.count(1)
+
+    divergence = {}
+    for beta in (0.5, 20.0):
+        policy, reference = tiny_gpt(3), tiny_gpt(3)
+        start, _, _ = objective(policy, reference, score, beta)
+        config = ppo.Config(iterations=12, rollouts=96, minibatch=48, micro_batch=48, epochs=3, max_new_tokens=LIMIT,
+                            lr=2e-3, value_lr=5e-3, beta=beta)
+        _, figures = run_loop(policy, reference, score, config)
+        end, best, divergence[beta] = objective(policy, reference, score, beta)
+        if beta == 0.5:
+            assert (end - start) / (best - start) > 0.7
+            assert figures[-1]["reward"] > figures[0]["reward"] + 1
+    assert divergence[0.5] > 10 * divergence[20.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script. The stages before it are trained once, in seconds, for all test files.
+
+
+@functools.cache
+def train_stages(factory):
+    """OUT with base, SFT and reward model of one layer; the SFT model answers with half a sentence and ends."""
+    out = factory.mktemp("stages") / "out"
+    common = ["--out", str(out), "--size", "cpu"]
+    gpt.main(common + "--n_layer 1 --n_head 2 --n_embd 32 --steps 20 --batch 8".split())
+    rng, rows = random.Random(0), []
+    for _ in range(600):
+        request = stories.request(rng).text
+        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
+    write_jsonl(out / "demonstrations.jsonl", rows)
+    sft.main(common + f"--data {out}/demonstrations.jsonl --batch 16 --lr 1e-2 --epochs 2 --max_new_tokens 16".split())
+    reward_model.main(common + "--pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16".split())
+    return out
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """The folder of the trained stages; nobody may write to it."""
+    return train_stages(tmp_path_factory)
+
+
+@pytest.fixture
+def out(stages, tmp_path):
+    """A copy of it, to write to."""
+    return shutil.copytree(stages, tmp_path / "out")
+
+
+FLAGS = "--rollouts 6 --minibatch 4 --micro_batch 3 --epochs 2 --max_new_tokens 16 --size cpu".split()
+
+
+def metrics(path):
+    """The rows of a metrics.jsonl; nan and infinity are no JSON."""
+    def refuse(name):
+        raise ValueError(f"{path} holds {name}")
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def untimed(rows):
+    return [{key: x for key, x in row.items() if key != "seconds" and not key.endswith("_s")} for row in rows]
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_main(out, capsys):
+    """A run that cannot be repeated, a figure that the README explains and nobody logs, a checkpoint that won't load."""
+    before = snapshot(out)
+    runs = []
+    for name in ("ppo", "ppo-again"):
+        ppo.main(["--out", str(out), "--iterations", "3", "--name", name, *FLAGS])
+        runs.append(metrics(out / "cpu" / name / "metrics.jsonl"))
+    assert set(runs[0][0]) == {
+        "step", "reward", "gold", "kl", "J", "beta", "entropy", "clip_fraction", "approx_kl", "value_explained", "value_loss",
+        "length", "no_end", "rollout_s", "scoring_s", "update_s", "seconds"}
+    assert [row["step"] for row in runs[0]] == [1, 2, 3]
+    assert untimed(runs[0]) == untimed(runs[1])
+    assert {row["beta"] for row in runs[0]} == {0.5}
+    for row in runs[0]:
+        assert row["J"] == pytest.approx(row["reward"] - row["beta"] * row["kl"], abs=1e-4)
+    assert runs[0][0]["kl"] == pytest.approx(0, abs=1e-4) and runs[0][2]["kl"] != 0
+    policy, _, _ = load_checkpoint(out / "cpu/ppo/checkpoint.pt", "ppo", "cpu")
+    reference, _, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    assert any((p != q).any() for p, q in zip(policy.parameters(), reference.parameters()))
+    after = snapshot(out)
+    assert {path: after[path] for path in before} == before  # the stages before it are as they were
+    assert "next: python dpo.py" in capsys.readouterr().out
+
+    ppo.main(["--out", str(out), "--iterations", "2", "--seed", "2", "--name", "other", *FLAGS])
+    assert untimed(metrics(out / "cpu/other/metrics.jsonl"))[0] != untimed(runs[0])[0]  # the seed counts
+
+
+def test_kl_target_moves_beta(out):
+    """A controller that is never called, or that sees another KL than the one that is logged."""
+    ppo.main(["--out", str(out), "--iterations", "3", "--kl_target", "3", "--lr", "1e-2", *FLAGS])
+    rows = metrics(out / "cpu/ppo/metrics.jsonl")
+    for row, following in zip(rows, rows[1:]):
+        assert following["beta"] == pytest.approx(ppo.adapt_beta(row["beta"], row["kl"], 3.0), rel=1e-5)
+    assert rows[1]["beta"] == pytest.approx(0.5 * 0.98)
+
+
+def test_prompts_of_somebodys_own(out, tmp_path, capsys):
+    """The annotator asked about prompts that it cannot judge; a prompt cut to fit, or that crashes the sampler."""
+    path = tmp_path / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": "Who sings?"}, {"prompt": "long " * 200}, {"prompt": "And why?", "chosen": "So."}])
+    ppo.main(["--out", str(out), "--iterations", "2", "--data", str(path), *FLAGS])
+    assert "2 prompts, dropped 1" in capsys.readouterr().out
+    assert all("gold" not in row and "reward" in row for row in metrics(out / "cpu/ppo/metrics.jsonl"))
+
+
+def test_no_prompt_is_left(out, tmp_path):
+    """An empty pool of prompts ends in a traceback out of random.choices."""
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "long " * 200}])
+    before = snapshot(out)
+    with pytest.raises(InputError, match="prompts.jsonl.*max_new_tokens 16"):
+        ppo.main(["--out", str(out), "--iterations", "1", "--data", str(tmp_path / "prompts.jsonl"), *FLAGS])
+    assert snapshot(out) == before
+
+
+def test_reward_model_of_another_vocabulary(out):
+    """Ids of one tokenizer scored by a model of another: numbers come out, and they mean nothing."""
+    ppo.main(["--out", str(out), "--iterations", "1", *FLAGS])  # an earlier result that must survive
+    path = out / "cpu/reward_model/checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(path, "reward_model", "cpu", model_class=RewardModel)
+    strings = tokenizer.vocabulary[:-2] + tokenizer.vocabulary[-1:] + tokenizer.vocabulary[-2:-1]  # the same size
+    save_checkpoint(path, "reward_model", "cpu", model, Tokenizer(strings))
+    before = snapshot(out)
+    with pytest.raises(InputError, match="reward_model.checkpoint.pt: its vocabulary"):
+        ppo.main(["--out", str(out), "--iterations", "1", *FLAGS])
+    assert snapshot(out) == before
