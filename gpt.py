@@ -443,11 +443,11 @@ def make_optimizer(model, lr, weight_decay):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, then a cosine from peak down to a tenth of it."""
+    """Linear warm-up over `warmup` steps, then a cosine from peak down to 0 at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def optimizer_step(optimizer, model, lr, max_norm=1.0):
@@ -499,7 +499,7 @@ class Config:
     n_embd: int = 128           # width
     steps: int = 1200           # optimizer steps
     batch: int = 32             # documents in a step; of a text file, windows of block_size tokens
-    lr: float = 3e-3            # peak learning rate (linear warm-up, cosine to a tenth)
+    lr: float = 3e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 50            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
     report: int = 100           # steps between two reports

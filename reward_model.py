@@ -45,7 +45,7 @@ class Config:
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
-    lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to a tenth)
+    lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
     report: int = 32            # steps between two reports

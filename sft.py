@@ -37,7 +37,7 @@ class Config:
     epochs: int = 1             # passes over the demonstrations
     batch: int = 64             # demonstrations in a step
     micro_batch: int = 64       # demonstrations in one forward pass; less memory, the same gradient
-    lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to a tenth)
+    lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
     max_new_tokens: int = 96    # the longest sampled response

@@ -310,10 +310,12 @@ class Score:
     """A reward model by hand: a function of the response's ids."""
 
     def __init__(self, score):
-        self.table = {tuple(prompt + response): score(response) for prompt in PROMPTS for response in all_responses()}
+        self.of_response = score
 
     def score(self, tokens, lengths):
-        return torch.tensor([self.table[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
+        prompts = {prompt[0]: len(prompt) for prompt in PROMPTS}  # told apart by their first token
+        return torch.tensor([float(self.of_response(row[prompts[row[0]]:n]))
+                             for row, n in zip(tokens.tolist(), lengths.tolist())])
 
 
 def run_loop(policy, reference, score, config, value_model=None, end=END):
@@ -372,7 +374,7 @@ def test_rollouts_follow_the_scored_distribution(monkeypatch):
     monkeypatch.setattr(ppo, "optimizer_step", lambda *args: None)
     policy = tiny_gpt(0)
     rollouts, _ = run_loop(policy, copy.deepcopy(policy), len, config)
-    rows, p = rollouts[0], {}
+    rows = rollouts[0]
     for prompt in PROMPTS:
         p = exact_logprobs(policy, prompt, [[token] for token in range(V)], temperature=0.5).exp()
         drawn = [response[0] for row, response, n in zip(rows.tokens.tolist(), rows.responses(), rows.prompt_lengths.tolist())
@@ -434,9 +436,10 @@ def test_training_climbs_to_the_optimum_and_beta_holds_it_back():
 
 
 @functools.cache
-def train_stages(factory):
-    """OUT with base, SFT and reward model of one layer; the SFT model answers with half a sentence and ends."""
-    out = factory.mktemp("stages") / "out"
+def train_stages(folder):
+    """FOLDER/stages with base, SFT and reward model of one layer; the SFT model answers with half a sentence and ends."""
+    out = folder / "stages"
+    out.mkdir()
     common = ["--out", str(out), "--size", "cpu"]
     gpt.main(common + "--n_layer 1 --n_head 2 --n_embd 32 --steps 20 --batch 8".split())
     rng, rows = random.Random(0), []
@@ -452,7 +455,7 @@ def train_stages(factory):
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory):
     """The folder of the trained stages; nobody may write to it."""
-    return train_stages(tmp_path_factory)
+    return train_stages(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
