@@ -238,7 +238,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     # a row's next token goes to the position right after its prompt, and sees no position beyond its own.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     shape = (B, tokens.shape[1], config.n_head, config.n_embd // config.n_head)
-    caches = [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+    # Zeros, not empty memory: a masked key has weight 0, but 0 times the nan that may lie there is nan.
+    caches = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
               for _ in range(config.n_layer)]
     positions = torch.arange(longest, device=device).expand(B, longest)
     slots = torch.arange(tokens.shape[1], device=device)

@@ -93,9 +93,18 @@ def draw_demonstrations(rng, count):
     return rows, logprobs
 
 
-def answered(texts, ended):
-    """The share of responses that are an answer: they ended, and every sentence is one that the world tells."""
-    return sum(end and stories.is_story(text) for text, end in zip(texts, ended)) / len(texts)
+def answers(texts, ended):
+    """How many of the responses are answers: (share with a story, share with a flawless one).
+
+    A story: the response ended, and more than half of its sentences, two at least, are sentences of the world.
+    Flawless: every sentence is, and the first is an opening (stories.is_story).
+    """
+    stories_told, flawless = 0, 0
+    for text, end in zip(texts, ended):
+        known = [stories.recognise(sentence) is not None for sentence in stories.split_sentences(text)]
+        stories_told += end and sum(known) >= 2 and 2 * sum(known) > len(known)
+        flawless += end and stories.is_story(text)
+    return stories_told / len(texts), flawless / len(texts)
 
 
 def train(config):
@@ -156,9 +165,10 @@ def train(config):
     save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
     after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed)
     if not config.data:
-        log.record(steps, base_answers=answered(before, before_ended), answers=answered(after, after_ended))
-        print(f"answers {len(questions)} held-out requests with a story: base model "
-              f"{answered(before, before_ended):.1%}, SFT {answered(after, after_ended):.1%}")
+        (base_told, base_flawless), (told, flawless) = answers(before, before_ended), answers(after, after_ended)
+        log.record(steps, base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
+        print(f"answers {len(questions)} held-out requests with a story: base model {base_told:.1%}, SFT {told:.1%}; with a "
+              f"flawless one: {base_flawless:.1%}, {flawless:.1%}")
     for question, base_text, text in list(zip(questions, before, after))[:3]:
         show(("prompt", question), ("before", base_text), ("after", text))
     print(f"saved {folder / 'checkpoint.pt'}; next: python reward_model.py", flush=True)

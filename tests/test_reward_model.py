@@ -1,0 +1,421 @@
+"""The Bradley-Terry reward model: its loss, its score, its pairs, its answer key, and the stage as a whole."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import gpt
+import reward_model
+import sft
+from data import annotator, stories
+from data.files import InputError
+from data.tokenizer import Tokenizer, train as train_vocabulary
+from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all, split_pairs
+
+V = 11
+
+
+def tiny_model(seed=0, head=True):
+    """A reward model in float64; with head=False its head is still at 0, as a new one's is."""
+    torch.manual_seed(seed)
+    model = RewardModel(gpt.GPTConfig(V, 64, n_layer=2, n_head=2, n_embd=32))
+    if head:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1 or parameter is model.head.weight:
+                    parameter += 0.3 * torch.randn(parameter.shape)
+    return model.double()
+
+
+def random_rows(seed, count, longest=40):
+    rng = random.Random(seed)
+    return [[rng.randrange(V) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def random_pairs(seed, count):
+    """(chosen, rejected, prompt length), of very different lengths."""
+    rng, pairs = random.Random(seed), []
+    for prompt in random_rows(seed, count, 5):
+        pairs.append(tuple(prompt + [rng.randrange(V) for _ in range(rng.randint(1, 40))] for _ in range(2)) + (len(prompt),))
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def test_the_lectures_numbers():
+    """A sign that is wrong: the loss rewards the rejected answer, and is small all the same (CS 224R, ch. 6)."""
+    high, low = torch.tensor([2.5]), torch.tensor([1.0])
+    assert bradley_terry_loss(high, low).item() == pytest.approx(0.201, abs=5e-4)
+    assert bradley_terry_loss(low, high).item() == pytest.approx(1.70, abs=5e-3)
+    assert math.exp(-bradley_terry_loss(high, low)) == pytest.approx(0.818, abs=5e-4)
+    assert math.exp(-bradley_terry_loss(low, high)) == pytest.approx(0.182, abs=5e-4)
+    assert bradley_terry_loss(high, high).item() == pytest.approx(math.log(2))
+    both = bradley_terry_loss(torch.cat([high, low]), torch.cat([low, high]))      # the mean over pairs, not the sum
+    assert both.item() == pytest.approx((0.2014 + 1.7014) / 2, abs=1e-4)
+
+
+def test_only_differences_count():
+    """A loss that depends on the rewards' level pushes it somewhere; Bradley-Terry leaves it free."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 50, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(bradley_terry_loss(chosen + 7, rejected + 7), bradley_terry_loss(chosen, rejected))
+
+
+def test_gradient_is_the_probability_of_the_other_order():
+    """-(1 - P) for the winner, +(1 - P) for the loser: a pair that is surely right must not pull any more."""
+    chosen, rejected = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([2.5, 1.0, 0.0], [1.0, 2.5, 0.0]))
+    (3 * bradley_terry_loss(chosen, rejected)).backward()
+    p = [1 / (1 + math.exp(b - a)) for a, b in ((2.5, 1.0), (1.0, 2.5), (0.0, 0.0))]
+    assert chosen.grad.tolist() == pytest.approx([-(1 - x) for x in p])
+    assert rejected.grad.tolist() == pytest.approx([1 - x for x in p])
+
+
+def test_large_differences_do_not_overflow():
+    """log(sigmoid(x)) in two steps is -inf from a difference of -104 in float32, and its gradient NaN."""
+    chosen, rejected = torch.tensor([-200.0, 300.0], requires_grad=True), torch.tensor([200.0, -300.0])
+    loss = bradley_terry_loss(chosen, rejected)
+    loss.backward()
+    assert loss.item() == pytest.approx(200) and chosen.grad.tolist() == pytest.approx([-0.5, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def test_score_reads_the_last_token_whatever_the_padding():
+    """A score read at column -1 is that of the padding; one that looks for the padding token stops at the first <|end|>."""
+    model, rows = tiny_model(1), random_rows(1, 12)
+    alone = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        tokens = torch.randint(V, (12, 50), generator=generator)
+        for i, row in enumerate(rows):
+            tokens[i, :len(row)] = torch.tensor(row)
+        torch.testing.assert_close(model.score(tokens, lengths), alone)
+    for batch in (1, 5, 128):
+        torch.testing.assert_close(score_all(model, rows, batch), alone.detach().float())
+    assert alone.std() > 0.1
+
+
+def test_a_column_depends_on_no_later_token():
+    """A value that has seen the rest of the answer: perfect in training, useless in PPO."""
+    model = tiny_model(2)
+    tokens = torch.randint(V, (1, 20), generator=torch.Generator().manual_seed(2))
+    other = tokens.clone()
+    other[0, 8] = (tokens[0, 8] + 1) % V
+    changed = (model(tokens) - model(other)).abs()[0] > 1e-9
+    assert model(tokens).shape == (1, 20) and changed.tolist() == [False] * 8 + [True] * 12
+
+
+def test_the_final_norm_is_applied_once():
+    """A head behind a second LayerNorm: the reward model then isn't the SFT model with another head."""
+    model = tiny_model(3)
+    tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(3))
+    states = []
+    hook = model.trunk.ln_f.register_forward_hook(lambda module, inputs, output: states.append(output.detach()))
+    rewards = model(tokens).detach()
+    hook.remove()
+    assert len(states) == 1
+    by_hand = (states[0] * model.head.weight[0]).sum(dim=2) + model.head.bias
+    torch.testing.assert_close(rewards, by_hand.float(), check_dtype=False)
+    logits = states[0] @ model.trunk.wte.weight.T       # the same hidden state gives the language model's logits
+    torch.testing.assert_close(logits, model.trunk(tokens))
+
+
+def test_a_new_head_starts_at_log_2():
+    """A random head: the first steps unlearn it, and the trunk with it."""
+    model, pairs = tiny_model(4, head=False), random_pairs(4, 6)
+    assert score_all(model, [chosen for chosen, _, _ in pairs]).tolist() == [0.0] * 6
+    assert float(reward_model.backward(model, pairs, 6)) == pytest.approx(math.log(2))
+    assert model.head.weight.grad.any()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 64])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch):
+    """A last micro-batch that is smaller and counts as much as the others; chosen and rejected cut apart at the wrong row."""
+    model, twin, pairs = tiny_model(5), tiny_model(5), random_pairs(5, 7)
+    loss = reward_model.backward(model, pairs, micro_batch)
+    oracle = 0.0
+    for chosen, rejected, _ in pairs:       # pair by pair, without padding
+        difference = twin(torch.tensor([chosen]))[0, -1] - twin(torch.tensor([rejected]))[0, -1]
+        oracle = oracle + torch.log1p(torch.exp(-difference)) / len(pairs)
+    oracle.backward()
+    assert float(loss) == pytest.approx(oracle.item(), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_held_out_margins_are_chosen_minus_rejected():
+    """An accuracy of 30 % that is one of 70 % with a sign turned."""
+    model, pairs = tiny_model(6), random_pairs(6, 5)
+    expected = [(model(torch.tensor([chosen]))[0, -1] - model(torch.tensor([rejected]))[0, -1]).item()
+                for chosen, rejected, _ in pairs]
+    assert reward_model.held_out_margins(model, pairs).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = random.Random(7)
+    return Tokenizer(train_vocabulary("\n".join(stories.document(rng).text for _ in range(50)), 400))
+
+
+def test_pairs_that_teach_nothing_or_do_not_fit_are_dropped(tokenizer):
+    """A pair of equal texts adds log 2 to every loss; a pair that is cut is scored on a text that nobody chose."""
+    rows = [{"prompt": "Hi.", "chosen": "Good morning to you.", "rejected": "No."},
+            {"prompt": "Hi.", "chosen": "No.", "rejected": "No."},
+            {"prompt": "Hi.", "chosen": "No.", "rejected": "Good morning to you."},
+            {"prompt": "Hi.", "chosen": "No.", "rejected": "No. "}]
+    ids = [[tokenizer.prompt("Hi.") + tokenizer.response(row[name]) for name in ("chosen", "rejected")] for row in rows]
+    length, longest = len(tokenizer.prompt("Hi.")), len(ids[0][0])
+    none = {"longer than the context": 0, "equal texts": 1}
+    assert encode_pairs(rows, tokenizer, longest) == ([(*ids[i], length) for i in (0, 2, 3)], [rows[i] for i in (0, 2, 3)], none)
+    assert encode_pairs(rows, tokenizer, longest - 1) == ([(*ids[3], length)], [rows[3]], none | {"longer than the context": 2})
+
+
+def test_no_prompt_on_both_sides_of_the_split():
+    """Two pairs of one prompt share a text: held-out accuracy then measures what was learnt by heart."""
+    rng = random.Random(8)
+    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": ""} for i in range(300)]
+    train, held_out = split_pairs(rows, 1)
+    prompts = [{row["prompt"] for row in part} for part in (train, held_out)]
+    assert not prompts[0] & prompts[1] and len(prompts[1]) == len(prompts[0] | prompts[1]) // 10
+    assert sorted(int(row["chosen"]) for row in train + held_out) == list(range(300))
+    shuffled = rng.sample(rows, 300)
+    assert {row["prompt"] for row in split_pairs(shuffled, 1)[1]} == prompts[1]      # fixed by the seed, not by the order
+    assert {row["prompt"] for row in split_pairs(rows, 2)[1]} != prompts[1]
+    assert [len(part) for part in split_pairs([{"prompt": p} for p in "aab"], 1)] in ([1, 2], [2, 1])
+    assert split_pairs([{"prompt": "a"}] * 3, 1) == ([], [{"prompt": "a"}] * 3)
+
+
+class Writer:
+    """Stands in for reward_model.respond: the world's own stories; some never end, some come twice."""
+
+    def __init__(self, tokenizer, broken=True):
+        self.rng, self.tokenizer, self.broken, self.seeds, self.answers = random.Random(9), tokenizer, broken, [], []
+
+    def __call__(self, model, tokenizer, prompts, max_new_tokens, seed):
+        self.seeds.append(seed)
+        texts, ended = [], []
+        for ids in prompts:
+            request = self.tokenizer.decode(ids[1:-1])
+            copy = self.broken and len(texts) % 2 == 1 and self.rng.random() < 0.2
+            texts.append(texts[-1] if copy else stories.story(self.rng, request).text)
+            ended.append(not self.broken or self.rng.random() > 0.1)
+            self.answers.append((request, texts[-1], ended[-1]))
+        return texts, ended
+
+
+def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer, monkeypatch):
+    """An answer under another's prompt, an unfinished one compared with a whole one, or a label that is turned round."""
+    writer = Writer(tokenizer)
+    monkeypatch.setattr(reward_model, "respond", writer)
+    rows, dropped = reward_model.collect_pairs(None, tokenizer, 400, reward_model.Config(sample_batch=64), random.Random(10))
+    pairs = list(zip(writer.answers[::2], writer.answers[1::2]))
+    assert all(first[0] == second[0] for first, second in pairs)       # both of a pair answer one request
+    usable = [(first, second) for first, second in pairs if first[2] and second[2] and first[1] != second[1]]
+    assert len(rows) == len(usable) == 400
+    for row, (first, second) in zip(rows, usable):
+        assert list(row) == ["prompt", "chosen", "rejected"]
+        assert row["prompt"] == first[0] and {row["chosen"], row["rejected"]} == {first[1], second[1]}
+    unfinished = sum(not (first[2] and second[2]) for first, second in pairs)
+    assert dropped == {"no end": unfinished, "equal texts": len(pairs) - 400 - unfinished} and min(dropped.values()) > 10
+    assert len(set(writer.seeds)) == len(writer.seeds) > 5              # fresh samples in every batch
+    gold = [annotator.gold_reward(row["prompt"], row["chosen"]) - annotator.gold_reward(row["prompt"], row["rejected"])
+            for row in rows]
+    p = [1 / (1 + math.exp(-abs(g))) for g in gold]
+    wins = sum(g > 0 for g in gold) + 0.5 * sum(g == 0 for g in gold)
+    assert abs(wins - sum(p)) < 4 * math.sqrt(sum(x * (1 - x) for x in p))      # as noisy as Bradley-Terry, no more, no less
+    first_wins = sum(row["chosen"] == first[1] for row, (first, _) in zip(rows, usable))
+    assert abs(first_wins - 200) < 4 * 10                               # no preference for the first answer
+
+
+def test_a_policy_that_never_ends_is_named(tokenizer, monkeypatch):
+    """Sampling for ever, without a word, from a model that was not taught to stop."""
+    monkeypatch.setattr(reward_model, "respond", lambda model, tokenizer, prompts, *_, **__: (["a"] * len(prompts),
+                                                                                              [False] * len(prompts)))
+    with pytest.raises(InputError, match="rarely ends"):
+        reward_model.collect_pairs(None, tokenizer, 5, reward_model.Config(), random.Random(0))
+
+
+def test_gold_rewards_judges_each_response_by_its_own_prompt(tokenizer):
+    """A gold reward of "...<|end|>", or of the answer to another request: all of them wrong by the same amount."""
+    rng, rows = random.Random(11), []
+    for i in range(6):
+        prompt = stories.request(rng).text
+        text = stories.story(rng, prompt).text
+        ids = tokenizer.prompt(prompt), tokenizer.response(text)[:None if i % 2 else -1]      # every other one never ended
+        rows.append((*ids, annotator.gold_reward(prompt, text)))
+    tokens, lengths = gpt.pad([prompt + response for prompt, response, _ in rows])
+    rollout = gpt.Rollout(tokens, torch.tensor([len(prompt) for prompt, _, _ in rows]), lengths)
+    assert reward_model.gold_rewards(rollout, tokenizer).tolist() == pytest.approx([gold for *_, gold in rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The answer key
+
+
+def simulated_labels(n=40000, seed=12):
+    """Winner-first margins of the truth, as an annotator with Gumbel noise would give them."""
+    generator = torch.Generator().manual_seed(seed)
+    delta = 2 * torch.randn(n, generator=generator)                                   # gold(first) - gold(second)
+    first = torch.rand(n, generator=generator) < torch.sigmoid(delta)
+    return torch.where(first, delta, -delta)
+
+
+def test_the_true_reward_reaches_the_best_possible_figures():
+    """A Bayes accuracy that the truth itself does not reach, or surpasses: then no distance to it means anything."""
+    gold = simulated_labels()
+    figures, table = answer_key(gold, gold)
+    assert figures["slope"] == pytest.approx(1) and figures["correlation"] == pytest.approx(1)
+    assert figures["accuracy"] == pytest.approx(figures["bayes_accuracy"], abs=4 * 0.5 / 200)      # 4 sigma of 40,000 labels
+    assert figures["loss"] == pytest.approx(figures["annotator_loss"], abs=0.02)
+    assert 0.7 < figures["bayes_accuracy"] < 0.9
+    assert sum(count for count, _, _ in table) == 2 * len(gold) and len(table) == 10
+    for count, predicted, observed in table:
+        assert observed == pytest.approx(predicted, abs=4 * math.sqrt(2 * 0.25 / count))     # both orders: not independent
+
+
+def test_an_overconfident_model_is_seen():
+    """A scale that the answer key does not see: a model twice too sure has the same accuracy and correlation."""
+    gold = simulated_labels()
+    truth, _ = answer_key(gold, gold)
+    figures, table = answer_key(2 * gold, gold)
+    assert figures["slope"] == pytest.approx(2) and figures["correlation"] == pytest.approx(1)
+    assert figures["accuracy"] == truth["accuracy"] and figures["loss"] > truth["loss"] + 0.02
+    assert figures["annotator_loss"] == truth["annotator_loss"] and figures["bayes_accuracy"] == truth["bayes_accuracy"]
+    assert all(observed < predicted - 0.02 for _, predicted, observed in table if 0.6 < predicted < 0.95)
+
+
+def test_the_answer_key_by_hand():
+    """Two pairs, and every figure from its definition."""
+    def sigma(x):
+        return 1 / (1 + math.exp(-x))
+
+    margin, gold = (0.5, -1.0), (2.0, -0.5)
+    figures, table = answer_key(torch.tensor(margin), torch.tensor(gold))
+    assert figures == pytest.approx({
+        "accuracy": 0.5,
+        "bayes_accuracy": (sigma(2.0) + sigma(0.5)) / 2,
+        "loss": -(math.log(sigma(0.5)) + math.log(sigma(-1.0))) / 2,
+        "annotator_loss": sum(-sigma(g) * math.log(sigma(g)) - sigma(-g) * math.log(sigma(-g)) for g in gold) / 2,
+        "correlation": (0.5 * 2 + 1 * 0.5) / math.sqrt((0.25 + 1) * (4 + 0.25)),
+        "slope": (0.5 * 2 + 1 * 0.5) / (4 + 0.25)})
+    # predictions 0.622 (won), 0.378 (lost), 0.269 (won), 0.731 (lost), by bins of a tenth
+    assert [count for count, _, _ in table] == [1, 1, 1, 1]
+    assert [row[1] for row in table] == pytest.approx([sigma(-1.0), sigma(-0.5), sigma(0.5), sigma(1.0)])
+    assert [row[2] for row in table] == [1, 0, 1, 0]
+    _, (low, high) = answer_key(torch.tensor([50.0, 40.0]), torch.tensor(gold))      # probabilities of exactly 0 and 1
+    assert low == pytest.approx((2, 0, 0)) and high == pytest.approx((2, 1, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+PAIRS = [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud {i % 7}."} for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A folder with a tiny base model and a tiny SFT model that answers questions about colors with good and bad."""
+    folder = tmp_path_factory.mktemp("policy")
+    (folder / "corpus.txt").write_text("".join(" ".join(row.values()) + "\n" for row in PAIRS) * 2)
+    rows = [{"prompt": row["prompt"], "completion": row[name]} for row in PAIRS for name in ("chosen", "rejected")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    small = ["--size", "cpu", "--out", str(folder)]
+    gpt.main([*small, "--text", str(folder / "corpus.txt"), "--vocab_size", "290", "--block_size", "64", "--n_layer", "1",
+              "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "10", "--report", "10"])
+    sft.main([*small, "--data", str(folder / "rows.jsonl"), "--batch", "8", "--lr", "0.01", "--max_new_tokens", "20"])
+    return folder
+
+
+def train(folder, *flags):
+    reward_model.main(["--size", "cpu", "--out", str(folder), "--max_new_tokens", "20", "--batch", "8", "--warmup", "1",
+                       "--lr", "0.01", *flags])
+    return gpt.load_checkpoint(folder / "cpu/reward_model/checkpoint.pt", "reward_model", "cpu", model_class=RewardModel)[0]
+
+
+def test_training_on_your_own_pairs(policy, capsys):
+    """Rewards that are shifted the wrong way, rescaled, or saved before they are shifted; a trunk that isn't the SFT model's."""
+    model = train(policy, "--data", str(policy / "pairs.jsonl"), "--epochs", "3")
+    sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    # 1. It learnt what was preferred, and stayed near the SFT model where it began.
+    pairs, _, _ = encode_pairs(PAIRS, tokenizer, 64)
+    margin = reward_model.held_out_margins(model, pairs)
+    assert (margin > 0).float().mean() > 0.95 and margin.mean() > 1
+    assert (model.trunk.wte.weight - sft_model.wte.weight).abs().mean() < 0.5 * sft_model.wte.weight.abs().mean()
+    # 2. The mean over fresh samples of the SFT model is 0, within the samples' own error.
+    prompts = [tokenizer.prompt(row["prompt"]) for row in PAIRS * 10]
+    rollout = gpt.generate(sft_model, prompts, 20, tokenizer.end_token, seed=99)
+    scores = model.score(rollout.tokens, rollout.lengths).detach()
+    assert scores.mean().abs() < 4 * scores.std() * (1 / 512 + 1 / 600) ** 0.5 and scores.std() > 0.5
+    # 3. The scale is the loss's own: what was printed before the shift is what the saved model has.
+    printed = capsys.readouterr().out
+    deviation = float(printed.split("standard deviation ")[1].split()[0])
+    assert scores.std().item() == pytest.approx(deviation, rel=0.2)
+    rows = [json.loads(line) for line in (policy / "cpu/reward_model/metrics.jsonl").read_text().splitlines()]
+    held_out = encode_pairs(split_pairs(PAIRS, 1)[1], tokenizer, 64)[0]
+    margin = reward_model.held_out_margins(model, held_out)
+    assert rows[-1]["held_out_loss"] == pytest.approx(torch.nn.functional.softplus(-margin).mean().item(), rel=1e-3, abs=1e-5)
+    assert rows[-1]["held_out_accuracy"] == pytest.approx((margin > 0).float().mean().item())
+
+
+def test_one_seed_one_result(policy):
+    """An order of pairs that nobody seeded."""
+    runs = []
+    for _ in range(2):
+        random.seed()
+        torch.rand(5)
+        runs.append([p.tolist() for p in train(policy, "--data", str(policy / "pairs.jsonl")).parameters()])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("content, reasons", [
+    (None, ["no such file"]), ("", ["empty"]), ('{"prompt": "a", "chosen": "b"}\n', [":1", "rejected"]),
+    (json.dumps(PAIRS[0]) + "\n", ["none is left to train on"]),
+    ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "c", "chosen": "b", "rejected": "b"}\n', ["none is left"])])
+def test_a_wrong_file_is_one_line_and_costs_nothing(policy, tmp_path, content, reasons):
+    """A typing error in the file that costs the checkpoint of last night."""
+    train(policy, "--data", str(policy / "pairs.jsonl"))
+    checkpoint, path = policy / "cpu/reward_model/checkpoint.pt", tmp_path / "pairs.jsonl"
+    before = checkpoint.read_bytes()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError) as error:
+        train(policy, "--data", str(path))
+    message = str(error.value)
+    assert "\n" not in message and all(reason in message for reason in [str(path), *reasons])
+    assert checkpoint.read_bytes() == before
+
+
+def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
+    """Held-out pairs that are trained on too; figures that belong to other pairs than the files that were written."""
+    small = ["--size", "cpu", "--out", str(tmp_path)]
+    gpt.main([*small, "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "2", "--report", "2"])
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    (tmp_path / "cpu/sft").mkdir()
+    gpt.save_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu", model, tokenizer)
+    monkeypatch.setattr(reward_model, "respond", Writer(tokenizer, broken=False))      # who tells stories from the first day
+    trained = train(tmp_path, "--pairs", "48", "--held_out", "40", "--sample_batch", "32", "--max_new_tokens", "90")
+    files = [[json.loads(line) for line in (tmp_path / f"cpu/reward_model/{name}.jsonl").read_text().splitlines()]
+             for name in ("pairs", "held_out", "metrics")]
+    pairs, held_out, (*_, figures) = files
+    assert (len(pairs), len(held_out)) == (48, 40)
+    assert not {row["chosen"] for row in pairs} & {row["chosen"] for row in held_out}
+    gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"]) - annotator.gold_reward(row["prompt"], row["rejected"])
+                         for row in held_out])
+    margin = reward_model.held_out_margins(trained, encode_pairs(held_out, tokenizer, 128)[0])
+    expected, table = answer_key(margin, gold)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    printed = capsys.readouterr().out.split("calibration")[1].splitlines()[1:1 + len(table)]
+    assert [int(line.split()[0]) for line in printed] == [count for count, _, _ in table]

@@ -1,0 +1,265 @@
+"""Supervised fine-tuning: the masked token mean, the <|end|> token, demonstrations, and the stage as a whole."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt
+import sft
+from data import stories
+from data.files import InputError
+from data.tokenizer import Tokenizer, train as train_vocabulary
+
+V = 11
+DEMONSTRATIONS = [("Name a color.", "Red."), ("Name an animal, please.", "The little otter by the river.")]
+
+
+def tiny_model(seed=0, vocab_size=V, block_size=64):
+    torch.manual_seed(seed)
+    return gpt.GPT(gpt.GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=32))
+
+
+def random_batch(seed=0):
+    """Seven sequences whose responses have 1 to 40 tokens, and the lengths of their prompts."""
+    rng = random.Random(seed)
+    shapes = [(3, 1), (1, 40), (9, 2), (5, 17), (2, 1), (20, 3), (1, 6)]
+    return [[rng.randrange(V) for _ in range(sum(shape))] for shape in shapes], [prompt for prompt, _ in shapes]
+
+
+def gradients(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(train_vocabulary(" ".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS), 290))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 64])
+def test_micro_batches_give_the_gradient_of_the_token_mean(micro_batch):
+    """A mean of the micro-batches' means weighs a token of a short answer more: the bug of gradient accumulation that
+    Hugging Face's Trainer had until October 2024. The oracle is cross_entropy over all response tokens at once."""
+    sequences, prompts = random_batch()
+    model, twin = tiny_model(), tiny_model()
+    loss = sft.backward(model, sequences, prompts, micro_batch)
+    logits, labels = [], []
+    for ids, prompt in zip(sequences, prompts):
+        logits.append(twin(torch.tensor([ids]))[0, :-1])
+        labels.append(torch.tensor([-100] * (prompt - 1) + ids[prompt:]))
+    oracle = F.cross_entropy(torch.cat(logits), torch.cat(labels), ignore_index=-100)
+    oracle.backward()
+    assert float(loss) == pytest.approx(oracle.item(), rel=1e-5)
+    torch.testing.assert_close(gradients(model), gradients(twin), atol=1e-5, rtol=1e-4)
+
+
+def test_backward_accumulates_and_steps_nothing():
+    """backward() that clears the gradients of the micro-batch before, or moves a weight."""
+    sequences, prompts = random_batch()
+    model, twin = tiny_model(), tiny_model()
+    sft.backward(model, sequences, prompts, 64)
+    once = gradients(model)
+    sft.backward(model, sequences, prompts, 64)
+    torch.testing.assert_close(gradients(model), 2 * once)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), twin.parameters()))
+
+
+def test_exactly_the_response_and_its_end_are_trained(monkeypatch):
+    """A model whose <|end|> is masked out never learns to stop (TRL #1623, #3091); one whose prompts count learns to ask."""
+    sequences, prompts = random_batch(1)
+    sequences = [ids[:-1] + [V - 1] for ids in sequences]       # <|end|> is the last token
+    model, kept = tiny_model(1), []
+    forward = model.forward
+
+    def keep(tokens):
+        kept.append(forward(tokens))
+        kept[-1].retain_grad()
+        return kept[-1]
+
+    monkeypatch.setattr(model, "forward", keep)
+    sft.backward(model, sequences, prompts, 64)
+    (logits,), total = kept, sum(map(len, sequences)) - sum(prompts)
+    for row, (ids, prompt) in enumerate(zip(sequences, prompts)):
+        for t in range(logits.shape[1]):
+            expected = torch.zeros(V)
+            if prompt - 1 <= t < len(ids) - 1:      # the gradient of cross-entropy: (softmax - one-hot) / N
+                expected = (logits[row, t].detach().softmax(0) - F.one_hot(torch.tensor(ids[t + 1]), V)) / total
+            torch.testing.assert_close(logits.grad[row, t], expected, atol=1e-7, rtol=1e-4)
+        assert logits.grad[row, len(ids) - 2, V - 1] < 0     # a step makes <|end|> likelier
+
+
+def test_an_overfitted_model_answers_and_stops(tokenizer):
+    """All of the above at once: the answer begins at its first token, is the right one, and ends."""
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS]
+    sequences, prompts, dropped = sft.encode_demonstrations(rows, tokenizer, 64)
+    model = tiny_model(2, tokenizer.n_vocab)
+    optimizer = gpt.make_optimizer(model, 1e-2, 0.0)
+    for _ in range(40):
+        loss = sft.backward(model, sequences, prompts, 1)
+        gpt.optimizer_step(optimizer, model, 1e-2)
+    assert dropped == 0 and loss < 0.05
+    rollout = gpt.generate(model, [tokenizer.prompt(prompt) for prompt, _ in DEMONSTRATIONS], 30, tokenizer.end_token, top_k=1)
+    assert [tokenizer.decode(ids) for ids in rollout.responses()] == [answer + "<|end|>" for _, answer in DEMONSTRATIONS]
+
+
+def test_demonstrations_that_do_not_fit_are_dropped_whole(tokenizer):
+    """An answer that is cut at the context teaches to stop in the middle, or, without its <|end|>, never to stop."""
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS]
+    whole = [tokenizer.prompt(row["prompt"]) + tokenizer.response(row["completion"]) for row in rows]
+    longer = max(map(len, whole))
+    assert sft.encode_demonstrations(rows, tokenizer, longer) == (
+        whole, [len(tokenizer.prompt(row["prompt"])) for row in rows], 0)
+    assert sft.encode_demonstrations(rows, tokenizer, longer - 1) == (whole[:1], [len(tokenizer.prompt(rows[0]["prompt"]))], 1)
+    assert sft.encode_demonstrations(rows, tokenizer, 3) == ([], [], 2)
+
+
+def test_a_text_that_spells_special_tokens_stays_text(tokenizer):
+    """A demonstration that says "<|end|>" ends there; one that says "<|assistant|>" puts words into the model's mouth."""
+    row = {"prompt": "Say <|end|> or <|assistant|>.", "completion": "<|end|> and <|user|>"}
+    (ids,), (prompt,), _ = sft.encode_demonstrations([row], tokenizer, 256)
+    special = {tokenizer.user_token, tokenizer.assistant_token, tokenizer.end_token}
+    assert [i for i, token in enumerate(ids) if token in special] == [0, prompt - 1, len(ids) - 1]
+    assert (ids[0], ids[prompt - 1], ids[-1]) == (tokenizer.user_token, tokenizer.assistant_token, tokenizer.end_token)
+    assert tokenizer.decode(ids[prompt:-1]) == row["completion"]
+
+
+def test_answered_counts_whole_stories_that_ended():
+    """A base model that goes on with more requests, or a story that never ends, counted as an answer."""
+    rng = random.Random(3)
+    asked = stories.request(rng).text
+    told = stories.story(rng, asked).text
+    texts = [told, told, asked, "", told + " The end is nigh.", told[:-5]]
+    ended = [True, False, True, True, True, True]
+    assert sft.answered(texts, ended) == pytest.approx(1 / 6)
+    assert sft.answered([told], [True]) == 1 and sft.answered([asked], [True]) == 0
+
+
+def test_the_worlds_demonstrations_answer_their_own_request():
+    """Requests and stories that are paired wrongly, or a log-probability of something else: the entropy is then wrong."""
+    rows, logprobs = sft.draw_demonstrations(random.Random(4), 50)
+    assert len(rows) == len(logprobs) == 50 and len({row["prompt"] for row in rows}) > 40
+    for row, logprob in zip(rows, logprobs):
+        assert logprob == pytest.approx(stories.log_probability(row["prompt"], row["completion"]))
+    kept = sum(stories.parse_request(row["prompt"]).hero in re.findall("[a-z]+", row["completion"].lower()) for row in rows)
+    assert kept > 35       # nine of ten tell of the hero that was asked for
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny base model of a text about colors."""
+    folder = tmp_path_factory.mktemp("base")
+    text = "\n".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS) + "\n"
+    (folder / "corpus.txt").write_text(text * 60)
+    gpt.main(["--size", "cpu", "--out", str(folder), "--text", str(folder / "corpus.txt"), "--vocab_size", "290", "--block_size",
+              "64", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "10", "--report", "10"])
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def fine_tune(folder, *flags):
+    sft.main(["--size", "cpu", "--out", str(folder), "--max_new_tokens", "30", "--batch", "4", *flags])
+
+
+def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
+    """A file of demonstrations that trains nothing, is trained on in full without anything held out, or not to the end."""
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS] * 10
+    rows.append({"prompt": "Name a color.", "completion": "red " * 100})     # longer than the context
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    weights = []
+    for micro_batch in ("4", "3"):
+        fine_tune(base, "--data", path, "--epochs", "8", "--lr", "0.01", "--report", "10", "--micro_batch", micro_batch)
+        log = [json.loads(line) for line in (base / "cpu/sft/metrics.jsonl").read_text().splitlines()]
+        model, tokenizer, _ = gpt.load_checkpoint(base / "cpu/sft/checkpoint.pt", "sft", "cpu")
+        weights.append(model.wte.weight)
+        assert log[-1]["held_out"] < 0.5 * log[0]["held_out"]
+        assert log[-1]["step"] in (8 * 5, 8 * 4)       # 21 rows, 2 held out, 1 too long: 18 or 19 in batches of 4
+    torch.testing.assert_close(*weights, atol=2e-3, rtol=1e-2)
+    assert "dropped 1 longer than the context" in capsys.readouterr().out
+    texts, ended = gpt.respond(model, tokenizer, [tokenizer.prompt("Name a color.")] * 9, 30, seed=1)
+    assert all(ended) and texts.count("Red.") >= 5
+
+
+def test_one_seed_one_result(base, tmp_path):
+    """An order of batches, or of held-out rows, that nobody seeded."""
+    path, runs = write_rows(tmp_path / "rows.jsonl", [
+        {"prompt": f"Name color {i}.", "completion": f"Red {i}."} for i in range(20)]), []
+    for _ in range(2):
+        torch.rand(3)
+        random.seed()
+        fine_tune(base, "--data", path, "--report", "1")
+        rows = [json.loads(line) for line in (base / "cpu/sft/metrics.jsonl").read_text().splitlines()]
+        model = gpt.load_checkpoint(base / "cpu/sft/checkpoint.pt", "sft", "cpu")[0]
+        runs.append(([{**row, "seconds": 0} for row in rows], [p.tolist() for p in model.parameters()]))
+    assert runs[0] == runs[1]
+
+
+def test_pairs_will_do_as_demonstrations(base, tmp_path):
+    """A file of pairs whose rejected answers are taught."""
+    path = write_rows(tmp_path / "pairs.jsonl", [
+        {"prompt": f"Color {i}?", "chosen": "Red.", "rejected": "Mud."} for i in range(20)])
+    fine_tune(base, "--data", path, "--epochs", "10", "--lr", "0.01")
+    model, tokenizer, _ = gpt.load_checkpoint(base / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    texts, _ = gpt.respond(model, tokenizer, [tokenizer.prompt("Color 3?")] * 9, 10, seed=1)
+    assert texts.count("Red.") >= 5 and "Mud." not in texts
+
+
+@pytest.mark.parametrize("content, reasons", [
+    (None, ["no such file"]), ("", ["empty"]), ('{"prompt": "a", "completion": 3}\n', [":1", "completion"]),
+    ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', [":2"]),
+    ('{"prompt": "a", "completion": "b"}\n', ["no demonstration is left to train on"]),
+    (json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n", ["no demonstration is left"])])
+def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, reasons):
+    """A typing error in the file that costs the checkpoint of last night."""
+    path, checkpoint = tmp_path / "rows.jsonl", base / "cpu/sft/checkpoint.pt"
+    fine_tune(base, "--data", write_rows(path, [{"prompt": "a", "completion": "b"}] * 4))
+    before = checkpoint.read_bytes(), (base / "cpu/sft/metrics.jsonl").read_bytes()
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputError) as error:
+        fine_tune(base, "--data", str(path))
+    message = str(error.value)
+    assert "\n" not in message and all(reason in message for reason in [str(path), *reasons])
+    assert before == (checkpoint.read_bytes(), (base / "cpu/sft/metrics.jsonl").read_bytes())
+
+
+def test_a_long_prompt_with_a_short_answer(base, tmp_path):
+    """A demonstration that fits the context can be trained on, though its prompt leaves no room for the longest sample."""
+    fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "z" * 50, "completion": "Red."}] * 8))
+
+
+def test_a_world_too_large_for_the_context_is_named(base):
+    """The world's stories in a vocabulary that was made for another text: all of them cut, or a traceback."""
+    with pytest.raises(InputError, match="too short for the little world"):
+        fine_tune(base, "--demonstrations", "4")
+
+
+def test_fine_tuning_on_the_world(tmp_path):
+    """An entropy over other tokens than the loss's; figures in the log that aren't those of the saved model."""
+    small = ["--size", "cpu", "--out", str(tmp_path)]
+    gpt.main([*small, "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "4", "--report", "4"])
+    fine_tune(tmp_path, "--demonstrations", "32", "--questions", "5", "--lr", "0.01", "--warmup", "1", "--max_new_tokens", "90")
+    *_, last, answers = [json.loads(line) for line in (tmp_path / "cpu/sft/metrics.jsonl").read_text().splitlines()]
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    rows, logprobs = sft.draw_demonstrations(random.Random("held-out demonstrations"), 500)
+    responses = [tokenizer.encode(row["completion"]) + [tokenizer.end_token] for row in rows]
+    count = sum(map(len, responses))
+    assert last["entropy"] == pytest.approx(-sum(logprobs) / count)
+    assert last["excess"] == pytest.approx(last["held_out"] / last["entropy"] - 1) and last["excess"] > 1
+    total = 0.0
+    for row, response in list(zip(rows, responses))[:40]:       # an estimate from 40 of the 500
+        ids = tokenizer.prompt(row["prompt"]) + response
+        with torch.no_grad():
+            total += F.cross_entropy(model(torch.tensor([ids]))[0, -len(response) - 1:-1], torch.tensor(response),
+                                     reduction="sum").item()
+    assert last["held_out"] == pytest.approx(total / sum(map(len, responses[:40])), rel=0.05)
+    assert 0 <= answers["base_answers"] <= 1 and answers["answers"] == 0      # nobody tells stories after so few steps
