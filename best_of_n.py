@@ -102,14 +102,17 @@ def optimality_gap(rewards, log_ratios, beta):
 
 
 def pooled_optimum(rewards, log_ratios, beta):
-    """J* = β log Z(x) from the samples of several policies together (balance heuristic; Veach & Guibas 1995).
+    """J* = β log Z(x) and KL(π* || π_ref) from samples of several policies together (balance heuristic; Veach & Guibas 1995).
 
     rewards (M, S): S samples a prompt, the same number from each of K policies, the reference among them; log_ratios
     (M, S, K): log π_k(y|x)/π_ref(y|x) of every sample under every policy. The samples come from the mixture of the K
-    policies, so Z = E_mixture[exp(r/β) π_ref / mixture]: no sample can weigh more than K exp(r/β). Returns (M,).
+    policies, so Z = E_mixture[exp(r/β) π_ref / mixture]: no sample can weigh more than K exp(r/β). Returns (M,), (M,).
     """
     log_mixture = log_mean_exp(log_ratios, dim=2)  # log mixture(y|x)/π_ref(y|x)
-    return beta * log_mean_exp(rewards / beta - log_mixture, dim=1)
+    log_weights = rewards / beta - log_mixture
+    log_z = log_mean_exp(log_weights, dim=1)
+    kl = (log_weights.softmax(dim=1) * rewards / beta).sum(dim=1) - log_z  # E_π*[log π*/π_ref] = E_π*[r]/β - log Z
+    return beta * log_z, kl
 
 
 def mean_and_error(x):
@@ -267,18 +270,19 @@ def optimum(kind, rows, rewards, log_ratios, names, beta):
 
     rows: name -> (rewards, log_ratios) of its samples; rewards (M, S), log_ratios (M, S, K): all policies' samples pooled.
     """
-    best, best_error = mean_and_error(pooled_optimum(rewards, log_ratios, beta))
+    J_stars, kls = pooled_optimum(rewards, log_ratios, beta)
+    best, best_error = mean_and_error(J_stars)
     gaps = {name: optimality_gap(*pair, beta) for name, pair in rows.items()}
     start = gaps["sft"][0].mean().item()
-    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f} ± {best_error:.3f}, from the samples of "
-          f"{', '.join(names)} pooled")
+    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f} ± {best_error:.3f}, {kls.mean():.2f} nats from the "
+          f"reference, from the samples of {', '.join(names)} pooled")
     figures = []
     for name, (J, J_star) in gaps.items():
         J, error = mean_and_error(J)
         own = J_star.mean().item() if name in names else math.nan  # best-of-N's density is not known, only its KL's bound
         figures.append(dict(policy=name, J=J, error=error, share=(J - start) / (best - start), own_J_star=own))
     print_table(figures)
-    return [dict(under=kind, J_star=best, J_star_error=best_error, **row) for row in figures]
+    return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=kls.mean().item(), **row) for row in figures]
 
 
 def close_to_the_best(config, figures):

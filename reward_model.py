@@ -245,6 +245,7 @@ def train(config):
         rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config, rng)
         print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {dropped}")
         held_out_rows, rows = rows[:config.held_out], rows[config.held_out:]
+        folder.mkdir(parents=True, exist_ok=True)
         write_jsonl(folder / "pairs.jsonl", rows)
         write_jsonl(folder / "held_out.jsonl", held_out_rows)
     pairs, _, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)

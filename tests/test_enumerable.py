@@ -190,9 +190,10 @@ def test_the_estimates_of_the_optimum_agree(world):
     draws = [logp.exp().expand(M, -1).multinomial(N, replacement=True, generator=generator) for logp in (ref, narrow)]
     pooled = torch.cat(draws, dim=1)
     log_ratios = torch.stack([torch.zeros_like(pooled, dtype=torch.float64), (narrow - ref)[pooled]], dim=2)
-    estimates = pooled_optimum(rewards[pooled], log_ratios, BETA)
+    estimates, kls = pooled_optimum(rewards[pooled], log_ratios, BETA)
     _, own = optimality_gap(rewards[draws[1]], (narrow - ref)[draws[1]], BETA)
     assert own.max() < J_star - 0.1
+    assert abs(kls.mean().item() - kl(best, ref)) < 4 * kls.std().item() / math.sqrt(M) + 0.01
     assert abs(estimates.mean().item() - J_star) < 4 * estimates.std().item() / math.sqrt(M) + 0.005
 
 

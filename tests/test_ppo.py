@@ -351,7 +351,7 @@ def first_minibatch(monkeypatch, config, policy, reference, score, value_model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_minibatch_is_on_policy(monkeypatch, temperature):
     """Another temperature, position or padding in the scoring than in the sampling: the ratio starts off at 1 no more."""
-    config = ppo.Config(iterations=1, rollouts=32, minibatch=16, micro_batch=5, epochs=1, max_new_tokens=LIMIT,
+    config = ppo.Config(iterations=1, rollouts=32, minibatch=32, micro_batch=5, epochs=1, max_new_tokens=LIMIT,
                         temperature=temperature)
     policy = tiny_gpt(0)
     (batch, policy, value_model, losses), _, figures = first_minibatch(
@@ -363,8 +363,15 @@ def test_first_minibatch_is_on_policy(monkeypatch, temperature):
     _, _, clip_fraction, approx_kl = losses.tolist()
     assert clip_fraction == 0 and abs(approx_kl) < 1e-6
     assert figures[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference, the same model, at the same temperature
+    everything = batch.advantages[batch.mask]  # all rollouts are in this minibatch, so its advantages are white
+    assert everything.mean().item() == pytest.approx(0, abs=1e-5)
+    assert everything.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    residual = (batch.returns - batch.old_values)[batch.mask]
+    assert figures[0]["value_explained"] == pytest.approx(1 - (residual.var() / batch.returns[batch.mask].var()).item())
+    assert figures[0]["length"] == pytest.approx(batch.mask.sum().item() / 32)
 
-    # Every row alone, in float64: what was sampled, and V of the prefix.
+    # Every row alone, in float64: what was sampled, its entropy, and V of the prefix.
+    entropies, double = [], copy.deepcopy(policy).double()
     for row, mask, old, values in zip(batch.tokens.tolist(), batch.mask, batch.old_logprobs, batch.old_values):
         first, last = mask.nonzero()[[0, -1], 0].tolist()
         prompt, response = row[:first + 1], row[first + 1:last + 2]
@@ -372,7 +379,11 @@ def test_first_minibatch_is_on_policy(monkeypatch, temperature):
             exact_logprobs(policy, prompt, [response], temperature).item(), abs=1e-4)
         with torch.no_grad():
             alone = [value_model(torch.tensor([row[:t + 1]]))[0, -1].item() for t in range(first, last + 1)]
+            for t in range(first, last + 1):
+                logits = double(torch.tensor([row[:t + 1]]))[0, -1] / temperature
+                entropies.append(torch.distributions.Categorical(logits=logits).entropy().item())
         assert values[mask].tolist() == pytest.approx(alone, abs=1e-4)
+    assert figures[0]["entropy"] == pytest.approx(np.mean(entropies), abs=1e-4)
 
 
 def test_rollouts_follow_the_scored_distribution(monkeypatch):
