@@ -116,8 +116,8 @@ def pooled_optimum(rewards, log_ratios, beta):
 
 
 def mean_and_error(x):
-    """The mean over prompts, x (M,), and its standard error."""
-    return x.mean().item(), (x.std() / math.sqrt(len(x))).item()
+    """The mean over prompts, x (M,), and its standard error (None for a single prompt)."""
+    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,10 +259,10 @@ def compare(name, row, opponents):
 
 
 def print_table(rows):
-    """Dicts with the same keys, the first a name, as a table with a line of headings."""
+    """Dicts with the same keys, a name and then numbers (None where there is none), as a table with headings."""
     print("  ".join([f"{'':14s}"] + [f"{key:>12s}" for key in list(rows[0])[1:]]))
     for first, *values in (row.values() for row in rows):
-        print("  ".join([f"{first:14s}"] + [f"{value:>12s}" if isinstance(value, str) else f"{value:12.3f}" for value in values]))
+        print("  ".join([f"{first:14s}"] + [f"{'-':>12s}" if value is None else f"{value:12.3f}" for value in values]))
 
 
 def optimum(kind, rows, rewards, log_ratios, names, beta):
@@ -274,13 +274,13 @@ def optimum(kind, rows, rewards, log_ratios, names, beta):
     best, best_error = mean_and_error(J_stars)
     gaps = {name: optimality_gap(*pair, beta) for name, pair in rows.items()}
     start = gaps["sft"][0].mean().item()
-    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f} ± {best_error:.3f}, {kls.mean():.2f} nats from the "
+    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f}, {kls.mean():.2f} nats from the "
           f"reference, from the samples of {', '.join(names)} pooled")
     figures = []
     for name, (J, J_star) in gaps.items():
         J, error = mean_and_error(J)
-        own = J_star.mean().item() if name in names else math.nan  # best-of-N's density is not known, only its KL's bound
-        figures.append(dict(policy=name, J=J, error=error, share=(J - start) / (best - start), own_J_star=own))
+        own = J_star.mean().item() if name in names else None  # best-of-N's density is not known, only its KL's bound
+        figures.append(dict(policy=name, J=J, error=error, share=(J - start) / (best - start) if best > start else None, own_J_star=own))
     print_table(figures)
     return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=kls.mean().item(), **row) for row in figures]
 
@@ -299,7 +299,7 @@ def close_to_the_best(config, figures):
             x, best = lines[-1][measured], lines[-1][possible]
             rows.append((what, x, best, x / best if measured == "accuracy" else best / x))
     for row in figures:
-        if "under" in row and row["policy"] != "sft":
+        if row.get("share") is not None and row["policy"] != "sft":
             rows.append((f"{row['policy']}, J under {row['under']}", row["J"], row["J_star"], row["share"]))
     print(f"\nHow close to the best\n{'':36s}{'measured':>10s}{'possible':>10s}{'share':>8s}")
     for what, measured, possible, share in rows:
@@ -312,7 +312,9 @@ def load_policies(config, names):
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
     for name in ["sft", *names]:
-        stage = name if name == "sft" else "dpo" if name.startswith("dpo") else "ppo"
+        stage = next((stage for stage in ("sft", "ppo", "dpo") if name.startswith(stage)), None)
+        if stage is None:
+            raise InputError(f"--policies {name}: must begin with ppo or dpo")
         policy_path = stage_folder(config, name) / "checkpoint.pt"
         policies[name], policy_tokenizer, _ = load_checkpoint(policy_path, stage, config.size, device)
         if policy_tokenizer.vocabulary != tokenizer.vocabulary:

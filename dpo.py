@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import reward_model as reward_model_stage
 import sft
 from data.files import InputError, read_pairs, run_script
-from gpt import (Log, announce, autocast, get_device, learning_rate, load_checkpoint, make_optimizer, optimizer_step, pad,
+from gpt import (Log, announce, autocast, check_name, get_device, learning_rate, load_checkpoint, make_optimizer, optimizer_step, pad,
                  parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
                  train_if_missing)
 from reward_model import encode_pairs, split_pairs
@@ -34,7 +34,7 @@ from reward_model import encode_pairs, split_pairs
 class Config:
     size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/dpo
-    name: str = "dpo"           # name of this run's folder: another name keeps an experiment apart
+    name: str = "dpo"           # name of this run's folder: dpo-… keeps an experiment apart
     seed: int = 1               # fixes the order of the pairs and the samples
     data: str = ""              # your own pairs, a .jsonl file, instead of the comparisons of the reward model's stage
     epochs: int = 1             # passes over the pairs
@@ -117,6 +117,7 @@ def figures(loss, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta
 
 def train(config):
     """Fit the SFT policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
+    check_name(config.name, "dpo")
     if config.data:
         train_if_missing("sft", sft.main, config)
     else:

@@ -332,7 +332,14 @@ def stage_folder(config, stage):
     return Path(config.out) / config.size / stage
 
 
+def check_name(name, stage):
+    """--name of a PPO or DPO run begins with its stage, so that no run can overwrite another stage's folder."""
+    if not re.fullmatch(rf"{stage}[\w.-]*", name):
+        raise InputError(f"--name {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
+
+
 def get_device():
+    """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -31,7 +31,7 @@ import torch
 import reward_model as reward_model_stage
 from data import stories
 from data.files import InputError, read_prompts, run_script
-from gpt import (Log, announce, autocast, generate, get_device, load_checkpoint, make_optimizer, optimizer_step,
+from gpt import (Log, announce, autocast, check_name, generate, get_device, load_checkpoint, make_optimizer, optimizer_step,
                  parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
                  train_if_missing)
 from reward_model import RewardModel, gold_rewards
@@ -41,7 +41,7 @@ from reward_model import RewardModel, gold_rewards
 class Config:
     size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
-    name: str = "ppo"           # name of this run's folder: another name keeps an experiment apart
+    name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
     seed: int = 1               # fixes prompts, samples and minibatches
     data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's requests
     iterations: int = 50        # rollout batches
@@ -271,6 +271,7 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
+    check_name(config.name, "ppo")
     train_if_missing("reward_model", reward_model_stage.main, config)
     folder, device = stage_folder(config, config.name), get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"

@@ -114,7 +114,7 @@ def collect_pairs(model, tokenizer, count, config, rng):
 
     Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
     """
-    rows, dropped = [], {"no end": 0, "equal texts": 0}
+    rows, dropped = [], {"no end": 0, "blank": 0, "equal texts": 0}
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
             raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends its "
@@ -126,6 +126,8 @@ def collect_pairs(model, tokenizer, count, config, rng):
             first, second = texts[2 * i:2 * i + 2]
             if not all(ended[2 * i:2 * i + 2]):
                 dropped["no end"] += 1
+            elif not first.strip() or not second.strip() or "\0" in first + second:
+                dropped["blank"] += 1  # data/files.py would refuse to read it back
             elif first == second:
                 dropped["equal texts"] += 1
             else:
@@ -210,13 +212,13 @@ def answer_key(margin, gold_margin, bins=10):
     its entropy, E[-σ log σ - (1-σ) log(1-σ)]; slope is the least-squares Δreward = slope · Δgold through the origin;
     table has a row (pairs, predicted, observed) for each bin of predicted preference: a pair counts in both orders.
     """
-    p = torch.sigmoid(gold_margin.double())
+    p, norms = torch.sigmoid(gold_margin.double()), margin.norm() * gold_margin.norm()
     figures = dict(accuracy=(margin > 0).double().mean().item(),
                    bayes_accuracy=torch.sigmoid(gold_margin.double().abs()).mean().item(),
                    loss=-F.logsigmoid(margin.double()).mean().item(),
                    annotator_loss=(torch.special.entr(p) + torch.special.entr(1 - p)).mean().item(),
-                   correlation=(margin @ gold_margin / (margin.norm() * gold_margin.norm())).item(),
-                   slope=(margin @ gold_margin / (gold_margin @ gold_margin)).item())
+                   correlation=(margin @ gold_margin / norms.clamp(min=1e-9)).item(),
+                   slope=(margin @ gold_margin / (gold_margin @ gold_margin).clamp(min=1e-9)).item())
     predicted = torch.sigmoid(torch.cat([margin, -margin]))
     won = torch.cat([torch.ones_like(margin), torch.zeros_like(margin)])
     which = (predicted * bins).long().clamp(max=bins - 1)

@@ -33,6 +33,12 @@ def kl(p, q):
     return (p * (p / q).log()).sum().item()
 
 
+def boltzmann(reference, rewards, beta):
+    """π*, the optimum of the objective (CS 224R, ch. 7)."""
+    weights = reference * (rewards / beta).exp()
+    return weights / weights.sum()
+
+
 def draw(p, count, seed):
     """`count` draws from the probabilities p, as indices."""
     return torch.multinomial(p, count, replacement=True, generator=torch.Generator().manual_seed(seed))
@@ -101,7 +107,7 @@ def test_boltzmann_of_the_lecture():
     """r·β for r/β, or a log Z that isn't the objective's maximum: 0.6/0.4, rewards 1 and 3, beta 2 give Z = 2.782."""
     reference, rewards, beta = double(0.6, 0.4), double(1.0, 3.0), 2.0
     Z = (reference * (rewards / beta).exp()).sum().item()
-    best = reference * (rewards / beta).exp() / Z
+    best = boltzmann(reference, rewards, beta)
     assert Z == pytest.approx(2.782, abs=1e-3)
     assert best.tolist() == pytest.approx([0.355, 0.645], abs=1e-3)
     J_best = (best * rewards).sum().item() - beta * kl(best, reference)
@@ -123,8 +129,8 @@ def test_gap_is_the_divergence_from_the_optimum(seed, beta):
     """w with the ratio's sign turned, or beta on one of its parts only: J* - J is then no beta KL(π || π*)."""
     reference, rewards = world(seed)
     policy = noise(seed + 50, 8).double().softmax(0)
-    log_Z = (reference.log() + rewards / beta).logsumexp(0)
-    best = (reference.log() + rewards / beta - log_Z).exp()
+    log_Z = (reference * (rewards / beta).exp()).sum().log()
+    best = boltzmann(reference, rewards, beta)
     exact_J = ((policy * rewards).sum() - beta * kl(policy, reference)).item()
     exact_gap = beta * kl(policy, best)
     assert beta * log_Z.item() - exact_J == pytest.approx(exact_gap)
@@ -144,7 +150,8 @@ def test_huge_rewards_do_not_overflow():
     """log of the mean of exp(r/β) is inf from r/β = 89 on."""
     J, J_star = optimality_gap(torch.tensor([[1000.0, 1000.0]]), torch.zeros(1, 2), beta=0.5)
     assert J.item() == J_star.item() == 1000
-    assert pooled_optimum(torch.full((1, 2), -1000.0), torch.zeros(1, 2, 1), beta=0.5)[0].item() == -1000
+    J_star, divergence = pooled_optimum(torch.full((1, 2), -1000.0), torch.zeros(1, 2, 1), beta=0.5)
+    assert J_star.item() == -1000 and divergence.item() == 0
 
 
 def test_dropped_mode_and_the_pooled_optimum():
@@ -160,7 +167,9 @@ def test_dropped_mode_and_the_pooled_optimum():
     assert J_star.item() == pytest.approx(J.item()) and J_star.item() < exact - 0.8
     samples = torch.cat([of_reference, own], dim=1)
     log_ratios = torch.stack([torch.zeros(3, dtype=torch.float64), log_ratio], dim=1)[samples]
-    assert pooled_optimum(rewards[samples], log_ratios, beta)[0].item() == pytest.approx(exact, abs=1e-6)
+    J_star, divergence = pooled_optimum(rewards[samples], log_ratios, beta)
+    assert J_star.item() == pytest.approx(exact, abs=1e-6)
+    assert divergence.item() == pytest.approx(kl(boltzmann(reference, rewards, beta), reference), abs=1e-6)
 
 
 @pytest.mark.parametrize("policies", [1, 2, 4])
@@ -175,7 +184,9 @@ def test_pooled_optimum_is_unbiased_for_z(policies):
     log_ratios = torch.stack([(count.double() / 16 / reference).log() for count in all_counts], dim=1)[samples]
     exact = beta * (reference * (rewards / beta).exp()).sum().log().item()
     assert samples.shape == (1, 16 * policies) and log_ratios.shape == (1, 16 * policies, policies)
-    assert pooled_optimum(rewards[samples], log_ratios, beta)[0].item() == pytest.approx(exact)
+    J_star, divergence = pooled_optimum(rewards[samples], log_ratios, beta)
+    assert J_star.item() == pytest.approx(exact)
+    assert divergence.item() == pytest.approx(kl(boltzmann(reference, rewards, beta), reference))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,7 +204,8 @@ def test_win_rate_counts_ties_half():
 
 
 @pytest.mark.parametrize("texts, share", [
-    (["a b c", "a b d"], 3 / 4), (["a a a a"], 1 / 3), (["a b", "b a"], 1.0), (["a", "b"], 0.0), ([], 0.0), (["a b"] * 5, 0.2)])
+    (["a b c", "a b d"], 3 / 4), (["a a a a"], 1 / 3), (["a b", "b a"], 1.0), (["a", "b"], 0.0), ([], 0.0),
+    (["a b"] * 5, 0.2)])
 def test_distinct_2_by_hand(texts, share):
     """Pairs that reach from one text into the next, or a division by zero for texts of one word."""
     assert distinct_2(texts) == pytest.approx(share)

@@ -11,7 +11,7 @@ import gpt
 import reward_model
 import sft
 from data import annotator, stories
-from data.files import InputError
+from data.files import InputError, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all, split_pairs
 
@@ -178,7 +178,8 @@ def test_pairs_that_teach_nothing_or_do_not_fit_are_dropped(tokenizer):
     ids = [[tokenizer.prompt("Hi.") + tokenizer.response(row[name]) for name in ("chosen", "rejected")] for row in rows]
     length, longest = len(tokenizer.prompt("Hi.")), len(ids[0][0])
     none = {"longer than the context": 0, "equal texts": 1}
-    assert encode_pairs(rows, tokenizer, longest) == ([(*ids[i], length) for i in (0, 2, 3)], [rows[i] for i in (0, 2, 3)], none)
+    assert encode_pairs(rows, tokenizer, longest) == (
+        [(*ids[i], length) for i in (0, 2, 3)], [rows[i] for i in (0, 2, 3)], none)
     assert encode_pairs(rows, tokenizer, longest - 1) == ([(*ids[3], length)], [rows[3]], none | {"longer than the context": 2})
 
 
@@ -198,7 +199,7 @@ def test_no_prompt_on_both_sides_of_the_split():
 
 
 class Writer:
-    """Stands in for reward_model.respond: the world's own stories; some never end, some come twice."""
+    """Stands in for reward_model.respond: the world's own stories; some never end, come twice or are blank."""
 
     def __init__(self, tokenizer, broken=True):
         self.rng, self.tokenizer, self.broken, self.seeds, self.answers = random.Random(9), tokenizer, broken, [], []
@@ -209,26 +210,38 @@ class Writer:
         for ids in prompts:
             request = self.tokenizer.decode(ids[1:-1])
             copy = self.broken and len(texts) % 2 == 1 and self.rng.random() < 0.2
-            texts.append(texts[-1] if copy else stories.story(self.rng, request).text)
+            blank = self.broken and self.rng.random() < 0.1
+            texts.append(texts[-1] if copy else self.rng.choice(["", " \n", "a\0b"]) if blank
+                         else stories.story(self.rng, request).text)
             ended.append(not self.broken or self.rng.random() > 0.1)
             self.answers.append((request, texts[-1], ended[-1]))
         return texts, ended
 
 
-def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer, monkeypatch):
+def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer, monkeypatch, tmp_path):
     """An answer under another's prompt, an unfinished one compared with a whole one, or a label that is turned round."""
     writer = Writer(tokenizer)
     monkeypatch.setattr(reward_model, "respond", writer)
     rows, dropped = reward_model.collect_pairs(None, tokenizer, 400, reward_model.Config(sample_batch=64), random.Random(10))
     pairs = list(zip(writer.answers[::2], writer.answers[1::2]))
     assert all(first[0] == second[0] for first, second in pairs)       # both of a pair answer one request
-    usable = [(first, second) for first, second in pairs if first[2] and second[2] and first[1] != second[1]]
+    counts, usable = {"no end": 0, "blank": 0, "equal texts": 0}, []
+    for first, second in pairs:
+        if not (first[2] and second[2]):
+            counts["no end"] += 1
+        elif not (first[1].strip() and second[1].strip()) or "\0" in first[1] + second[1]:
+            counts["blank"] += 1
+        elif first[1] == second[1]:
+            counts["equal texts"] += 1
+        else:
+            usable.append((first, second))
     assert len(rows) == len(usable) == 400
     for row, (first, second) in zip(rows, usable):
         assert list(row) == ["prompt", "chosen", "rejected"]
         assert row["prompt"] == first[0] and {row["chosen"], row["rejected"]} == {first[1], second[1]}
-    unfinished = sum(not (first[2] and second[2]) for first, second in pairs)
-    assert dropped == {"no end": unfinished, "equal texts": len(pairs) - 400 - unfinished} and min(dropped.values()) > 10
+    assert dropped == counts and min(counts.values()) > 10
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    assert read_pairs(tmp_path / "pairs.jsonl") == rows                 # dpo.py will read this file
     assert len(set(writer.seeds)) == len(writer.seeds) > 5              # fresh samples in every batch
     gold = [annotator.gold_reward(row["prompt"], row["chosen"]) - annotator.gold_reward(row["prompt"], row["rejected"])
             for row in rows]
@@ -314,6 +327,8 @@ def test_the_answer_key_by_hand():
     assert [count for count, _, _ in table] == [1, 1, 1, 1]
     assert [row[1] for row in table] == pytest.approx([sigma(-1.0), sigma(-0.5), sigma(0.5), sigma(1.0)])
     assert [row[2] for row in table] == [1, 0, 1, 0]
+    figures, _ = answer_key(torch.zeros(2), torch.zeros(2))     # an untrained model, an annotator who sees no difference
+    assert all(math.isfinite(value) for value in figures.values()) and figures["loss"] == pytest.approx(math.log(2))
     _, (low, high) = answer_key(torch.tensor([50.0, 40.0]), torch.tensor(gold))      # probabilities of exactly 0 and 1
     assert low == pytest.approx((2, 0, 0)) and high == pytest.approx((2, 1, 1))
 
@@ -346,7 +361,7 @@ def train(folder, *flags):
 
 
 def test_training_on_your_own_pairs(policy, capsys):
-    """Rewards that are shifted the wrong way, rescaled, or saved before they are shifted; a trunk that isn't the SFT model's."""
+    """Rewards that are shifted the wrong way, rescaled, or saved before the shift; a trunk that isn't the SFT model's."""
     model = train(policy, "--data", str(policy / "pairs.jsonl"), "--epochs", "3")
     sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
     # 1. It learnt what was preferred, and stayed near the SFT model where it began.
@@ -412,8 +427,8 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
     pairs, held_out, (*_, figures) = files
     assert (len(pairs), len(held_out)) == (48, 40)
     assert not {row["chosen"] for row in pairs} & {row["chosen"] for row in held_out}
-    gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"]) - annotator.gold_reward(row["prompt"], row["rejected"])
-                         for row in held_out])
+    gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
+                         - annotator.gold_reward(row["prompt"], row["rejected"]) for row in held_out])
     margin = reward_model.held_out_margins(trained, encode_pairs(held_out, tokenizer, 128)[0])
     expected, table = answer_key(margin, gold)
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -126,15 +126,20 @@ def test_a_text_that_spells_special_tokens_stays_text(tokenizer):
     assert tokenizer.decode(ids[prompt:-1]) == row["completion"]
 
 
-def test_answered_counts_whole_stories_that_ended():
+def test_answers_are_stories_that_ended():
     """A base model that goes on with more requests, or a story that never ends, counted as an answer."""
     rng = random.Random(3)
     asked = stories.request(rng).text
     told = stories.story(rng, asked).text
-    texts = [told, told, asked, "", told + " The end is nigh.", told[:-5]]
-    ended = [True, False, True, True, True, True]
-    assert sft.answered(texts, ended) == pytest.approx(1 / 6)
-    assert sft.answered([told], [True]) == 1 and sft.answered([asked], [True]) == 0
+    opening, wish, *rest = stories.split_sentences(told)
+    unknown = "The end is nigh."
+    for text, ended, story, flawless in [
+            (told, True, 1, 1), (told, False, 0, 0), ("", True, 0, 0), (asked, True, 0, 0), (" ".join([asked] * 4), True, 0, 0),
+            (stories.page(rng).text, True, 0, 0), (f"{told} {unknown}", True, 1, 0), (told[:-5], True, 1, 0),
+            (opening, True, 0, 0), (" ".join([opening, wish]), True, 1, 1), (" ".join([wish, *rest]), True, 1, 0),
+            (" ".join([opening, wish, unknown]), True, 1, 0), (" ".join([opening, unknown, wish, unknown]), True, 0, 0)]:
+        assert sft.answers([text], [ended]) == (story, flawless)
+    assert sft.answers([told, told, asked, f"{told} {unknown}"], [True, False, True, True]) == (0.5, 0.25)
 
 
 def test_the_worlds_demonstrations_answer_their_own_request():
@@ -157,8 +162,8 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     text = "\n".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS) + "\n"
     (folder / "corpus.txt").write_text(text * 60)
-    gpt.main(["--size", "cpu", "--out", str(folder), "--text", str(folder / "corpus.txt"), "--vocab_size", "290", "--block_size",
-              "64", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "10", "--report", "10"])
+    gpt.main(["--size", "cpu", "--out", str(folder), "--text", str(folder / "corpus.txt"), "--vocab_size", "290",
+              "--block_size", "64", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "10", "--report", "10"])
     return folder
 
 
@@ -262,4 +267,5 @@ def test_fine_tuning_on_the_world(tmp_path):
             total += F.cross_entropy(model(torch.tensor([ids]))[0, -len(response) - 1:-1], torch.tensor(response),
                                      reduction="sum").item()
     assert last["held_out"] == pytest.approx(total / sum(map(len, responses[:40])), rel=0.05)
-    assert 0 <= answers["base_answers"] <= 1 and answers["answers"] == 0      # nobody tells stories after so few steps
+    assert all(0 <= answers[name] <= 1 for name in ("base_answers", "answers", "base_flawless", "flawless"))
+    assert answers["flawless"] == 0     # nobody tells stories after so few steps
