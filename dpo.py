@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import reward_model as reward_model_stage
 import sft
 from data.files import InputError, read_pairs, run_script
-from gpt import (Log, announce, autocast, check_name, get_device, learning_rate, load_checkpoint, make_optimizer, optimizer_step, pad,
+from gpt import (Log, announce, autocast, batches_by_length, check_name, get_device, learning_rate, load_checkpoint, make_optimizer, optimizer_step, pad,
                  parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
                  train_if_missing)
 from reward_model import encode_pairs, split_pairs
@@ -148,9 +148,8 @@ def train(config):
     steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
     log = Log(folder, steps)
     for epoch in range(config.epochs):
-        order = rng.sample(pairs, len(pairs))
-        for start in range(0, len(pairs), config.batch):
-            losses.append(backward(policy, reference, order[start:start + config.batch], config.beta, config.micro_batch))
+        for rows in batches_by_length([max(map(len, pair[:2])) for pair in pairs], config.batch, rng):
+            losses.append(backward(policy, reference, [pairs[i] for i in rows], config.beta, config.micro_batch))
             optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup))
             step += 1
             if step % config.report == 0 or step == steps:

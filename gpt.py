@@ -178,13 +178,13 @@ def pad(sequences, device="cpu"):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
 
 
-def batches_by_length(sequences, batch, rng):
-    """The indices of all sequences, shuffled, in lists of `batch`. Rows of one list have about the same length, so little
-    of a batch is padding: each run of 16 batches is sorted by length, then the batches are shuffled."""
-    order = rng.sample(range(len(sequences)), len(sequences))
+def batches_by_length(lengths, batch, rng):
+    """The indices of all rows, shuffled, in lists of `batch`. Rows of one list have about the same length, so little of a
+    batch is padding: each run of 16 batches is sorted by length, then the batches are shuffled."""
+    order = rng.sample(range(len(lengths)), len(lengths))
     batches = []
     for start in range(0, len(order), 16 * batch):
-        group = sorted(order[start:start + 16 * batch], key=lambda i: len(sequences[i]))
+        group = sorted(order[start:start + 16 * batch], key=lengths.__getitem__)
         batches += [group[i:i + batch] for i in range(0, len(group), batch)]
     rng.shuffle(batches)
     return batches
@@ -275,9 +275,9 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
                 caches = [(keys[keep], values[keep]) for keys, values in caches]
         visible = (slots[:longest + t + 1] <= position[:, None])[:, None, None, :]  # (b, 1, 1, S)
         x = model.hidden(new[:, None], caches, position[:, None], visible).squeeze(1)
+    model.train(was_training)
     if not finite:
         raise FloatingPointError("the model's probabilities are not finite: its weights or its input are broken")
-    model.train(was_training)
     return Rollout(tokens[:, :int(lengths.max())], prompt_lengths, lengths)
 
 
@@ -419,7 +419,7 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         raise InputError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive with a checksum for every record
-            if archive.testzip() is not None:
+            if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
                 raise zipfile.BadZipFile("checksum error")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         found = checkpoint["stage"], checkpoint["size"]
@@ -434,8 +434,8 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         model.load_state_dict(checkpoint["model"])
     except InputError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
-            AttributeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
+            ArithmeticError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a whole checkpoint of this project ({reason}); delete it and train the stage "
                          f"again") from error
@@ -558,11 +558,12 @@ def train(config):
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     announce("gpt", config, device, data, model)
     prefix = [start + tokenizer.encode("Once" if start else "\n")] * 2
-    before, _ = respond(model, tokenizer, prefix, 60, config.seed)
+    room = min(60, config.block_size - len(prefix[0]))
+    before, _ = respond(model, tokenizer, prefix, room, config.seed)
 
     # 2. Next-token prediction.
     log, losses = Log(folder, config.steps), []
-    for step, batch in enumerate(batches_by_length(sequences, config.batch, rng)):
+    for step, batch in enumerate(batches_by_length(list(map(len, sequences)), config.batch, rng)):
         tokens, lengths = pad([sequences[i] for i in batch], device)  # (B, T)
         mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding
         with autocast(device):
@@ -582,7 +583,7 @@ def train(config):
 
     # 3. Save; the same beginning before and after.
     save_checkpoint(folder / "checkpoint.pt", "gpt", config.size, model, tokenizer, text=config.text)
-    after, _ = respond(model, tokenizer, prefix, 60, config.seed)
+    after, _ = respond(model, tokenizer, prefix, room, config.seed)
     opening = tokenizer.decode(prefix[0][len(start):])
     show(*[("before", opening + text) for text in before], *[("after", opening + text) for text in after])
     print(f"saved {folder / 'checkpoint.pt'}; next: python sft.py", flush=True)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import sft
 from data import annotator, stories
 from data.files import InputError, read_pairs, run_script, write_jsonl
-from gpt import (GPT, Log, announce, autocast, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
+from gpt import (GPT, Log, announce, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
                  optimizer_step, pad, parse_config, respond, response_texts, save_checkpoint, show, stage_folder, train_if_missing)
 
 
@@ -45,7 +45,7 @@ class Config:
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
-    lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to zero)
+    lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
     report: int = 32            # steps between two reports
@@ -186,9 +186,8 @@ def fit(model, pairs, held_out, config, rng, log=None):
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
     for epoch in range(config.epochs):
-        order = rng.sample(pairs, len(pairs))
-        for start in range(0, len(pairs), config.batch):
-            losses.append(backward(model, order[start:start + config.batch], config.micro_batch))
+        for rows in batches_by_length([max(map(len, pair[:2])) for pair in pairs], config.batch, rng):
+            losses.append(backward(model, [pairs[i] for i in rows], config.micro_batch))
             optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
             step += 1
             if log and (step % config.report == 0 or step == steps):

@@ -35,14 +35,14 @@ class Config:
     data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
     demonstrations: int = 16384     # how many the world's writers give (one epoch)
     epochs: int = 1             # passes over the demonstrations
-    batch: int = 64             # demonstrations in a step
-    micro_batch: int = 64       # demonstrations in one forward pass; less memory, the same gradient
-    lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to zero)
+    batch: int = 32             # demonstrations in a step
+    micro_batch: int = 32       # demonstrations in one forward pass; less memory, the same gradient
+    lr: float = 2e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
     max_new_tokens: int = 96    # the longest sampled response
     questions: int = 200        # held-out requests put to the model before and after
-    report: int = 32            # steps between two reports
+    report: int = 64            # steps between two reports
 
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128, report=64)
@@ -121,11 +121,11 @@ def train(config):
         rows = read_demonstrations(config.data)
         rng.shuffle(rows)
         held_out_rows, rows = rows[:max(1, len(rows) // 10)], rows[max(1, len(rows) // 10):]
-        origin, questions = config.data, [row["prompt"] for row in held_out_rows]
+        origin = config.data
     else:
         rows, _ = draw_demonstrations(rng, config.demonstrations)
         held_out_rows, held_out_logprobs = draw_demonstrations(random.Random("held-out demonstrations"), 500)
-        origin, questions = "the little world", [row["prompt"] for row in held_out_rows[:config.questions]]
+        origin = "the little world"
     sequences, prompt_lengths, dropped = encode_demonstrations(rows, tokenizer, block_size)
     held_out, held_out_prompts, held_out_dropped = encode_demonstrations(held_out_rows, tokenizer, block_size)
     if not config.data and held_out_dropped:
@@ -138,17 +138,19 @@ def train(config):
         source = -sum(held_out_logprobs) / (sum(map(len, held_out)) - sum(held_out_prompts))
     announce("sft", config, device, f"{origin}: {len(sequences):,} demonstrations, {len(held_out)} held out; dropped "
              f"{dropped + held_out_dropped} longer than the context", model)
+    room = block_size - config.max_new_tokens  # a longer prompt is trained on, but leaves no room for a sample
+    questions = [row["prompt"] for row in held_out_rows if len(tokenizer.prompt(row["prompt"])) <= room][:config.questions]
     plain = [[tokenizer.end_token] + tokenizer.encode(question + "\n") for question in questions]
     chat = [tokenizer.prompt(question) for question in questions]
     # A base model has never seen the chat format: it is asked in plain text, a line on a page.
-    before, before_ended = respond(model, tokenizer, plain, config.max_new_tokens, config.seed)
+    before, before_ended = respond(model, tokenizer, plain, config.max_new_tokens, config.seed) if plain else ([], [])
 
     # 2. Next-token prediction on the responses.
     steps = config.epochs * math.ceil(len(sequences) / config.batch)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     log, losses, step = Log(folder, steps), [], 0
     for epoch in range(config.epochs):
-        for rows in batches_by_length(sequences, config.batch, rng):
+        for rows in batches_by_length(list(map(len, sequences)), config.batch, rng):
             losses.append(backward(model, [sequences[i] for i in rows], [prompt_lengths[i] for i in rows],
                                    config.micro_batch))
             norm = optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
@@ -163,8 +165,8 @@ def train(config):
 
     # 3. Save; the same questions before and after.
     save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
-    after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed)
-    if not config.data:
+    after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed) if chat else ([], [])
+    if not config.data and questions:
         (base_told, base_flawless), (told, flawless) = answers(before, before_ended), answers(after, after_ended)
         log.record(steps, base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
         print(f"answers {len(questions)} held-out requests with a story: base model {base_told:.1%}, SFT {told:.1%}; with a "

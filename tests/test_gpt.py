@@ -221,13 +221,13 @@ def test_held_out_loss_against_cross_entropy_row_by_row():
 def test_batches_by_length_holds_every_index_once():
     """A last batch that is dropped, or a text that is seen twice in an epoch and another never."""
     for count, batch in ((1, 4), (7, 7), (100, 3), (130, 4)):
-        sequences = [[0] * random.Random(i).randint(1, 50) for i in range(count)]
-        batches = gpt.batches_by_length(sequences, batch, random.Random(9))
+        lengths = [random.Random(i).randint(1, 50) for i in range(count)]
+        batches = gpt.batches_by_length(lengths, batch, random.Random(9))
         assert sorted(i for rows in batches for i in rows) == list(range(count))
         assert len(batches) == math.ceil(count / batch) and max(map(len, batches)) <= batch
-    spread = [max(len(sequences[i]) for i in rows) - min(len(sequences[i]) for i in rows) for rows in batches]
+    spread = [max(lengths[i] for i in rows) - min(lengths[i] for i in rows) for rows in batches]
     assert sum(spread) / len(spread) < 10    # of 49; at random it would be about 29
-    assert batches != gpt.batches_by_length(sequences, batch, random.Random(10))
+    assert batches != gpt.batches_by_length(lengths, batch, random.Random(10))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
