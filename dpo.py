@@ -42,7 +42,7 @@ class Config:
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
     lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
-    beta: float = 0.5           # price of one nat of KL to the reference, in reward units: PPO's β, so the same optimum
+    beta: float = 0.25          # price of one nat of KL to the reference, in reward units: PPO's β, so the same optimum
     max_new_tokens: int = 96    # the longest sampled response
     report: int = 32            # steps between two reports
 

@@ -386,7 +386,7 @@ class Log:
             print("     step  " + "  ".join(f"{name:>8s}" for name in row) + "    left")
         seconds = self.record(step, **row)
         left = seconds / step * (self.total - step)
-        columns = "  ".join(f"{value:{max(8, len(name))}.4{'e' if 0 < value < 1e-3 else 'f'}}" for name, value in row.items())
+        columns = "  ".join(f"{value:{max(8, len(name))}{'.1e' if 0 < abs(value) < 1e-3 else '.4f'}}" for name, value in row.items())
         print(f"{step:4d}/{self.total:<4d}  {columns}  {left // 60:3.0f}:{left % 60:02.0f}", flush=True)
 
     def record(self, step, **row):

@@ -51,7 +51,7 @@ class Config:
     micro_batch: int = 16       # responses in one forward pass; less memory, the same gradient
     lr: float = 2e-4            # the policy's learning rate, falling linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
-    beta: float = 0.5           # price of one nat of KL to the reference, in reward units
+    beta: float = 0.25          # price of one nat of KL to the reference, in reward units
     kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats (Ziegler et al. 2019)
     clip: float = 0.2           # ε of the policy's ratio
     value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
