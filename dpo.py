@@ -44,7 +44,7 @@ class Config:
     warmup: int = 10            # steps of warm-up
     beta: float = 0.25          # price of one nat of KL to the reference, in reward units: PPO's β, so the same optimum
     max_new_tokens: int = 96    # the longest sampled response
-    report: int = 32            # steps between two reports
+    report: int = 64            # steps between two reports
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128, report=64)
