@@ -1,6 +1,6 @@
 """
-best_of_n.py: best-of-N and rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling"; CME 295, Lecture 5),
-and the yardstick that puts all policies side by side with the best that is possible.
+best_of_n.py: best-of-N and rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling"; CME 295, Lecture
+5), and the yardstick that puts all policies side by side with the best that is possible.
 
 Best-of-N samples N responses, scores them with the reward model and returns the best. No training; N times the cost.
 
@@ -8,10 +8,10 @@ Best-of-N samples N responses, scores them with the reward model and returns the
     python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
     python best_of_n.py --data FILE.jsonl   the same over prompts of your own, without the gold columns
 
-The answer key: the objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), and
-J* = β log Z(x) (CS 224R, Lecture 9, ch. 7). For y ~ π put w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w], and
-Z(x) = E_π[exp w], so β (log mean exp w - mean w) = β KL(π || π*) >= 0: samples of a policy give its objective and its
-distance from the optimum.
+The answer key: the objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at
+π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), and J* = β log Z(x) (CS 224R, Lecture 9, ch. 7). For y ~ π put
+w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w] and Z(x) = E_π[exp w], so β (log mean exp w - mean w) =
+β KL(π || π*) >= 0: samples of a policy give its objective and its distance from the optimum.
 """
 
 import json
@@ -209,7 +209,8 @@ def yardstick(config):
     # 4. Best-of-N picks among SFT's samples by the reward model. Then the tables.
     rows = {}
     for i, (name, one) in enumerate(samples.items()):
-        rows[name] = Row(one.rewards, one.gold, log_ratios[i][:, :, i], one.lengths, one.ended, one.texts[::config.samples])
+        rows[name] = Row(one.rewards, one.gold, log_ratios[i][:, :, i], one.lengths, one.ended,
+                         one.texts[::config.samples])
         if name == "sft":
             rows.update({f"best of {n}": best_of_n_row(one, n) for n in (4, 16, 64) if n <= config.samples})
     folder = stage_folder(config, "best_of_n")
@@ -280,9 +281,11 @@ def optimum(kind, rows, rewards, log_ratios, names, beta):
     for name, (J, J_star) in gaps.items():
         J, error = mean_and_error(J)
         own = J_star.mean().item() if name in names else None  # best-of-N's density is not known, only its KL's bound
-        figures.append(dict(policy=name, J=J, error=error, share=(J - start) / (best - start) if best > start else None, own_J_star=own))
+        share = (J - start) / (best - start) if best > start else None
+        figures.append(dict(policy=name, J=J, error=error, share=share, own_J_star=own))
     print_table(figures)
-    return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=kls.mean().item(), **row) for row in figures]
+    optimum_kl = kls.mean().item()
+    return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=optimum_kl, **row) for row in figures]
 
 
 def close_to_the_best(config, figures):
@@ -325,9 +328,6 @@ def load_policies(config, names):
 def answer(config):
     """Best-of-N for one prompt: print the candidates, best first, and the winner."""
     policies, reward_model, tokenizer = load_policies(config, [])
-    if len(tokenizer.prompt(config.prompt)) + config.max_new_tokens > policies["sft"].config.block_size:
-        raise InputError(f"--prompt: {len(tokenizer.prompt(config.prompt))} tokens and {config.max_new_tokens} new ones exceed "
-                         f"the context of {policies['sft'].config.block_size}")
     gold = stories.parse_request(config.prompt) is not None  # the annotator judges the world's own requests only
     one = draw(policies["sft"], reward_model, tokenizer, [config.prompt], config.n, config, gold, config.seed)
     for _, j in top_k_overall(one.rewards, config.n).tolist():

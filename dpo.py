@@ -1,8 +1,9 @@
 """
 dpo.py: direct preference optimization (Rafailov et al. 2023; CS 224R, Lecture 9, ch. 8; ECE 7115, "DPO Loss").
 
-The optimum of RLHF's objective is π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), so r(x, y) = β log π*(y|x)/π_ref(y|x) + β log Z(x).
-Put into Bradley-Terry, Z(x) cancels, and the policy itself is fitted to the comparisons, with no reward model, no sampling:
+The optimum of RLHF's objective is π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), so r(x, y) = β log π*(y|x)/π_ref(y|x) +
+β log Z(x). Put into Bradley-Terry, Z(x) cancels, and the policy itself is fitted to the comparisons, with no reward
+model and no sampling:
 
     L_DPO(θ) = -E[ log σ( β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x) ) ]
 
@@ -24,9 +25,9 @@ import torch.nn.functional as F
 import reward_model as reward_model_stage
 import sft
 from data.files import InputError, read_pairs, run_script
-from gpt import (Log, announce, autocast, batches_by_length, check_name, get_device, learning_rate, load_checkpoint, make_optimizer, optimizer_step, pad,
-                 parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
-                 train_if_missing)
+from gpt import (Log, announce, autocast, batches_by_length, check_name, get_device, learning_rate, load_checkpoint,
+                 make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show,
+                 stage_folder, token_logprobs, train_if_missing)
 from reward_model import encode_pairs, split_pairs
 
 
@@ -42,7 +43,7 @@ class Config:
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
     lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
-    beta: float = 0.25          # price of one nat of KL to the reference, in reward units: PPO's β, so the same optimum
+    beta: float = 0.25          # price of one nat of KL to the reference, in reward units; PPO's, for the same optimum
     max_new_tokens: int = 96    # the longest sampled response
     report: int = 64            # steps between two reports
 
@@ -140,8 +141,8 @@ def train(config):
     if not pairs or not held_out:
         raise InputError(f"{origin}: no pair is left to {'train on' if not pairs else 'hold out'}; "
                          f"dropped {dropped} and {held_out_dropped}")
-    announce(config.name, config, device, f"{origin}: {len(pairs):,} pairs, dropped {dropped}; {len(held_out):,} held out, "
-             f"dropped {held_out_dropped}", policy)
+    announce(config.name, config, device, f"{origin}: {len(pairs):,} pairs, dropped {dropped}; {len(held_out):,} held "
+             f"out, dropped {held_out_dropped}", policy)
 
     # 2. Gradient steps on the loss.
     optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)

@@ -212,17 +212,17 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
 
     prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early); top_k keeps the k
     likeliest tokens (None: all; training rollouts must not truncate; 1 is greedy decoding); seed: an int for
-    a reproducible draw. A row's draw depends on its index and the seed alone, not on its neighbours.
-    Returns a Rollout. A response that hits max_new_tokens has no end_token.
-    Raises ValueError if a prompt is empty or prompt + max_new_tokens exceed the context, FloatingPointError if the
-    model's probabilities are not finite.
+    a reproducible draw. A row's draw depends on its place in the batch, the seed and max_new_tokens, not on its
+    neighbours. Returns a Rollout. A response that hits max_new_tokens has no end_token.
+    Raises ValueError if a prompt is empty or prompt + max_new_tokens exceed the context (then InputError, a
+    ValueError), FloatingPointError if the model's probabilities are not finite.
     """
     config, device = model.config, model.wte.weight.device
     if min(map(len, prompts)) < 1 or max_new_tokens < 1 or temperature <= 0:
         raise ValueError("generate needs prompts of at least one token, max_new_tokens >= 1 and temperature > 0")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.block_size:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+        raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
                          f"{config.block_size}: shorten the prompt or lower max_new_tokens")
     was_training = model.training
     model.eval()
@@ -386,7 +386,8 @@ class Log:
             print("     step  " + "  ".join(f"{name:>8s}" for name in row) + "    left")
         seconds = self.record(step, **row)
         left = seconds / step * (self.total - step)
-        columns = "  ".join(f"{value:{max(8, len(name))}{'.1e' if 0 < abs(value) < 1e-3 else '.4f'}}" for name, value in row.items())
+        columns = "  ".join(f"{value:{max(8, len(name))}{'.1e' if 0 < abs(value) < 1e-3 else '.4f'}}"
+                            for name, value in row.items())
         print(f"{step:4d}/{self.total:<4d}  {columns}  {left // 60:3.0f}:{left % 60:02.0f}", flush=True)
 
     def record(self, step, **row):
@@ -500,7 +501,7 @@ class Config:
     seed: int = 1               # fixes weights, data and samples
     text: str = ""              # pretrain on this text file instead of the little world
     sample: str = ""            # print three continuations of this text from the checkpoint, and stop
-    vocab_size: int = 1472      # at most so many tokens, the three special ones included; the world's words fill 1,440 or so
+    vocab_size: int = 1472      # tokens at most, the three special ones included; the world's words fill some 1,440
     block_size: int = 128       # context in tokens
     n_layer: int = 4            # transformer blocks
     n_head: int = 4             # attention heads in a block
@@ -531,14 +532,15 @@ def train(config):
         train_tokens, rest = tokens[:cut], tokens[cut:]
         held_out = [window.tolist() for window in np.split(rest, range(config.block_size, len(rest), config.block_size))
                     if len(window) > 1]
-        if cut <= config.block_size or not held_out:
+        if cut < config.block_size or not held_out:
             raise InputError(f"{config.text}: {len(tokens)} tokens are too few for a context of {config.block_size}")
         source, start = None, []
-        offsets = rng.choices(range(cut - config.block_size), k=config.steps * config.batch)
+        offsets = rng.choices(range(cut - config.block_size + 1), k=config.steps * config.batch)
         sequences = [train_tokens[i:i + config.block_size] for i in offsets]  # random windows; views, no copies
         data = f"{config.text}: {cut:,} tokens to train on, the last {len(rest):,} held out"
     else:
-        tokenizer = Tokenizer(train_vocabulary("\n".join(stories.document(rng).text for _ in range(4000)), config.vocab_size))
+        sample_text = "\n".join(stories.document(rng).text for _ in range(4000))
+        tokenizer = Tokenizer(train_vocabulary(sample_text, config.vocab_size))
         held_out_rng = random.Random("held-out documents")
         documents = [stories.document(held_out_rng) for _ in range(500)]
         texts = [stories.document(rng).text for _ in range(config.steps * config.batch)]

@@ -31,9 +31,9 @@ import torch
 import reward_model as reward_model_stage
 from data import stories
 from data.files import InputError, read_prompts, run_script
-from gpt import (Log, announce, autocast, check_name, generate, get_device, load_checkpoint, make_optimizer, optimizer_step,
-                 parse_config, respond, response_mask, save_checkpoint, show, stage_folder, token_logprobs,
-                 train_if_missing)
+from gpt import (Log, announce, autocast, check_name, generate, get_device, load_checkpoint, make_optimizer,
+                 optimizer_step, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
+                 token_logprobs, train_if_missing)
 from reward_model import RewardModel, gold_rewards
 
 
@@ -95,7 +95,8 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """One reward per token out of one score per response (ECE 7115, "Token-Level Returns").
 
     scores (B,), the others (B, T-1) -> (B, T-1):
-        r_t = -β KL_t, and at the last response token r_T = R(x, y) - β KL_T,    KL_t = log π_θ(a_t|s_t) - log π_ref(a_t|s_t)
+        KL_t = log π_θ(a_t|s_t) - log π_ref(a_t|s_t)
+        r_t = -β KL_t, and at the last response token r_T = R(x, y) - β KL_T
     The ratio has the sampling policy on top: only then is the expectation of Σ_t KL_t the KL divergence, never negative.
     """
     kl = logprobs - ref_logprobs
@@ -190,7 +191,8 @@ def backward(policy, value_model, batch, config):
         with autocast(part.tokens.device):
             logits, values = policy(part.tokens), value_model(part.tokens)[:, :-1]
         logprobs = token_logprobs(logits, part.tokens, config.temperature)
-        policy_loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
+        policy_loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask,
+                                                         config.clip)
         value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
         (share * (policy_loss + value_loss)).backward()  # two models, no shared parameter: the sum needs no coefficient
         _, _, k3 = kl_estimators((part.old_logprobs - logprobs).detach())

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 import sft
 from data import annotator, stories
 from data.files import InputError, read_pairs, run_script, write_jsonl
-from gpt import (GPT, Log, announce, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 optimizer_step, pad, parse_config, respond, response_texts, save_checkpoint, show, stage_folder, train_if_missing)
+from gpt import (GPT, Log, announce, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint,
+                 make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, save_checkpoint, show,
+                 stage_folder, train_if_missing)
 
 
 @dataclass
@@ -117,8 +118,8 @@ def collect_pairs(model, tokenizer, count, config, rng):
     rows, dropped = [], {"no end": 0, "blank": 0, "equal texts": 0}
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
-            raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends its "
-                             f"answers within --max_new_tokens {config.max_new_tokens}; train it longer")
+            raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends "
+                             f"its answers within --max_new_tokens {config.max_new_tokens}; train it longer")
         prompts = [stories.request(rng).text for _ in range(min(config.sample_batch, count - len(rows)))]
         ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(2)]
         texts, ended = respond(model, tokenizer, ids, config.max_new_tokens, seed=rng.getrandbits(48))

@@ -23,8 +23,8 @@ import gpt
 from data import stories
 from data.files import InputError, read_demonstrations, run_script
 from gpt import (Log, announce, autocast, batches_by_length, get_device, held_out_loss, learning_rate, load_checkpoint,
-                 make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
-                 token_logprobs, train_if_missing)
+                 make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show,
+                 stage_folder, token_logprobs, train_if_missing)
 
 
 @dataclass
