@@ -1,8 +1,9 @@
 """
-best_of_n.py: best-of-N and rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling"; CME 295, Lecture
-5), and the yardstick that puts all policies side by side with the best that is possible.
+best_of_n.py: best-of-N and the selections of rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling";
+CME 295, Lecture 5), and the yardstick that puts all policies side by side with the best that is possible.
 
 Best-of-N samples N responses, scores them with the reward model and returns the best. No training; N times the cost.
+Departures from the slides: completions are counted from 0, and the k best overall come best first.
 
     python best_of_n.py --prompt "Tell me a story about a shy fox and a kite." --n 16      candidates and the winner
     python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
@@ -17,6 +18,7 @@ w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w] and Z(x) = E_π[exp w
 import json
 import math
 import random
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,11 +27,12 @@ import torch
 import dpo
 import ppo
 from data import stories
-from data.files import InputError, read_prompts, run_script, write_jsonl
-from gpt import (autocast, generate, get_device, load_checkpoint, parse_config, response_texts, stage_folder,
+from data.files import InputError, hold_out, read_prompts, run_script, write_jsonl
+from gpt import (announce, autocast, generate, get_device, load_checkpoint, parse_config, response_texts, stage_folder,
                  train_if_missing)
 from dpo import response_logprobs
 from reward_model import RewardModel, gold_rewards
+from reward_model import main as train_reward_model
 
 
 @dataclass
@@ -125,7 +128,8 @@ def mean_and_error(x):
 
 
 class Samples(NamedTuple):
-    """N responses to each of M prompts: rollouts (batches) and texts prompt by prompt, the rest as float (M, N)."""
+    """N responses to each of M prompts: rollouts (batches) and texts prompt by prompt, the rest float (M, N); gold may be
+    None."""
     rollouts: list
     texts: list
     rewards: torch.Tensor
@@ -134,15 +138,15 @@ class Samples(NamedTuple):
     ended: torch.Tensor
 
 
-def draw(policy, reward_model, tokenizer, prompts, count, config, gold, seed):
+def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng):
     """`count` responses to every prompt, with their scores; gold: whether to ask the annotator too."""
     device, shape = policy.wte.weight.device, (len(prompts), count)
     ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(count)]
     rollouts, texts, columns = [], [], []
     for start in range(0, len(ids), config.sample_batch):
         with autocast(device), torch.no_grad():
-            rollout = generate(policy, ids[start:start + config.sample_batch], config.max_new_tokens, tokenizer.end_token,
-                               seed=seed + start)
+            rollout = generate(policy, ids[start:start + config.sample_batch], config.max_new_tokens,
+                               tokenizer.end_token, seed=rng.getrandbits(48))
             scores = reward_model.score(rollout.tokens, rollout.lengths)
         ended = rollout.ended(tokenizer.end_token)
         golds = gold_rewards(rollout, tokenizer) if gold else torch.zeros(len(scores))
@@ -181,25 +185,29 @@ def yardstick(config):
             train_if_missing(name, main, config)
     policies, reward_model, tokenizer = load_policies(config, names)
 
-    # 1. Held-out prompts: the world's, or the user's own.
+    # 1. Held-out prompts: the world's, or those that every stage held out of the user's own.
     room = policies["sft"].config.block_size - config.max_new_tokens
     rng = random.Random("yardstick prompts")
     if config.data:
-        prompts = read_prompts(config.data)
-        fitting = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room]
-        print(f"{config.data}: {len(prompts)} prompts, dropped {len(prompts) - len(fitting)} that leave no room for "
-              f"{config.max_new_tokens} new tokens")
-        if not fitting:
-            raise InputError(f"{config.data}: no prompt is left; lower --max_new_tokens")
-        prompts = rng.sample(fitting, min(config.prompts, len(fitting)))
+        _, rows = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
+        prompts = [row["prompt"] for row in rows if len(tokenizer.prompt(row["prompt"])) <= room][:config.prompts]
+        if not prompts:
+            raise InputError(f"{config.data}: no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "
+                             f"in the context of {policies['sft'].config.block_size}")
+        data = f"{config.data}: {len(prompts)} of {len(rows)} held-out prompts leave room for the response"
     else:
         prompts = [stories.request(rng).text for _ in range(config.prompts)]
+        data = f"the little world: {len(prompts)} held-out prompts"
     gold = not config.data
+    announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each", policies["sft"])
 
     # 2. The same number of samples from every policy; other samples of SFT, to win against.
-    samples = {name: draw(policy, reward_model, tokenizer, prompts, config.samples, config, gold, 1000 * config.seed + i)
-               for i, (name, policy) in enumerate(policies.items())}
-    opponents = draw(policies["sft"], reward_model, tokenizer, prompts, 16, config, gold, 1000 * config.seed + 999)
+    rng, samples = random.Random(f"yardstick {config.seed}"), {}
+    for name, policy in policies.items():
+        start = time.perf_counter()
+        samples[name] = draw(policy, reward_model, tokenizer, prompts, config.samples, config, gold, rng)
+        print(f"sampled {name} in {time.perf_counter() - start:.0f} s", flush=True)
+    opponents = draw(policies["sft"], reward_model, tokenizer, prompts, 16, config, gold, rng).gold if gold else None
 
     # 3. log π_k/π_ref of every sample under every policy: (M, S, K), with S = K · config.samples.
     logprobs = [torch.stack([sequence_logprobs(policy, one.rollouts) for policy in policies.values()], dim=1)
@@ -215,8 +223,8 @@ def yardstick(config):
             rows.update({f"best of {n}": best_of_n_row(one, n) for n in (4, 16, 64) if n <= config.samples})
     folder = stage_folder(config, "best_of_n")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = [compare(name, row, opponents.gold) for name, row in rows.items()]
-    print(f"\n{len(prompts)} held-out prompts, {config.samples} samples each, seed {config.seed}")
+    figures = [compare(name, row, opponents) for name, row in rows.items()]
+    print()
     print_table(figures)
     kinds = [("reward model", "rewards")] + [("gold", "gold")] * gold
     for kind, field in kinds:
@@ -275,8 +283,9 @@ def optimum(kind, rows, rewards, log_ratios, names, beta):
     best, best_error = mean_and_error(J_stars)
     gaps = {name: optimality_gap(*pair, beta) for name, pair in rows.items()}
     start = gaps["sft"][0].mean().item()
-    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f}, {kls.mean():.2f} nats from the "
-          f"reference, from the samples of {', '.join(names)} pooled")
+    error = "" if best_error is None else f" ± {best_error:.3f}"
+    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f}{error}, {kls.mean():.2f} nats from the reference, "
+          f"from the samples of {', '.join(names)} pooled")
     figures = []
     for name, (J, J_star) in gaps.items():
         J, error = mean_and_error(J)
@@ -284,6 +293,8 @@ def optimum(kind, rows, rewards, log_ratios, names, beta):
         share = (J - start) / (best - start) if best > start else None
         figures.append(dict(policy=name, J=J, error=error, share=share, own_J_star=own))
     print_table(figures)
+    estimates = [best, *(row["own_J_star"] for row in figures if row["own_J_star"] is not None)]
+    print(f"the estimates of J*, pooled and from each policy's own samples, lie within {max(estimates) - min(estimates):.3f}")
     optimum_kl = kls.mean().item()
     return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=optimum_kl, **row) for row in figures]
 
@@ -293,14 +304,14 @@ def close_to_the_best(config, figures):
     rows = []
     for stage, what, measured, possible in (("gpt", "pretraining, nats per token", "held_out", "entropy"),
                                             ("sft", "SFT, nats per token", "held_out", "entropy"),
-                                            ("reward_model", "reward model, accuracy", "accuracy", "bayes_accuracy"),
+                                            ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy"),
                                             ("reward_model", "reward model, loss", "loss", "annotator_loss")):
         path = stage_folder(config, stage) / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         lines = [line for line in lines if measured in line and possible in line]
         if lines:
             x, best = lines[-1][measured], lines[-1][possible]
-            rows.append((what, x, best, x / best if measured == "accuracy" else best / x))
+            rows.append((what, x, best, x / best if measured == "expected_accuracy" else best / x))
     for row in figures:
         if row.get("share") is not None and row["policy"] != "sft":
             rows.append((f"{row['policy']}, J under {row['under']}", row["J"], row["J_star"], row["share"]))
@@ -311,6 +322,7 @@ def close_to_the_best(config, figures):
 
 def load_policies(config, names):
     """({"sft": GPT, name: GPT, ...}, reward model, tokenizer); InputError if their vocabularies differ."""
+    train_if_missing("reward_model", train_reward_model, config)
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
@@ -337,7 +349,10 @@ def answer(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.")
-    answer(config) if config.prompt else yardstick(config)
+    if config.prompt:
+        answer(config)
+    else:
+        yardstick(config)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import reward_model as reward_model_stage
 import sft
-from data.files import InputError, read_pairs, run_script
-from gpt import (Log, announce, autocast, batches_by_length, check_name, get_device, learning_rate, load_checkpoint,
+from data.files import InputError, hold_out, read_pairs, run_script
+from gpt import (Log, announce, autocast, batches_by_length, check_name, counts, get_device, learning_rate, load_checkpoint,
                  make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show,
                  stage_folder, token_logprobs, train_if_missing)
-from reward_model import encode_pairs, split_pairs
+from reward_model import encode_pairs, pair_lengths
+from reward_model import main as train_reward_model
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Config:
     report: int = 64            # steps between two reports
 
 
-GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128, report=64)
+GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -71,7 +71,7 @@ def response_logprobs(model, tokens, prompt_lengths, lengths):
 
 
 def pair_logprobs(policy, reference, pairs):
-    """The four summed log-probabilities that dpo_loss takes, each (B,), in its order; none for π_ref's gradient."""
+    """The four summed log-probabilities that dpo_loss takes, each (B,), in its order; π_ref gets no gradient."""
     device = policy.wte.weight.device
     tokens, lengths = pad([chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs], device)
     prompt_lengths = torch.tensor([length for _, _, length in pairs] * 2, device=device)
@@ -81,39 +81,33 @@ def pair_logprobs(policy, reference, pairs):
     return policy_chosen, policy_rejected, ref_chosen, ref_rejected
 
 
-def backward(policy, reference, pairs, beta, micro_batch):
-    """Accumulate the gradient of the DPO loss of one batch of pairs, micro_batch pairs at a time.
+FIGURES = ("loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
-    Returns figures (5,): loss, accuracy and margin of the implicit reward β log π_θ/π_ref, chosen and rejected
-    log-ratio, all means over the batch.
-    """
+
+def figures(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """The FIGURES of a batch of pairs, (5,): the loss, accuracy and margin of the implicit reward, both log-ratios."""
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    margin = beta * (chosen - rejected)  # r̂(x, y_w) - r̂(x, y_l), with r̂ = β log π_θ/π_ref (CS 224R, ch. 8)
+    loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+    return torch.stack([loss, (margin > 0).float().mean(), margin.mean(), chosen.mean(), rejected.mean()])
+
+
+def backward(policy, reference, pairs, beta, micro_batch):
+    """Accumulate the gradient of the DPO loss of one batch of pairs, micro_batch pairs at a time. Returns its FIGURES."""
     total = torch.zeros(5, device=policy.wte.weight.device)
     for start in range(0, len(pairs), micro_batch):
         part = pairs[start:start + micro_batch]
-        share = len(part) / len(pairs)
-        logprobs = pair_logprobs(policy, reference, part)
-        loss = dpo_loss(*logprobs, beta)
-        (share * loss).backward()
-        total += share * figures(loss, *logprobs, beta).detach()
+        row = figures(*pair_logprobs(policy, reference, part), beta) * len(part) / len(pairs)
+        row[0].backward()
+        total += row.detach()
     return total
 
 
 @torch.no_grad()
 def evaluate(policy, reference, pairs, beta, rows=64):
-    """The same figures on held-out pairs, (5,)."""
-    total = torch.zeros(5, device=policy.wte.weight.device)
-    for start in range(0, len(pairs), rows):
-        part = pairs[start:start + rows]
-        logprobs = pair_logprobs(policy, reference, part)
-        total += len(part) / len(pairs) * figures(dpo_loss(*logprobs, beta), *logprobs, beta)
-    return total
-
-
-def figures(loss, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """(5,): loss, implicit-reward accuracy, implicit-reward margin, chosen log-ratio, rejected log-ratio."""
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    margin = beta * (chosen - rejected)  # r̂(x, y_w) - r̂(x, y_l), with r̂ = β log π_θ/π_ref (CS 224R, ch. 8)
-    return torch.stack([loss, (margin > 0).float().mean(), margin.mean(), chosen.mean(), rejected.mean()])
+    """The FIGURES on held-out pairs."""
+    parts = [pairs[start:start + rows] for start in range(0, len(pairs), rows)]
+    return sum(figures(*pair_logprobs(policy, reference, part), beta) * len(part) / len(pairs) for part in parts)
 
 
 def train(config):
@@ -122,17 +116,18 @@ def train(config):
     if config.data:
         train_if_missing("sft", sft.main, config)
     else:
-        train_if_missing("reward_model", reward_model_stage.main, config)
+        train_if_missing("reward_model", train_reward_model, config)
     folder, device = stage_folder(config, config.name), get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
     reference, _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
+    reference.requires_grad_(False).eval()
     rng = random.Random(f"dpo {config.seed}")
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
     if config.data:
         origin = config.data
-        rows, held_out_rows = split_pairs(read_pairs(origin), config.seed)
+        rows, held_out_rows = hold_out(read_pairs(origin), config.seed)
     else:
         origin = stage_folder(config, "reward_model") / "pairs.jsonl"
         rows, held_out_rows = read_pairs(origin), read_pairs(origin.with_name("held_out.jsonl"))
@@ -140,22 +135,21 @@ def train(config):
     held_out, _, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
     if not pairs or not held_out:
         raise InputError(f"{origin}: no pair is left to {'train on' if not pairs else 'hold out'}; "
-                         f"dropped {dropped} and {held_out_dropped}")
-    announce(config.name, config, device, f"{origin}: {len(pairs):,} pairs, dropped {dropped}; {len(held_out):,} held "
-             f"out, dropped {held_out_dropped}", policy)
+                         f"dropped {counts(dropped)} and {counts(held_out_dropped)}")
+    announce(config.name, config, device, f"{origin}: {len(pairs):,} pairs, dropped {counts(dropped)}; {len(held_out):,} "
+             f"held out, dropped {counts(held_out_dropped)}", policy)
 
     # 2. Gradient steps on the loss.
-    optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)
+    optimizer = make_optimizer(policy, weight_decay=0.0)
     steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
     log = Log(folder, steps)
     for epoch in range(config.epochs):
-        for rows in batches_by_length([max(map(len, pair[:2])) for pair in pairs], config.batch, rng):
-            losses.append(backward(policy, reference, [pairs[i] for i in rows], config.beta, config.micro_batch))
+        for batch in batches_by_length(pair_lengths(pairs), config.batch, rng):
+            losses.append(backward(policy, reference, [pairs[i] for i in batch], config.beta, config.micro_batch))
             optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup))
             step += 1
             if step % config.report == 0 or step == steps:
-                names = ("loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio")
-                row = dict(zip(names, torch.stack(losses).mean(dim=0).tolist()))
+                row = dict(zip(FIGURES, torch.stack(losses).mean(dim=0).tolist()))
                 held_out_figures = evaluate(policy, reference, held_out, config.beta).tolist()
                 log(step, **row, held_out_loss=held_out_figures[0], held_out_accuracy=held_out_figures[1])
                 losses = []

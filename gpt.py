@@ -140,9 +140,14 @@ class GPT(nn.Module):
             x = block(x, caches and caches[layer], positions, visible)
         return self.ln_f(x)
 
+    def logits(self, x):
+        """x (..., C) -> (..., V), never in bf16: a logit near 10 would be rounded to 1/16, and PPO's ratio with it."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.wte.weight.dtype), self.wte.weight)
+
     def forward(self, tokens):
         """tokens (B, T) -> logits (B, T, V); logits[:, t] is the prediction of tokens[:, t+1]."""
-        return F.linear(self.hidden(tokens), self.wte.weight)
+        return self.logits(self.hidden(tokens))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early); top_k keeps the k
     likeliest tokens (None: all; training rollouts must not truncate; 1 is greedy decoding); seed: an int for
     a reproducible draw. A row's draw depends on its place in the batch, the seed and max_new_tokens, not on its
-    neighbours. Returns a Rollout. A response that hits max_new_tokens has no end_token.
+    neighbours (on a GPU also on the size of the batch). Returns a Rollout. A response that hits max_new_tokens has no end_token.
     Raises ValueError if a prompt is empty or prompt + max_new_tokens exceed the context (then InputError, a
     ValueError), FloatingPointError if the model's probabilities are not finite.
     """
@@ -231,7 +236,10 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     tokens = F.pad(padded, (0, max_new_tokens))  # (B, S)
     lengths = prompt_lengths.clone()
     generator = torch.Generator(device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
 
     # Prefill: all prompts at once. What padding writes into the cache is overwritten before it can be seen, because
@@ -251,7 +259,7 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        logits = F.linear(x, model.wte.weight).double() / temperature  # (b, V)
+        logits = model.logits(x).double() / temperature  # (b, V)
         if top_k is not None and top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         # Sample by inverting the distribution function: the first token whose cumulative probability exceeds u.
@@ -289,7 +297,8 @@ def response_texts(rollout, tokenizer):
 
 def respond(model, tokenizer, prompts, max_new_tokens, seed):
     """Sample a response for each prompt (lists of ids). Returns (texts without <|end|>, ended: list of bool)."""
-    rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, seed=seed)
+    with autocast(model.wte.weight.device):
+        rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, seed=seed)
     return response_texts(rollout, tokenizer), rollout.ended(tokenizer.end_token).tolist()
 
 
@@ -321,10 +330,20 @@ def parse_config(Config, gpu, argv, description):
     if size not in ("cpu", "gpu"):
         raise InputError(f"--size {size}: say cpu, gpu or auto")
     config = Config(**{**(gpu if size == "gpu" else {}), **given, "size": size})
-    for field in fields(Config):  # counts and sizes are never negative; a count of nothing is a mistake
-        if field.type is int and getattr(config, field.name) < (0 if field.name == "seed" else 1):
-            raise InputError(f"--{field.name} {getattr(config, field.name)}: must be positive")
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        if field.type is int and value < (0 if field.name == "seed" else 1):
+            raise InputError(f"--{field.name} {value}: must be positive")
+        if field.type is float and (not math.isfinite(value) or value < 0 <= field.default):
+            raise InputError(f"--{field.name} {value}: must be a number, and not negative")
+        if given.get(field.name) == "":  # an unset variable of the shell's must not mean another job
+            raise InputError(f"--{field.name}: is empty; leave the flag away or give it a value")
     return config
+
+
+def counts(dropped):
+    """{reason: number} as text: "0 equal texts, 3 longer than the context"."""
+    return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
 
 
 def stage_folder(config, stage):
@@ -372,23 +391,27 @@ def train_if_missing(stage, main, config):
 
 
 class Log:
-    """Writes one JSON object a line to metrics.jsonl and prints the same row; a new Log begins a new file."""
+    """Writes one JSON object a line to metrics.jsonl and prints the same row, but for the figures named in unprinted.
 
-    def __init__(self, folder, total):
+    A new Log begins a new file.
+    """
+
+    def __init__(self, folder, total, unprinted=()):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.start, self.total, self.header = time.perf_counter(), total, False
+        self.start, self.total, self.unprinted, self.header = time.perf_counter(), total, unprinted, False
 
     def __call__(self, step, **row):
         """row: name -> number. Names are printed once, above their columns; left is the time the stage still needs."""
+        seconds = self.record(step, **row)
+        row = {name: value for name, value in row.items() if name not in self.unprinted}
         if not self.header:
             self.header = True
             print("     step  " + "  ".join(f"{name:>8s}" for name in row) + "    left")
-        seconds = self.record(step, **row)
-        left = seconds / step * (self.total - step)
+        minutes, rest = divmod(round(seconds / step * (self.total - step)), 60)
         columns = "  ".join(f"{value:{max(8, len(name))}{'.1e' if 0 < abs(value) < 1e-3 else '.4f'}}"
                             for name, value in row.items())
-        print(f"{step:4d}/{self.total:<4d}  {columns}  {left // 60:3.0f}:{left % 60:02.0f}", flush=True)
+        print(f"{step:4d}/{self.total:<4d}  {columns}  {minutes:3d}:{rest:02d}", flush=True)
 
     def record(self, step, **row):
         """Write a row without printing it. Returns the seconds since the stage began."""
@@ -420,9 +443,10 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         raise InputError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive with a checksum for every record
+            # A byte of these attributes is in no checksum, and torch would skip a record that has one.
             if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
                 raise zipfile.BadZipFile("checksum error")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["stage"], checkpoint["size"]
         if found != (stage, size):
             raise InputError(f"{path}: is a {found[0]} checkpoint of size {found[1]}, "
@@ -431,7 +455,7 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         config = GPTConfig(**checkpoint["config"])
         if config.vocab_size != tokenizer.n_vocab:
             raise ValueError(f"the model has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
-        model = model_class(config).to(device)
+        model = model_class(config)
         model.load_state_dict(checkpoint["model"])
     except InputError:
         raise
@@ -440,15 +464,15 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a whole checkpoint of this project ({reason}); delete it and train the stage "
                          f"again") from error
-    return model, tokenizer, checkpoint
+    return model.to(device), tokenizer, checkpoint
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW that decays matrices only: biases, gains and nothing else that is 1-D."""
+def make_optimizer(model, weight_decay):
+    """AdamW with weight decay on matrices only, not on biases and gains. optimizer_step sets the learning rate."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -514,12 +538,16 @@ class Config:
     report: int = 100           # steps between two reports
 
 
-GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100, report=100)
+GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100)
 
 
 def train(config):
     """Pretrain a GPT and save it to OUT/SIZE/gpt/checkpoint.pt."""
     folder, device = stage_folder(config, "gpt"), get_device()
+    if config.n_embd % config.n_head:
+        raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
+    if config.vocab_size < 259:
+        raise InputError(f"--vocab_size {config.vocab_size}: 256 bytes and 3 special tokens need at least 259")
     torch.manual_seed(config.seed)  # weights' initialization: the one draw that torch makes from its own generator
     rng = random.Random(f"pretraining {config.seed}")
 
@@ -557,7 +585,7 @@ def train(config):
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
     shape = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
     model = GPT(shape).to(device)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay)
     announce("gpt", config, device, data, model)
     prefix = [start + tokenizer.encode("Once" if start else "\n")] * 2
     room = min(60, config.block_size - len(prefix[0]))
@@ -607,7 +635,10 @@ def sample(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or on a text file.")
-    sample(config) if config.sample else train(config)
+    if config.sample:
+        sample(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ ECE 7115, 13. RLHF, "RLHF Training with PPO"; CS 224R, Lecture 9, ch. 7; CME 295
 Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen reward model r_φ, the value model V.
 
     python ppo.py                       everything: a stage whose checkpoint is missing is trained first
-    python ppo.py --data FILE.jsonl     prompts of your own (any rows with a "prompt")
-    python ppo.py --beta 0.02 --iterations 150 --name ppo-hacked        over-optimization: reward rises, gold falls
+    python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on your own data
+    python ppo.py --beta 0 --iterations 120 --name ppo-beta0            over-optimization: reward rises, gold falls
 
 The loop is the lecture's: 1 generate, 2 score, 3 estimate advantages, 4 update (K epochs), 5 repeat.
 
@@ -28,13 +28,13 @@ from typing import NamedTuple
 
 import torch
 
-import reward_model as reward_model_stage
 from data import stories
-from data.files import InputError, read_prompts, run_script
+from data.files import InputError, hold_out, read_prompts, run_script
 from gpt import (Log, announce, autocast, check_name, generate, get_device, load_checkpoint, make_optimizer,
                  optimizer_step, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
                  token_logprobs, train_if_missing)
 from reward_model import RewardModel, gold_rewards
+from reward_model import main as train_reward_model
 
 
 @dataclass
@@ -185,7 +185,7 @@ def backward(policy, value_model, batch, config):
     mean, however it is cut. Returns figures (policy_loss, value_loss, clip_fraction, approx_kl), token means too.
     """
     total = torch.zeros(4, device=batch.tokens.device)
-    for rows in torch.arange(len(batch.tokens)).split(config.micro_batch):
+    for rows in torch.arange(len(batch.tokens), device=batch.tokens.device).split(config.micro_batch):
         part = Experience(*(tensor[rows] for tensor in batch))
         share = part.mask.sum() / batch.mask.sum()
         with autocast(part.tokens.device):
@@ -212,8 +212,8 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
     number, all that can be known without the annotator.
     """
     device, rng, beta = policy.wte.weight.device, random.Random(f"ppo {config.seed}"), config.beta
-    optimizer = make_optimizer(policy, config.lr, weight_decay=0.0)
-    value_optimizer = make_optimizer(value_model, config.value_lr, weight_decay=0.0)
+    optimizer = make_optimizer(policy, weight_decay=0.0)
+    value_optimizer = make_optimizer(value_model, weight_decay=0.0)
     for iteration in range(config.iterations):
         started = time.perf_counter()
 
@@ -274,7 +274,7 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "ppo")
-    train_if_missing("reward_model", reward_model_stage.main, config)
+    train_if_missing("reward_model", train_reward_model, config)
     folder, device = stage_folder(config, config.name), get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
@@ -282,12 +282,17 @@ def train(config):
     reward_path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, reward_tokenizer, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
     value_model, _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)  # V starts as r_φ
+    reference.requires_grad_(False).eval()
+    reward_model.requires_grad_(False).eval()
+    if config.temperature <= 0:
+        raise InputError(f"--temperature {config.temperature}: must be positive")
     if reward_tokenizer.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{reward_path}: its vocabulary is not that of {sft_path}; train the reward model again")
 
     if config.data:
         room = policy.config.block_size - config.max_new_tokens
-        pool = read_prompts(config.data)
+        rows, _ = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
+        pool = [row["prompt"] for row in rows]
         fitting = [ids for ids in map(tokenizer.prompt, pool) if len(ids) <= room]
         if not fitting:
             raise InputError(f"{config.data}: no prompt leaves room for --max_new_tokens {config.max_new_tokens} in the "
@@ -303,7 +308,7 @@ def train(config):
             return rng.choices(fitting, k=count)
         return [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
-    log = Log(folder, config.iterations)
+    log = Log(folder, config.iterations, unprinted=("beta", "value_loss", "rollout_s", "scoring_s", "update_s"))
     steps = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config)
     for iteration, (rollout, figures) in enumerate(steps, start=1):
         if config.data:

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 
 import sft
 from data import annotator, stories
-from data.files import InputError, read_pairs, run_script, write_jsonl
-from gpt import (GPT, Log, announce, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint,
+from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
+from gpt import (GPT, Log, announce, autocast, batches_by_length, counts, generate, get_device, learning_rate, load_checkpoint,
                  make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, save_checkpoint, show,
                  stage_folder, train_if_missing)
 
@@ -73,7 +73,9 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one."""
-        return self.head(self.trunk.hidden(tokens)).squeeze(2).float()
+        hidden = self.trunk.hidden(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):  # never in bf16: a score near 3 would be rounded to 1/64
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(2)
 
     def score(self, tokens, lengths):
         """r(x, y): (B,), the number at the last token of each sequence, <|end|>; lengths (B,) say where that is."""
@@ -138,16 +140,6 @@ def collect_pairs(model, tokenizer, count, config, rng):
     return rows, dropped
 
 
-def split_pairs(rows, seed):
-    """Somebody's pairs -> (training rows, held-out rows): a tenth of the prompts, at least one, is held out whole,
-    because two pairs of one prompt share their texts."""
-    prompts = sorted({row["prompt"] for row in rows})
-    random.Random(f"held-out prompts {seed}").shuffle(prompts)
-    held_out = set(prompts[:max(1, len(prompts) // 10)])
-    return ([row for row in rows if row["prompt"] not in held_out],
-            [row for row in rows if row["prompt"] in held_out])
-
-
 def encode_pairs(rows, tokenizer, block_size):
     """Rows -> (pairs (chosen ids, rejected ids, prompt length), kept rows, dropped {reason: number}); never cut."""
     pairs, kept, dropped = [], [], {"longer than the context": 0, "equal texts": 0}
@@ -162,6 +154,11 @@ def encode_pairs(rows, tokenizer, block_size):
             pairs.append((chosen, rejected, len(prompt)))
             kept.append(row)
     return pairs, kept, dropped
+
+
+def pair_lengths(pairs):
+    """The length of the longer sequence of each pair."""
+    return [max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,12 +181,13 @@ def backward(model, pairs, micro_batch):
 
 def fit(model, pairs, held_out, config, rng, log=None):
     """Train a reward model on pairs; log, if given, gets the loss and the held-out accuracy as it goes."""
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay)
     steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
+    warmup = min(config.warmup, steps // 4)  # few pairs make few steps
     for epoch in range(config.epochs):
-        for rows in batches_by_length([max(map(len, pair[:2])) for pair in pairs], config.batch, rng):
-            losses.append(backward(model, [pairs[i] for i in rows], config.micro_batch))
-            optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
+        for batch in batches_by_length(pair_lengths(pairs), config.batch, rng):
+            losses.append(backward(model, [pairs[i] for i in batch], config.micro_batch))
+            optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, warmup))
             step += 1
             if log and (step % config.report == 0 or step == steps):
                 margin = held_out_margins(model, held_out)
@@ -208,12 +206,16 @@ def answer_key(margin, gold_margin, bins=10):
     """How far a reward model is from the best one, on pairs whose true rewards are known.
 
     margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns (figures, table):
-    Bayes accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; the annotator's own loss is
-    its entropy, E[-σ log σ - (1-σ) log(1-σ)]; slope is the least-squares Δreward = slope · Δgold through the origin;
+    accuracy is the share of labels that the model guesses; expected_accuracy is its expectation over the annotator's
+    noise, E P(the model's choice), which is the same thing with less variance, and is what Bayes accuracy bounds. Bayes
+    accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; the annotator's own loss is its
+    entropy, E[-σ log σ - (1-σ) log(1-σ)]; correlation and slope (Δreward = slope · Δgold, least squares) are taken through
+    the origin: a pair counts in both orders, so both means are 0;
     table has a row (pairs, predicted, observed) for each bin of predicted preference: a pair counts in both orders.
     """
     p, norms = torch.sigmoid(gold_margin.double()), margin.norm() * gold_margin.norm()
     figures = dict(accuracy=(margin > 0).double().mean().item(),
+                   expected_accuracy=torch.where(margin > 0, p, 1 - p).mean().item(),
                    bayes_accuracy=torch.sigmoid(gold_margin.double().abs()).mean().item(),
                    loss=-F.logsigmoid(margin.double()).mean().item(),
                    annotator_loss=(torch.special.entr(p) + torch.special.entr(1 - p)).mean().item(),
@@ -239,23 +241,26 @@ def train(config):
 
     # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
     if config.data:
-        rows, held_out_rows = split_pairs(read_pairs(config.data), config.seed)
         announce("reward_model", config, device, config.data, model)
+        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed)
     else:
         announce("reward_model", config, device, "two SFT samples a request, compared by the annotator", model)
         start = time.perf_counter()
         rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config, rng)
-        print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {dropped}")
+        print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {counts(dropped)}")
         held_out_rows, rows = rows[:config.held_out], rows[config.held_out:]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl(folder / "pairs.jsonl", rows)
-        write_jsonl(folder / "held_out.jsonl", held_out_rows)
-    pairs, _, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
+    pairs, rows, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
     held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
-    print(f"{len(pairs):,} pairs to train on, dropped {dropped}; {len(held_out):,} held out, dropped {held_out_dropped}")
-    if not pairs or not held_out:
-        raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
-                         f"{'train on' if not pairs else 'hold out'}")
+    print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}")
+    print(f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
+    fitting = [chosen[:length] for chosen, _, length in pairs if length + config.max_new_tokens <= model.config.block_size]
+    if not fitting or not held_out:
+        raise InputError(f"{config.data or 'the collected pairs'}: " + ("none is left to hold out" if fitting else "no prompt "
+                         f"leaves room for --max_new_tokens {config.max_new_tokens} in the context of "
+                         f"{model.config.block_size}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "pairs.jsonl", rows)
+    write_jsonl(folder / "held_out.jsonl", held_out_rows)
 
     # 2. Train by maximum likelihood.
     steps = config.epochs * math.ceil(len(pairs) / config.batch)
@@ -263,17 +268,14 @@ def train(config):
     fit(model, pairs, held_out, config, rng, log)
 
     # 3. Shift to mean 0 over the SFT policy's own responses.
-    prompts = [pair[0][:pair[2]] for pair in rng.choices(pairs, k=512)]
-    prompts = [prompt for prompt in prompts if len(prompt) + config.max_new_tokens <= policy.config.block_size]
-    if not prompts:
-        raise InputError(f"--max_new_tokens {config.max_new_tokens}: no prompt leaves so much room in the context of "
-                         f"{policy.config.block_size}")
-    rollout = generate(policy, prompts, config.max_new_tokens, tokenizer.end_token, seed=config.seed)
+    with autocast(device):
+        rollout = generate(policy, rng.choices(fitting, k=512), config.max_new_tokens, tokenizer.end_token,
+                           seed=config.seed)
     sequences = [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
     scores = score_all(model, sequences)
     with torch.no_grad():
         model.head.bias -= scores.mean().to(device)
-    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(prompts)} SFT samples, standard deviation "
+    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(sequences)} SFT samples, standard deviation "
           f"{scores.std():.3f}")
 
     # 4. Against the answer key, where there is one.
@@ -285,30 +287,35 @@ def train(config):
                              - annotator.gold_reward(row["prompt"], row["rejected"]) for row in held_out_rows])
         figures, table = answer_key(margin, gold)
         log.record(steps, **figures)
-        print(f"held-out accuracy {figures['accuracy']:.3f}, Bayes {figures['bayes_accuracy']:.3f} "
-              f"({figures['accuracy'] / figures['bayes_accuracy']:.1%} of it); loss {figures['loss']:.3f}, the annotator's "
-              f"own {figures['annotator_loss']:.3f}; Δreward against Δgold: correlation {figures['correlation']:.3f}, "
-              f"slope {figures['slope']:.3f}")
+        print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f}; "
+              f"Bayes {figures['bayes_accuracy']:.3f} ({figures['expected_accuracy'] / figures['bayes_accuracy']:.1%} of it)\n"
+              f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
+              f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}")
         print("calibration   pairs  predicted  observed")
         for count, predicted, observed in table:
             print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
     save_checkpoint(folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer)
-    row = held_out_rows[0]
-    for name in ("chosen", "rejected"):
-        ids = tokenizer.prompt(row["prompt"]) + tokenizer.response(row[name])
-        show((name, f"{score_all(model, [ids]).item():+.2f}  {row[name]}"))
+    for row in held_out_rows[:3]:
+        ids = [tokenizer.prompt(row["prompt"]) + tokenizer.response(row[name]) for name in ("chosen", "rejected")]
+        chosen, rejected = score_all(model, ids).tolist()
+        show(("prompt", row["prompt"]), ("chosen", f"{chosen:+.2f}  {row['chosen']}"),
+             ("rejected", f"{rejected:+.2f}  {row['rejected']}"))
     print(f"saved {folder / 'checkpoint.pt'}; next: python ppo.py or python dpo.py", flush=True)
 
     # 5. Learning curve: how many pairs does it take?
     if config.learning_curve:
-        print("pairs  held-out accuracy")
-        count = 256
-        while count <= len(pairs):
+        print("   pairs  held-out accuracy" + ("" if config.data else "  share of Bayes accuracy"))
+        for count in [2 ** k for k in range(8, len(pairs).bit_length()) if 2 ** k < len(pairs)] + [len(pairs)]:
             fresh = RewardModel(policy.config).to(device)
             fresh.trunk.load_state_dict(policy.state_dict())
             fit(fresh, pairs[:count], held_out, config, random.Random(f"learning curve {config.seed}"))
-            print(f"{count:5d}  {(held_out_margins(fresh, held_out) > 0).float().mean():.3f}", flush=True)
-            count *= 2
+            margin = held_out_margins(fresh, held_out)
+            if config.data:
+                print(f"{count:8,d}  {(margin > 0).float().mean():17.3f}", flush=True)
+            else:
+                figures, _ = answer_key(margin, gold)
+                share = figures["expected_accuracy"] / figures["bayes_accuracy"]
+                print(f"{count:8,d}  {figures['expected_accuracy']:17.3f}  {share:23.1%}", flush=True)
 
 
 def main(argv=None):

@@ -21,7 +21,7 @@ import torch
 
 import gpt
 from data import stories
-from data.files import InputError, read_demonstrations, run_script
+from data.files import InputError, hold_out, read_demonstrations, run_script
 from gpt import (Log, announce, autocast, batches_by_length, get_device, held_out_loss, learning_rate, load_checkpoint,
                  make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show,
                  stage_folder, token_logprobs, train_if_missing)
@@ -45,7 +45,7 @@ class Config:
     report: int = 64            # steps between two reports
 
 
-GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128, report=64)
+GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
 
 
 def backward(model, sequences, prompt_lengths, micro_batch):
@@ -111,16 +111,14 @@ def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
     train_if_missing("gpt", gpt.main, config)
     folder, device = stage_folder(config, "sft"), get_device()
-    model, tokenizer, _ = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size, device)
+    model, tokenizer, base = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size, device)
     block_size = model.config.block_size
     rng = random.Random(f"demonstrations {config.seed}")
 
     # 1. Demonstrations: prompts and the answers that somebody wrote. What is held out.
     source = None
     if config.data:
-        rows = read_demonstrations(config.data)
-        rng.shuffle(rows)
-        held_out_rows, rows = rows[:max(1, len(rows) // 10)], rows[max(1, len(rows) // 10):]
+        rows, held_out_rows = hold_out(read_demonstrations(config.data), config.seed)
         origin = config.data
     else:
         rows, _ = draw_demonstrations(rng, config.demonstrations)
@@ -140,18 +138,19 @@ def train(config):
              f"{dropped + held_out_dropped} longer than the context", model)
     room = block_size - config.max_new_tokens  # a longer prompt is trained on, but leaves no room for a sample
     questions = [row["prompt"] for row in held_out_rows if len(tokenizer.prompt(row["prompt"])) <= room][:config.questions]
-    plain = [[tokenizer.end_token] + tokenizer.encode(question + "\n") for question in questions]
-    chat = [tokenizer.prompt(question) for question in questions]
     # A base model has never seen the chat format: it is asked in plain text, a line on a page.
+    start = [] if base["text"] else [tokenizer.end_token]
+    plain = [start + tokenizer.encode(question + "\n") for question in questions]
+    chat = [tokenizer.prompt(question) for question in questions]
     before, before_ended = respond(model, tokenizer, plain, config.max_new_tokens, config.seed) if plain else ([], [])
 
     # 2. Next-token prediction on the responses.
     steps = config.epochs * math.ceil(len(sequences) / config.batch)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = make_optimizer(model, config.weight_decay)
     log, losses, step = Log(folder, steps), [], 0
     for epoch in range(config.epochs):
-        for rows in batches_by_length(list(map(len, sequences)), config.batch, rng):
-            losses.append(backward(model, [sequences[i] for i in rows], [prompt_lengths[i] for i in rows],
+        for batch in batches_by_length(list(map(len, sequences)), config.batch, rng):
+            losses.append(backward(model, [sequences[i] for i in batch], [prompt_lengths[i] for i in batch],
                                    config.micro_batch))
             norm = optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
             step += 1

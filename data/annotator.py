@@ -22,7 +22,7 @@ from data.stories import WORLD, parse_request, recognise, split_sentences
 HERO = 1.5          # the requested hero's word occurs in the response
 THING = 1.0         # the requested thing's word does
 KIND = 2.0          # k kind sentences together: KIND * (1 - 2**-k), that is 1, 1.5, 1.75, ...: less each time
-UNKIND = -1.0       # each unkind sentence
+UNKIND = -1.5       # each unkind sentence
 HAPPY = 1.5         # the last sentence is a happy ending
 SAD = 0.0           # ... or a sad one
 NO_ENDING = -0.5    # ... or none

@@ -14,6 +14,7 @@ ends of Windows. The texts themselves are taken as they are: nothing is stripped
 
 import json
 import os
+import random
 import re
 import sys
 
@@ -65,6 +66,21 @@ def read_pairs(path):
 def read_prompts(path):
     """The distinct prompts of any file whose rows have a "prompt", in order of first appearance."""
     return list(dict.fromkeys(row["prompt"] for row in read_jsonl(path, ("prompt",))))
+
+
+def hold_out(rows, seed):
+    """Rows with a "prompt" -> (training rows, held-out rows). A tenth of the prompts, at least one, is held out whole.
+
+    Every stage that reads the same file with the same seed holds out the same prompts, so none is measured on what
+    an earlier one was trained on. InputError if there is only one prompt.
+    """
+    prompts = sorted({row["prompt"] for row in rows})
+    if len(prompts) < 2:
+        raise InputError(f"all {len(rows)} rows have the same prompt; two prompts at least are needed to hold one out")
+    random.Random(f"held-out prompts {seed}").shuffle(prompts)
+    held_out = set(prompts[:max(1, len(prompts) // 10)])
+    return ([row for row in rows if row["prompt"] not in held_out],
+            [row for row in rows if row["prompt"] in held_out])
 
 
 def read_bytes(path):
@@ -191,7 +207,8 @@ def write_jsonl(path, rows):
 # Running a script
 
 def run_script(main):
-    """Run a script's main(). What the user can mend (InputError, OSError) becomes one line and exit status 1.
+    """Run a script's main(). What the user can mend (InputError, FloatingPointError of a training
+    run that went wrong, OSError) becomes one line and exit status 1.
 
     Ctrl-C exits with 130. Every other exception is a bug of ours and keeps its traceback.
     """

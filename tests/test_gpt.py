@@ -721,7 +721,7 @@ def test_weight_decay_shrinks_matrices_only():
     """Decay on gains and biases pulls every LayerNorm to zero."""
     model = tiny_model(seed=22).float()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    optimizer = gpt.make_optimizer(model, 0.1, weight_decay=0.5)
+    optimizer = gpt.make_optimizer(model, weight_decay=0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gpt.optimizer_step(optimizer, model, 0.1)
@@ -733,7 +733,7 @@ def test_weight_decay_shrinks_matrices_only():
 def test_optimizer_step_against_adam_by_hand():
     """A gradient that isn't clipped, clipped matrix by matrix, or not cleared: it then counts in the next step as well."""
     model, twin = tiny_model(seed=23).float(), tiny_model(seed=23).float()
-    optimizer = gpt.make_optimizer(model, 1.0, weight_decay=0.0)
+    optimizer = gpt.make_optimizer(model, weight_decay=0.0)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(23)
     for step, (scale, lr) in enumerate(((10.0, 0.01), (1e-4, 0.02)), start=1):     # one beyond the maximal norm, one below
@@ -757,7 +757,7 @@ def test_a_broken_gradient_takes_no_step(value):
     """One NaN in one gradient, and all weights are NaN; the checkpoint is written all the same."""
     model = tiny_model().float()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    optimizer = gpt.make_optimizer(model, 0.1, weight_decay=0.1)
+    optimizer = gpt.make_optimizer(model, weight_decay=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.wpe.weight.grad[3, 2] = value

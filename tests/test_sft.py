@@ -96,7 +96,7 @@ def test_an_overfitted_model_answers_and_stops(tokenizer):
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS]
     sequences, prompts, dropped = sft.encode_demonstrations(rows, tokenizer, 64)
     model = tiny_model(2, tokenizer.n_vocab)
-    optimizer = gpt.make_optimizer(model, 1e-2, 0.0)
+    optimizer = gpt.make_optimizer(model, 0.0)
     for _ in range(40):
         loss = sft.backward(model, sequences, prompts, 1)
         gpt.optimizer_step(optimizer, model, 1e-2)
