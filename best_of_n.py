@@ -44,7 +44,7 @@ class Config:
     n: int = 16                 # N: candidates for --prompt
     data: str = ""              # yardstick over the prompts of a .jsonl file instead of the little world's
     policies: str = "ppo,dpo"   # the folders of the policies to compare, with commas between
-    prompts: int = 48           # held-out prompts of the yardstick
+    prompts: int = 32           # held-out prompts of the yardstick
     samples: int = 64           # samples a prompt and policy; best-of-N for N up to this
     sample_batch: int = 256     # responses in one batch of sampling or scoring
     beta: float = 0.25          # price of one nat of KL in J, in reward units
