@@ -179,6 +179,8 @@ def distinct_2(texts):
 
 def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
+    if config.data:  # first: a wrong file is found before minutes of training
+        _, rows = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
     names = [name for name in config.policies.split(",") if name]
     for name, main in (("ppo", ppo.main), ("dpo", dpo.main)):
         if name in names:
@@ -189,7 +191,6 @@ def yardstick(config):
     room = policies["sft"].config.block_size - config.max_new_tokens
     rng = random.Random("yardstick prompts")
     if config.data:
-        _, rows = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
         prompts = [row["prompt"] for row in rows if len(tokenizer.prompt(row["prompt"])) <= room][:config.prompts]
         if not prompts:
             raise InputError(f"{config.data}: no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "

@@ -114,6 +114,7 @@ def train(config):
     """Fit the SFT policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
     if config.data:
+        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed)  # first: a wrong file is found before minutes of training
         train_if_missing("sft", sft.main, config)
     else:
         train_if_missing("reward_model", train_reward_model, config)
@@ -127,7 +128,6 @@ def train(config):
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
     if config.data:
         origin = config.data
-        rows, held_out_rows = hold_out(read_pairs(origin), config.seed)
     else:
         origin = stage_folder(config, "reward_model") / "pairs.jsonl"
         rows, held_out_rows = read_pairs(origin), read_pairs(origin.with_name("held_out.jsonl"))

@@ -274,6 +274,10 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "ppo")
+    if config.temperature <= 0:
+        raise InputError(f"--temperature {config.temperature}: must be positive")
+    if config.data:  # first: a wrong file is found before minutes of training
+        rows, _ = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
     train_if_missing("reward_model", train_reward_model, config)
     folder, device = stage_folder(config, config.name), get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
@@ -284,14 +288,11 @@ def train(config):
     value_model, _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)  # V starts as r_φ
     reference.requires_grad_(False).eval()
     reward_model.requires_grad_(False).eval()
-    if config.temperature <= 0:
-        raise InputError(f"--temperature {config.temperature}: must be positive")
     if reward_tokenizer.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{reward_path}: its vocabulary is not that of {sft_path}; train the reward model again")
 
     if config.data:
         room = policy.config.block_size - config.max_new_tokens
-        rows, _ = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
         pool = [row["prompt"] for row in rows]
         fitting = [ids for ids in map(tokenizer.prompt, pool) if len(ids) <= room]
         if not fitting:

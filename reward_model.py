@@ -231,6 +231,8 @@ def answer_key(margin, gold_margin, bins=10):
 
 def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model/checkpoint.pt."""
+    if config.data:
+        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed)  # first: a wrong file is found before minutes of training
     train_if_missing("sft", sft.main, config)
     folder, device = stage_folder(config, "reward_model"), get_device()
     policy, tokenizer, sft_checkpoint = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft",
@@ -242,7 +244,6 @@ def train(config):
     # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
     if config.data:
         announce("reward_model", config, device, config.data, model)
-        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed)
     else:
         announce("reward_model", config, device, "two SFT samples a request, compared by the annotator", model)
         start = time.perf_counter()

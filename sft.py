@@ -109,6 +109,8 @@ def answers(texts, ended):
 
 def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
+    if config.data:
+        rows, held_out_rows = hold_out(read_demonstrations(config.data), config.seed)  # first: a wrong file is found before minutes of training
     train_if_missing("gpt", gpt.main, config)
     folder, device = stage_folder(config, "sft"), get_device()
     model, tokenizer, base = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size, device)
@@ -118,7 +120,6 @@ def train(config):
     # 1. Demonstrations: prompts and the answers that somebody wrote. What is held out.
     source = None
     if config.data:
-        rows, held_out_rows = hold_out(read_demonstrations(config.data), config.seed)
         origin = config.data
     else:
         rows, _ = draw_demonstrations(rng, config.demonstrations)
