@@ -180,7 +180,7 @@ def distinct_2(texts):
 def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     if config.data:  # first: a wrong file is found before minutes of training
-        _, rows = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
+        _, rows = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed, config.data)
     names = [name for name in config.policies.split(",") if name]
     for name, main in (("ppo", ppo.main), ("dpo", dpo.main)):
         if name in names:
@@ -342,7 +342,8 @@ def answer(config):
     """Best-of-N for one prompt: print the candidates, best first, and the winner."""
     policies, reward_model, tokenizer = load_policies(config, [])
     gold = stories.parse_request(config.prompt) is not None  # the annotator judges the world's own requests only
-    one = draw(policies["sft"], reward_model, tokenizer, [config.prompt], config.n, config, gold, config.seed)
+    rng = random.Random(f"candidates {config.seed}")
+    one = draw(policies["sft"], reward_model, tokenizer, [config.prompt], config.n, config, gold, rng)
     for _, j in top_k_overall(one.rewards, config.n).tolist():
         print(f"{one.rewards[0, j]:+7.3f}" + (f"  gold {one.gold[0, j]:+7.3f}" if gold else "") + f"  {one.texts[j]}")
     print(f"\nwinner of {config.n}: {one.texts[top_per_prompt(one.rewards)[0]]}")

@@ -114,7 +114,7 @@ def train(config):
     """Fit the SFT policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
     if config.data:
-        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed)  # first: a wrong file is found before minutes of training
+        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed, config.data)  # before any training
         train_if_missing("sft", sft.main, config)
     else:
         train_if_missing("reward_model", train_reward_model, config)

@@ -277,7 +277,7 @@ def train(config):
     if config.temperature <= 0:
         raise InputError(f"--temperature {config.temperature}: must be positive")
     if config.data:  # first: a wrong file is found before minutes of training
-        rows, _ = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed)
+        rows, _ = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed, config.data)
     train_if_missing("reward_model", train_reward_model, config)
     folder, device = stage_folder(config, config.name), get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"

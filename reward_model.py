@@ -232,11 +232,10 @@ def answer_key(margin, gold_margin, bins=10):
 def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model/checkpoint.pt."""
     if config.data:
-        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed)  # first: a wrong file is found before minutes of training
+        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed, config.data)  # before any training
     train_if_missing("sft", sft.main, config)
     folder, device = stage_folder(config, "reward_model"), get_device()
-    policy, tokenizer, sft_checkpoint = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft",
-                                                        config.size, device)
+    policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
     rng = random.Random(f"reward model {config.seed}")
     model = RewardModel(policy.config).to(device)
     model.trunk.load_state_dict(policy.state_dict())  # the SFT model with a linear head in place of the LM head
@@ -255,10 +254,12 @@ def train(config):
     print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}")
     print(f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
     fitting = [chosen[:length] for chosen, _, length in pairs if length + config.max_new_tokens <= model.config.block_size]
-    if not fitting or not held_out:
-        raise InputError(f"{config.data or 'the collected pairs'}: " + ("none is left to hold out" if fitting else "no prompt "
-                         f"leaves room for --max_new_tokens {config.max_new_tokens} in the context of "
-                         f"{model.config.block_size}"))
+    if not pairs or not held_out:
+        raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
+                         f"{'hold out' if pairs else 'train on'}")
+    if not fitting:
+        raise InputError(f"{config.data or 'the collected pairs'}: no prompt leaves room for --max_new_tokens "
+                         f"{config.max_new_tokens} in the context of {model.config.block_size}")
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", rows)
     write_jsonl(folder / "held_out.jsonl", held_out_rows)

@@ -110,7 +110,7 @@ def answers(texts, ended):
 def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
     if config.data:
-        rows, held_out_rows = hold_out(read_demonstrations(config.data), config.seed)  # first: a wrong file is found before minutes of training
+        rows, held_out_rows = hold_out(read_demonstrations(config.data), config.seed, config.data)  # before any training
     train_if_missing("gpt", gpt.main, config)
     folder, device = stage_folder(config, "sft"), get_device()
     model, tokenizer, base = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size, device)

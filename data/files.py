@@ -68,15 +68,15 @@ def read_prompts(path):
     return list(dict.fromkeys(row["prompt"] for row in read_jsonl(path, ("prompt",))))
 
 
-def hold_out(rows, seed):
+def hold_out(rows, seed, path="the rows"):
     """Rows with a "prompt" -> (training rows, held-out rows). A tenth of the prompts, at least one, is held out whole.
 
     Every stage that reads the same file with the same seed holds out the same prompts, so none is measured on what
-    an earlier one was trained on. InputError if there is only one prompt.
+    an earlier one was trained on. InputError, naming path, if there is only one prompt.
     """
     prompts = sorted({row["prompt"] for row in rows})
     if len(prompts) < 2:
-        raise InputError(f"all {len(rows)} rows have the same prompt; two prompts at least are needed to hold one out")
+        raise InputError(f"{path}: all have the same prompt; two prompts at least are needed to hold one out")
     random.Random(f"held-out prompts {seed}").shuffle(prompts)
     held_out = set(prompts[:max(1, len(prompts) // 10)])
     return ([row for row in rows if row["prompt"] not in held_out],
@@ -219,7 +219,7 @@ def run_script(main):
     except BrokenPipeError:     # `python ppo.py | head`: nobody reads on, and the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         reason, status = "nobody reads the output any more", 1
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         reason, status = str(error), 1
     except OSError as error:
         reason, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1

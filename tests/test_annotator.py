@@ -36,8 +36,8 @@ def test_example_of_the_docstring():
     ("The foxes flew a kites.", -0.5),                      # words, not pieces of words
     ("A FOX! A kite?", 2.5 - 0.5),                          # capitals and punctuation don't matter
     (story_of(KIND[0]), 2.5 + 1 - 0.5),
-    (story_of(UNKIND[0], UNKIND[1], SAD), 2.5 - 2),
-    (story_of(KIND[0], UNKIND[0], HAPPY), 2.5 + 1 - 1 + 1.5),
+    (story_of(UNKIND[0], UNKIND[1], SAD), 2.5 - 2 * 1.5),
+    (story_of(KIND[0], UNKIND[0], HAPPY), 2.5 + 1 - 1.5 + 1.5),
     (story_of(HAPPY, KIND[0]), 2.5 + 1 - 0.5),              # an ending counts at the end only
     (story_of(KIND[0], KIND[0]), 2.5 + 1.5 - 0.5 - 0.75),
     (story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")), 2.5 + 1.5 - 0.5 - 0.75),    # the same pattern
@@ -91,7 +91,7 @@ def test_spread_of_the_reward():
     for _ in range(3000):
         prompt = request(rng).text
         golds.append(gold_reward(prompt, story(rng, prompt).text))
-    assert 1.3 < statistics.stdev(golds) < 1.9
+    assert 1.55 < statistics.stdev(golds) < 1.78     # 1.66 over 30,000 stories; 3,000 of them err by some 0.02
 
 
 @pytest.mark.parametrize("first, second", [

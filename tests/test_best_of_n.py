@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import re
 import shutil
 
@@ -12,10 +13,13 @@ import torch
 import best_of_n
 import dpo
 import ppo
+import reward_model
+import sft
 from best_of_n import best_of_n_kl, distinct_2, optimality_gap, pooled_optimum, top_k_overall, top_per_prompt, win_rate
-from data.files import InputError, write_jsonl
-from gpt import load_checkpoint, save_checkpoint
+from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer
+from gpt import load_checkpoint, save_checkpoint
+from reward_model import RewardModel
 from test_ppo import metrics, noise, one_thread, snapshot, stages  # noqa: F401
 
 MATRIX = torch.tensor([[0.7, 0.3, 0.5, 0.2],        # ECE 7115, "Rejection Sampling": 5 prompts, 4 completions
@@ -262,7 +266,7 @@ def test_prompt_prints_candidates_and_the_winner(trained, capsys):
 
 def test_prompt_that_does_not_fit(trained, capsys):
     """A long prompt ends in a traceback out of the sampler."""
-    with pytest.raises(InputError, match="--prompt: .*exceed the context of"):
+    with pytest.raises(InputError, match="a prompt of .* exceed the context of 128"):
         run(trained, capsys, "--prompt", "long " * 200)
 
 
@@ -284,22 +288,110 @@ def test_yardstick(trained, capsys):
         (kind, name) for kind in ("reward model", "gold") for name in table]
     for row in optima:
         figure = table[row["policy"]]["reward" if row["under"] == "reward model" else "gold"]
-        assert row["J"] == pytest.approx(figure - 0.5 * table[row["policy"]]["kl"], abs=1e-4)
+        assert row["J"] == pytest.approx(figure - 0.25 * table[row["policy"]]["kl"], abs=1e-4)  # the README's beta
     assert "How close to the best" in printed and all(name in printed for name in table)
+    assert "the little world: 3 held-out prompts; 8 samples each" in printed
+    assert re.findall(r"^sampled (.*) in \d+ s$", printed, re.M) == ["sft", "ppo", "dpo"]
     after = snapshot(trained)
     assert {path: after[path] for path in before} == before
-    assert run(trained, capsys, *flags) == printed
+    again = run(trained, capsys, *flags)
+    assert re.sub(r" in \d+ s\n", "\n", again) == re.sub(r" in \d+ s\n", "\n", printed)
     assert snapshot(trained) == after
 
 
-def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys):
-    """Gold columns for prompts that the annotator cannot judge; prompts too long for the context."""
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Who sings?"}, {"prompt": "long " * 200}, {"prompt": "And why?"}])
+def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypatch):
+    """Gold columns for prompts that the annotator cannot judge; prompts too long for the context, or trained on."""
+    rows = [{"prompt": f"Who sings {i}?"} for i in range(20)] + [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    held_out = hold_out(rows, 1)[1]
+    short = [row["prompt"] for row in held_out if "long" not in row["prompt"]]
+    assert len(held_out) == 4 and 0 < len(short) < 4  # so the test sees both kinds
+    asked, draw_samples = [], best_of_n.draw
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(arguments[3]) or draw_samples(*arguments))
     printed = run(trained, capsys, "--data", str(tmp_path / "prompts.jsonl"), "--samples", "4", "--policies", "dpo")
-    assert "3 prompts, dropped 1" in printed and "gold" not in printed and "win_rate" not in printed
+    assert asked == [short] * 2  # SFT and DPO, each once
+    assert f"{len(short)} of 4 held-out prompts leave room" in printed
+    assert "gold" not in printed and "win_rate" not in printed
     rows = metrics(trained / "cpu/best_of_n/metrics.jsonl")
     assert [row["policy"] for row in rows if "under" not in row] == ["sft", "best of 4", "dpo"]
     assert {row["under"] for row in rows if "under" in row} == {"reward model"}
+
+    before = snapshot(trained)
+    for rows, reason in (([{"prompt": f"{i} " + "long " * 200} for i in range(9)], "no held-out prompt leaves room"),
+                         ([{"prompt": "Why?"}] * 9, "same prompt")):
+        write_jsonl(tmp_path / "prompts.jsonl", rows)
+        with pytest.raises(InputError, match=f"prompts.jsonl.*{reason}"):
+            run(trained, capsys, "--data", str(tmp_path / "prompts.jsonl"), "--samples", "4", "--policies", "dpo")
+    assert snapshot(trained) == before
+
+
+@pytest.mark.parametrize("stage", [sft, reward_model, ppo, dpo, best_of_n], ids=lambda stage: stage.__name__)
+def test_a_wrong_file_is_found_before_anything_is_trained(stage, tmp_path):
+    """A typing error in the file's name that comes out after the minutes which the missing stages took."""
+    for argv in (["--data", str(tmp_path / "none.jsonl")], ["--data", str(tmp_path)]):
+        with pytest.raises(InputError, match=str(tmp_path)):
+            stage.main(["--out", str(tmp_path / "out"), "--size", "cpu", *argv])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, capsys, monkeypatch):
+    """A prompt that one stage trains on and another one measures itself on: the figure is of what was learnt by heart."""
+    path, names = tmp_path / "pairs.jsonl", [f"Who sings {i}?" for i in range(30)]
+    rows = [{"prompt": name, "chosen": "Yes." if i else "Yes. " * 200, "rejected": "No."}
+            for name in random.Random(0).sample(names, 30) for i in (0, 1) if i or name.endswith("7?")]
+    write_jsonl(path, rows)  # three prompts have two rows, one of them too long for all but PPO
+    out = shutil.copytree(trained, tmp_path / "out")
+    common = ["--out", str(out), "--size", "cpu", "--max_new_tokens", "4", "--data", str(path)]
+    seen = {name: set() for name in ("sft", "reward_model", "ppo", "dpo")}
+
+    def prompt_of(ids):
+        return tokenizer.decode(ids[1:ids.index(tokenizer.assistant_token)])
+
+    def spy(module, name, stage, sequences):
+        original = getattr(module, name)
+
+        def spying(*arguments, **keywords):
+            seen[stage].update(map(prompt_of, sequences(arguments)))
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(module, name, spying)
+
+    tokenizer = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")[1]
+    spy(sft, "backward", "sft", lambda arguments: arguments[1])
+    spy(reward_model, "backward", "reward_model", lambda arguments: [ids for pair in arguments[1] for ids in pair[:2]])
+    spy(dpo, "backward", "dpo", lambda arguments: [ids for pair in arguments[2] for ids in pair[:2]])
+    spy(ppo, "generate", "ppo", lambda arguments: arguments[1])
+    sft.main(common)
+    reward_model.main(common)
+    ppo.main(common + "--iterations 1 --rollouts 400 --minibatch 400 --micro_batch 400 --epochs 1".split())
+    dpo.main(common)
+    held_out = {stage: set(names) - prompts for stage, prompts in seen.items()}
+    assert len(held_out["sft"]) == 3 and all(prompts == held_out["sft"] for prompts in held_out.values())
+    assert {row["prompt"] for row in read_pairs(out / "cpu/reward_model/held_out.jsonl")} == held_out["sft"]
+
+    asked, draw_samples = [], best_of_n.draw
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(set(arguments[3])) or draw_samples(*arguments))
+    best_of_n.main(common + ["--samples", "4"])
+    assert asked == [held_out["sft"]] * 3  # SFT, PPO and DPO are compared on prompts that none of them has seen
+
+
+def test_draws_come_from_the_given_generator(trained, monkeypatch):
+    """One seed for every batch, or for every policy: the samples are then copies, and their errors hidden."""
+    policy, tokenizer, _ = load_checkpoint(trained / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    scorer = load_checkpoint(trained / "cpu/reward_model/checkpoint.pt", "reward_model", "cpu", model_class=RewardModel)[0]
+    config = best_of_n.Config(size="cpu", max_new_tokens=16, sample_batch=4)
+    seeds, generate = [], best_of_n.generate
+    monkeypatch.setattr(best_of_n, "generate", lambda *arguments, seed: seeds.append(seed) or generate(*arguments, seed=seed))
+
+    def texts(rng):
+        return best_of_n.draw(policy, scorer, tokenizer, ["Who sings?"] * 2, 6, config, False, rng).texts
+
+    rng = random.Random(0)
+    first, second = texts(rng), texts(rng)
+    assert len(first) == 12 and len(set(seeds)) == len(seeds) == 6  # 3 batches each
+    assert first[:4] != first[4:8] and first != second
+    random.seed()
+    assert texts(random.Random(0)) == first and seeds[6:] == seeds[:3]
 
 
 def test_policy_of_another_vocabulary(trained, tmp_path, capsys):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from data import files
-from data.files import (InputError, read_demonstrations, read_jsonl, read_pairs, read_prompts, read_text,
+from data.files import (InputError, hold_out, read_demonstrations, read_jsonl, read_pairs, read_prompts, read_text,
                         write_atomic, write_jsonl)
 
 FORMATS = {
@@ -195,6 +195,50 @@ def test_prompts_are_distinct_and_in_order(tmp_path):
     assert read_prompts(tmp_path / "p.jsonl") == ["b", "a", "c", "a "]
 
 
+def test_no_prompt_on_both_sides_of_the_split():
+    """Two pairs of one prompt share a text: held-out accuracy then measures what was learnt by heart."""
+    rng = random.Random(8)
+    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": ""} for i in range(300)]
+    train, held_out = hold_out(rows, 1)
+    prompts = [{row["prompt"] for row in part} for part in (train, held_out)]
+    assert not prompts[0] & prompts[1] and len(prompts[1]) == len(prompts[0] | prompts[1]) // 10
+    for part in (train, held_out):      # rows as they were, in the file's order, none lost and none twice
+        assert part == [row for row in rows if row in part]
+    assert sorted(int(row["chosen"]) for row in train + held_out) == list(range(300))
+
+
+def test_what_is_held_out_hangs_on_the_prompts_and_the_seed_alone():
+    """A stage that sees the rows in another order, once or twice, or without their answers, holds out other prompts."""
+    rng = random.Random(9)
+    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}"} for i in range(300)]
+
+    def prompts(rows, seed=1):
+        return {row["prompt"] for row in hold_out(rows, seed)[1]}
+
+    expected = prompts(rows)
+    for _ in range(5):
+        random.seed()
+        assert prompts(rng.sample(rows, 300)) == expected
+    assert prompts([{"prompt": prompt} for prompt in {row["prompt"]: 0 for row in rows}]) == expected
+    assert prompts(rows + rows[:7]) == expected
+    assert len({frozenset(prompts(rows, seed)) for seed in range(20)}) > 10     # every seed its own
+
+
+@pytest.mark.parametrize("count, expected", [(2, 1), (3, 1), (19, 1), (20, 2), (105, 10)])
+def test_a_tenth_of_the_prompts_but_one_at_least(count, expected):
+    """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to train on."""
+    train, held_out = hold_out([{"prompt": f"{i}"} for i in range(count) for _ in range(3)], 1)
+    assert (len(train), len(held_out)) == (3 * (count - expected), 3 * expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_single_prompt_cannot_be_held_out(rows):
+    """Trained on and measured on the same prompt, or a traceback about an empty batch."""
+    with pytest.raises(InputError, match=f"all have the same prompt") as error:
+        hold_out([{"prompt": "a"}] * rows, 1)
+    assert "\n" not in str(error.value)
+
+
 def test_huge_line(tmp_path):
     """A line of many megabytes is a line."""
     rows = [{"prompt": "x" * 5_000_000, "note": 1}, {"prompt": "y", "note": 2}]
@@ -322,6 +366,7 @@ run_script(main)
     ("raise InputError('two\\nlines')", 1, "script.py: two lines\n"),
     ("open('/no/such/file')", 1, "script.py: /no/such/file: No such file or directory\n"),
     ("raise OSError('disk')", 1, "script.py: disk\n"),
+    ("raise FloatingPointError('gradient norm nan: no step')", 1, "script.py: gradient norm nan: no step\n"),
     ("raise KeyboardInterrupt", 130, "script.py: interrupted\n"),
     ("sys.exit(2)", 2, ""),
 ])

@@ -168,6 +168,39 @@ def test_token_logprobs_are_float32_under_bf16():
     torch.testing.assert_close(logprobs, token_logprobs(logits.float(), tokens))
 
 
+def test_logits_are_float32_under_autocast(monkeypatch):
+    """A bf16 head: logits near 10 are rounded to 1/16, and PPO's ratio before the first step is anything but 1."""
+    model = tiny_model(seed=5).float()
+    with torch.no_grad():
+        model.wte.weight *= 4
+    tokens = torch.randint(V, (3, 12), generator=torch.Generator().manual_seed(5))
+    states, inside = [], []
+    model.ln_f.register_forward_hook(lambda module, inputs, output: states.append(output.detach()))
+    model.h[0].mlp.c_fc.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+        assert torch.is_autocast_enabled("cpu")
+        rounded = F.linear(states[0], model.wte.weight)
+    assert inside == [torch.bfloat16]       # the trunk is what bf16 makes faster
+    assert logits.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert torch.equal(logits, F.linear(states[0].float(), model.wte.weight))
+    assert (logits - rounded.float()).abs().max() > 0.01      # so the comparison means something
+
+    # The sampler's logits are the same head's, so what is sampled is what is scored.
+    sampled, head = [], model.logits
+
+    def keep(x):
+        sampled.append((x, head(x)))
+        return sampled[-1][1]
+
+    monkeypatch.setattr(model, "logits", keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, random_prompts(5, 4), 6, seed=1)
+    assert len(sampled) == 6
+    for x, logits in sampled:
+        assert logits.dtype == torch.float32 and torch.equal(logits, F.linear(x.float(), model.wte.weight))
+
+
 def test_response_mask_is_exactly_the_response_and_its_end():
     """A mask one column late trains on padding and drops the first token; one that forgets <|end|> never teaches to stop."""
     assert response_mask(torch.tensor([2]), torch.tensor([4]), T=6).int().tolist() == [[0, 1, 1, 0, 0]]
@@ -538,6 +571,90 @@ def test_impossible_values_are_refused(argv):
     assert parse("--seed", "0").seed == 0
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-0.001", "1e999"])
+@pytest.mark.parametrize("name, flag", [("gpt", "lr"), ("gpt", "weight_decay"), ("sft", "lr"), ("reward_model", "lr"),
+                                        ("ppo", "beta"), ("ppo", "value_lr"), ("ppo", "temperature"), ("dpo", "beta"),
+                                        ("best_of_n", "beta")])
+def test_numbers_that_are_none_are_refused(name, flag, value):
+    """--lr nan makes every weight nan; a negative --beta pays the policy for leaving the reference."""
+    module = importlib.import_module(name)
+    with pytest.raises(InputError, match=f"--{flag} {float(value)}: must be a number, and not negative"):
+        gpt.parse_config(module.Config, module.GPU, [f"--{flag}={value}"], "")
+    config = gpt.parse_config(module.Config, module.GPU, ["--size", "cpu", f"--{flag}=0"], "")
+    assert getattr(config, flag) == 0      # beta 0 is the README's experiment
+
+
+def test_only_a_score_may_be_negative():
+    """The default of --missing_end_score refused, or nan let in through it."""
+    for name in ("ppo", "best_of_n"):
+        module = importlib.import_module(name)
+        config = gpt.parse_config(module.Config, module.GPU, ["--missing_end_score", "-7.5"], "")
+        assert config.missing_end_score == -7.5
+        for value in ("nan", "-inf"):
+            with pytest.raises(InputError, match="--missing_end_score .*must be a number"):
+                gpt.parse_config(module.Config, module.GPU, [f"--missing_end_score={value}"], "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_empty_texts_are_refused(name):
+    """`ppo.py --data $FILE` with FILE unset trains on the little world, and best_of_n.py --prompt "" runs the yardstick."""
+    module = importlib.import_module(name)
+    texts = [field.name for field in fields(module.Config) if field.type is str]
+    assert {"size", "out"} < set(texts)
+    for flag in texts:
+        for argv in (["--" + flag, ""], [f"--{flag}="]):
+            with pytest.raises(InputError, match=f"--{flag} ?:") as error:
+                gpt.parse_config(module.Config, module.GPU, argv, "")
+            assert "\n" not in str(error.value)
+    assert gpt.parse_config(module.Config, module.GPU, ["--out", " "], "").out == " "
+
+
+@pytest.mark.parametrize("stage, other", [("ppo", "dpo"), ("dpo", "ppo")])
+def test_a_runs_name_begins_with_its_stage(stage, other):
+    """--name sft puts the policy where the reference was; --name ../x leaves the folder of the outputs."""
+    for name in (stage, stage + "2", stage + "-beta0", stage + "_a.b-1"):
+        gpt.check_name(name, stage)
+    for name in ("", other, "sft", "gpt", "reward_model", "best_of_n", "my-" + stage, stage.upper(), " " + stage, stage + " ",
+                 stage + "\n", f"../{stage}", f"{stage}/../sft", f"{stage}/x", f"{stage}\\x", stage + "\0", f"/{stage}"):
+        with pytest.raises(InputError, match="(?s)--name .*must be " + stage):
+            gpt.check_name(name, stage)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+def test_counts_are_words():
+    """A dict with braces and quotes in a line for people."""
+    assert gpt.counts({"equal texts": 0, "longer than the context": 3}) == "0 equal texts, 3 longer than the context"
+
+
+def test_log(tmp_path, monkeypatch, capsys):
+    """A figure that is neither printed nor written; columns that slip; "0:60" left, or time that was never left."""
+    now = [100.0]
+    monkeypatch.setattr(gpt.time, "perf_counter", lambda: now[0])
+    folder = tmp_path / "new" / "stage"
+    log = gpt.Log(folder, 8, unprinted=("hidden", "absent"))
+    now[0] = 119.9
+    log(2, loss=0.5, hidden=7.0, tiny=1.5e-5, a_long_name=-12.0)        # 19.9 s for 2 of 8: 59.7 left
+    now[0] = 180.0
+    log(8, loss=0.25, hidden=8.0, tiny=0.0, a_long_name=3.0)
+    log.record(8, unseen=1.0)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 2, "loss": 0.5, "hidden": 7.0, "tiny": 1.5e-5, "a_long_name": -12.0, "seconds": 19.9},
+                    {"step": 8, "loss": 0.25, "hidden": 8.0, "tiny": 0.0, "a_long_name": 3.0, "seconds": 80.0},
+                    {"step": 8, "unseen": 1.0, "seconds": 80.0}]
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "loss", "tiny", "a_long_name", "left"]
+    assert [line.split() for line in lines] == [["2/8", "0.5000", "1.5e-05", "-12.0000", "1:00"],
+                                                ["8/8", "0.2500", "0.0000", "3.0000", "0:00"]]
+    for line in lines:      # right-aligned below their names
+        assert all(line[header.index(name) + len(name) - 1].strip() and line[header.index(name) + len(name)] == " "
+                   for name in ("loss", "tiny", "a_long_name")) and len(line) == len(header)
+    gpt.Log(folder, 1)
+    assert (folder / "metrics.jsonl").read_text() == ""     # a new run's figures, not two runs in one file
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -587,6 +704,18 @@ def test_missing_truncated_and_foreign_files(saved, tmp_path):
                     b"PK\x03\x04" + bytes(1000), bytes(5000)):
         path.write_bytes(content)
         refused(path, "not a whole checkpoint")
+
+
+def test_a_file_that_cannot_be_read(saved, tmp_path, monkeypatch):
+    """A folder in the checkpoint's place, or a disk that fails: forty lines of somebody else's code."""
+    (tmp_path / "folder.pt").mkdir()
+    refused(tmp_path / "folder.pt", "not a whole checkpoint", "directory")
+
+    def fail(*arguments, **keywords):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    refused(saved[0], "not a whole checkpoint", "Input/output error")
 
 
 @pytest.mark.parametrize("content", [
@@ -860,8 +989,10 @@ def test_what_pretraining_refuses_leaves_the_old_checkpoint(text_run):
     before = (folder / "cpu/gpt/checkpoint.pt").read_bytes(), (folder / "cpu/gpt/metrics.jsonl").read_bytes()
     (folder / "short.txt").write_text("The fox.")
     for wrong in (["--text", str(folder / "none.txt")], ["--text", str(folder / "short.txt")],
-                  ["--block_size", "100000", *flags[:2]], ["--text", "", "--block_size", "20", "--steps", "1"]):
+                  ["--block_size", "100000", *flags[:2]], ["--text", "", "--steps", "1"], ["--block_size", "20", "--steps", "1"],
+                  ["--n_embd", "33", *flags[:2]], ["--vocab_size", "258", *flags[:2]], ["--lr", "nan", *flags[:2]]):
         with pytest.raises(InputError) as error:
             gpt.main([*SMALL, "--out", str(folder), *wrong])
         assert "\n" not in str(error.value)
+        assert wrong[0] in str(error.value) or wrong[1] in str(error.value)
     assert before == ((folder / "cpu/gpt/checkpoint.pt").read_bytes(), (folder / "cpu/gpt/metrics.jsonl").read_bytes())

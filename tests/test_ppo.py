@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 
 import numpy as np
@@ -514,7 +515,7 @@ def test_main(out, capsys):
         "length", "no_end", "rollout_s", "scoring_s", "update_s", "seconds"}
     assert [row["step"] for row in runs[0]] == [1, 2, 3]
     assert untimed(runs[0]) == untimed(runs[1])
-    assert {row["beta"] for row in runs[0]} == {0.5}
+    assert {row["beta"] for row in runs[0]} == {0.25}  # the README's, and the default
     for row in runs[0]:
         assert row["J"] == pytest.approx(row["reward"] - row["beta"] * row["kl"], abs=1e-4)
     assert runs[0][0]["kl"] == pytest.approx(0, abs=1e-4) and runs[0][2]["kl"] != 0
@@ -523,10 +524,13 @@ def test_main(out, capsys):
     assert any((p != q).any() for p, q in zip(policy.parameters(), reference.parameters()))
     after = snapshot(out)
     assert {path: after[path] for path in before} == before  # the stages before it are as they were
-    assert "next: python dpo.py" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "next: python dpo.py" in printed
+    header = next(line for line in printed.splitlines() if line.startswith("     step  ")).split()
+    assert set(header) - {"left"} == set(runs[0][0]) - {"beta", "value_loss", "rollout_s", "scoring_s", "update_s", "seconds"}
 
-    ppo.main(["--out", str(out), "--iterations", "2", "--seed", "2", "--name", "other", *FLAGS])
-    assert untimed(metrics(out / "cpu/other/metrics.jsonl"))[0] != untimed(runs[0])[0]  # the seed counts
+    ppo.main(["--out", str(out), "--iterations", "2", "--seed", "2", "--name", "ppo-other", *FLAGS])
+    assert untimed(metrics(out / "cpu/ppo-other/metrics.jsonl"))[0] != untimed(runs[0])[0]  # the seed counts
 
 
 def test_kl_target_moves_beta(out):
@@ -535,24 +539,40 @@ def test_kl_target_moves_beta(out):
     rows = metrics(out / "cpu/ppo/metrics.jsonl")
     for row, following in zip(rows, rows[1:]):
         assert following["beta"] == pytest.approx(ppo.adapt_beta(row["beta"], row["kl"], 3.0), rel=1e-5)
-    assert rows[1]["beta"] == pytest.approx(0.5 * 0.98)
+    assert rows[1]["beta"] == pytest.approx(0.25 * 0.98)
 
 
 def test_prompts_of_somebodys_own(out, tmp_path, capsys):
     """The annotator asked about prompts that it cannot judge; a prompt cut to fit, or that crashes the sampler."""
     path = tmp_path / "prompts.jsonl"
-    write_jsonl(path, [{"prompt": "Who sings?"}, {"prompt": "long " * 200}, {"prompt": "And why?", "chosen": "So."}])
+    rows = [{"prompt": f"Who sings {i}?"} for i in range(20)] + [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
+    write_jsonl(path, rows + [{"prompt": "Who sings 3?", "chosen": "So."}])
     ppo.main(["--out", str(out), "--iterations", "2", "--data", str(path), *FLAGS])
-    assert "2 prompts, dropped 1" in capsys.readouterr().out
+    fitting, dropped = map(int, re.search(r": (\d+) prompts, dropped (\d+) that leave no room for 16 new",
+                                          capsys.readouterr().out).groups())
+    assert fitting + dropped == 36 and 16 <= fitting <= 20  # 4 of the 40 different prompts are held out
     assert all("gold" not in row and "reward" in row for row in metrics(out / "cpu/ppo/metrics.jsonl"))
 
 
 def test_no_prompt_is_left(out, tmp_path):
     """An empty pool of prompts ends in a traceback out of random.choices."""
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "long " * 200}])
+    before, path = snapshot(out), tmp_path / "prompts.jsonl"
+    for rows, reason in (([{"prompt": f"{i} " + "long " * 200} for i in range(9)], "max_new_tokens 16"),
+                         ([{"prompt": "Why?"}] * 9, "same prompt")):
+        write_jsonl(path, rows)
+        with pytest.raises(InputError, match=f"prompts.jsonl.*{reason}"):
+            ppo.main(["--out", str(out), "--iterations", "1", "--data", str(path), *FLAGS])
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("flags, reason", [
+    (["--name", name], "--name .*must be ppo") for name in ("sft", "reward_model", "dpo", "my-ppo", "../ppo", "ppo/../sft")] + [
+    (["--temperature", "0"], "--temperature 0.0: must be positive")])
+def test_flags_that_would_cost_another_stage(out, flags, reason):
+    """--name sft: the policy takes the reference's place. --temperature 0: a division by zero in the first rollout."""
     before = snapshot(out)
-    with pytest.raises(InputError, match="prompts.jsonl.*max_new_tokens 16"):
-        ppo.main(["--out", str(out), "--iterations", "1", "--data", str(tmp_path / "prompts.jsonl"), *FLAGS])
+    with pytest.raises(InputError, match=reason):
+        ppo.main(["--out", str(out), "--iterations", "1", *FLAGS, *flags])
     assert snapshot(out) == before
 
 

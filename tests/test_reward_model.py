@@ -1,5 +1,6 @@
 """The Bradley-Terry reward model: its loss, its score, its pairs, its answer key, and the stage as a whole."""
 
+import itertools
 import json
 import math
 import random
@@ -11,9 +12,9 @@ import gpt
 import reward_model
 import sft
 from data import annotator, stories
-from data.files import InputError, read_pairs, write_jsonl
+from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all, split_pairs
+from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all
 
 V = 11
 
@@ -99,7 +100,7 @@ def test_score_reads_the_last_token_whatever_the_padding():
             tokens[i, :len(row)] = torch.tensor(row)
         torch.testing.assert_close(model.score(tokens, lengths), alone)
     for batch in (1, 5, 128):
-        torch.testing.assert_close(score_all(model, rows, batch), alone.detach().float())
+        torch.testing.assert_close(score_all(model, rows, batch), alone.detach())
     assert alone.std() > 0.1
 
 
@@ -126,6 +127,26 @@ def test_the_final_norm_is_applied_once():
     torch.testing.assert_close(rewards, by_hand.float(), check_dtype=False)
     logits = states[0] @ model.trunk.wte.weight.T       # the same hidden state gives the language model's logits
     torch.testing.assert_close(logits, model.trunk(tokens))
+
+
+def test_scores_are_float32_under_autocast():
+    """A bf16 head: scores near 3 are rounded to 1/64, and two answers that differ get one score."""
+    model = tiny_model(3).float()
+    with torch.no_grad():
+        model.head.weight *= 4
+    tokens = torch.randint(V, (3, 12), generator=torch.Generator().manual_seed(3))
+    states, inside = [], []
+    model.trunk.ln_f.register_forward_hook(lambda module, inputs, output: states.append(output.detach()))
+    model.trunk.h[0].mlp.c_fc.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rewards = model(tokens)
+        assert torch.is_autocast_enabled("cpu")
+        rounded = model.head(states[0]).squeeze(2)
+    assert inside == [torch.bfloat16]       # the trunk is what bf16 makes faster
+    assert rewards.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(rewards, model.head(states[0].float()).squeeze(2))
+    assert (rewards - rounded.float()).abs().max() > 0.002      # so the comparison means something
 
 
 def test_a_new_head_starts_at_log_2():
@@ -181,21 +202,6 @@ def test_pairs_that_teach_nothing_or_do_not_fit_are_dropped(tokenizer):
     assert encode_pairs(rows, tokenizer, longest) == (
         [(*ids[i], length) for i in (0, 2, 3)], [rows[i] for i in (0, 2, 3)], none)
     assert encode_pairs(rows, tokenizer, longest - 1) == ([(*ids[3], length)], [rows[3]], none | {"longer than the context": 2})
-
-
-def test_no_prompt_on_both_sides_of_the_split():
-    """Two pairs of one prompt share a text: held-out accuracy then measures what was learnt by heart."""
-    rng = random.Random(8)
-    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": ""} for i in range(300)]
-    train, held_out = split_pairs(rows, 1)
-    prompts = [{row["prompt"] for row in part} for part in (train, held_out)]
-    assert not prompts[0] & prompts[1] and len(prompts[1]) == len(prompts[0] | prompts[1]) // 10
-    assert sorted(int(row["chosen"]) for row in train + held_out) == list(range(300))
-    shuffled = rng.sample(rows, 300)
-    assert {row["prompt"] for row in split_pairs(shuffled, 1)[1]} == prompts[1]      # fixed by the seed, not by the order
-    assert {row["prompt"] for row in split_pairs(rows, 2)[1]} != prompts[1]
-    assert [len(part) for part in split_pairs([{"prompt": p} for p in "aab"], 1)] in ([1, 2], [2, 1])
-    assert split_pairs([{"prompt": "a"}] * 3, 1) == ([], [{"prompt": "a"}] * 3)
 
 
 class Writer:
@@ -291,6 +297,7 @@ def test_the_true_reward_reaches_the_best_possible_figures():
     figures, table = answer_key(gold, gold)
     assert figures["slope"] == pytest.approx(1) and figures["correlation"] == pytest.approx(1)
     assert figures["accuracy"] == pytest.approx(figures["bayes_accuracy"], abs=4 * 0.5 / 200)      # 4 sigma of 40,000 labels
+    assert figures["expected_accuracy"] == pytest.approx(figures["bayes_accuracy"])                # and without their noise
     assert figures["loss"] == pytest.approx(figures["annotator_loss"], abs=0.02)
     assert 0.7 < figures["bayes_accuracy"] < 0.9
     assert sum(count for count, _, _ in table) == 2 * len(gold) and len(table) == 10
@@ -305,8 +312,32 @@ def test_an_overconfident_model_is_seen():
     figures, table = answer_key(2 * gold, gold)
     assert figures["slope"] == pytest.approx(2) and figures["correlation"] == pytest.approx(1)
     assert figures["accuracy"] == truth["accuracy"] and figures["loss"] > truth["loss"] + 0.02
+    assert figures["expected_accuracy"] == truth["expected_accuracy"]
     assert figures["annotator_loss"] == truth["annotator_loss"] and figures["bayes_accuracy"] == truth["bayes_accuracy"]
     assert all(observed < predicted - 0.02 for _, predicted, observed in table if 0.6 < predicted < 0.95)
+
+
+def test_expected_accuracy_is_the_accuracy_over_all_labels():
+    """An expectation that hangs on the labels which happened to be drawn, or that is not the accuracy's."""
+    generator = torch.Generator().manual_seed(13)
+    for seed in range(5):
+        delta, margin = 1.5 * torch.randn(2, 6, dtype=torch.float64, generator=generator)     # first minus second response
+        expected, bayes, loss, total, outcomes = 0.0, 0.0, 0.0, 0.0, []
+        for signs in itertools.product((1, -1), repeat=6):      # 1: the annotator prefers the first; all 64 sets of labels
+            sign = torch.tensor(signs, dtype=torch.float64)
+            probability = math.prod(1 / (1 + math.exp(-x)) for x in (sign * delta).tolist())
+            figures, _ = answer_key(sign * margin, sign * delta)
+            outcomes.append(figures)
+            total += probability
+            expected += probability * figures["accuracy"]
+            truth, _ = answer_key(sign * delta, sign * delta)
+            bayes, loss = bayes + probability * truth["accuracy"], loss + probability * truth["loss"]
+        assert total == pytest.approx(1)
+        for figures in outcomes:
+            assert figures["expected_accuracy"] == pytest.approx(expected)
+            assert figures["bayes_accuracy"] == pytest.approx(bayes) and figures["annotator_loss"] == pytest.approx(loss)
+            assert figures["expected_accuracy"] <= figures["bayes_accuracy"] + 1e-12
+        assert len({figures["accuracy"] for figures in outcomes}) > 3       # which the labels do change
 
 
 def test_the_answer_key_by_hand():
@@ -318,6 +349,7 @@ def test_the_answer_key_by_hand():
     figures, table = answer_key(torch.tensor(margin), torch.tensor(gold))
     assert figures == pytest.approx({
         "accuracy": 0.5,
+        "expected_accuracy": (sigma(2.0) + sigma(0.5)) / 2,     # the model prefers y_w in the first, y_l in the second pair
         "bayes_accuracy": (sigma(2.0) + sigma(0.5)) / 2,
         "loss": -(math.log(sigma(0.5)) + math.log(sigma(-1.0))) / 2,
         "annotator_loss": sum(-sigma(g) * math.log(sigma(g)) - sigma(-g) * math.log(sigma(-g)) for g in gold) / 2,
@@ -379,10 +411,30 @@ def test_training_on_your_own_pairs(policy, capsys):
     deviation = float(printed.split("standard deviation ")[1].split()[0])
     assert scores.std().item() == pytest.approx(deviation, rel=0.2)
     rows = [json.loads(line) for line in (policy / "cpu/reward_model/metrics.jsonl").read_text().splitlines()]
-    held_out = encode_pairs(split_pairs(PAIRS, 1)[1], tokenizer, 64)[0]
+    train_rows, held_out_rows = hold_out(PAIRS, 1)
+    held_out = encode_pairs(held_out_rows, tokenizer, 64)[0]
     margin = reward_model.held_out_margins(model, held_out)
     assert rows[-1]["held_out_loss"] == pytest.approx(torch.nn.functional.softplus(-margin).mean().item(), rel=1e-3, abs=1e-5)
     assert rows[-1]["held_out_accuracy"] == pytest.approx((margin > 0).float().mean().item())
+    # 4. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data too.
+    assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
+    assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
+    assert "54 pairs to train on, dropped 0 longer than the context, 0 equal texts\n" in printed
+    assert "6 pairs held out, dropped 0 longer than the context, 0 equal texts\n" in printed
+
+
+def test_the_files_hold_what_was_trained_on(policy, tmp_path, capsys):
+    """A pair that was dropped here and comes back in DPO; files of the little world's pairs beside a model of others."""
+    rows = PAIRS + [{"prompt": f"Color {i}?", "chosen": "Red " * 100, "rejected": "Mud."} for i in range(60)]
+    rows += [{"prompt": f"Color {i}?", "chosen": "Mud.", "rejected": "Mud."} for i in range(60)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    train(policy, "--data", str(tmp_path / "pairs.jsonl"))
+    train_rows, held_out_rows = hold_out(PAIRS, 1)     # the same prompts, so the same ones are held out
+    assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
+    assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
+    printed = capsys.readouterr().out
+    assert "54 pairs to train on, dropped 54 longer than the context, 54 equal texts\n" in printed
+    assert "6 pairs held out, dropped 6 longer than the context, 6 equal texts\n" in printed
 
 
 def test_one_seed_one_result(policy):
@@ -397,20 +449,22 @@ def test_one_seed_one_result(policy):
 
 @pytest.mark.parametrize("content, reasons", [
     (None, ["no such file"]), ("", ["empty"]), ('{"prompt": "a", "chosen": "b"}\n', [":1", "rejected"]),
-    (json.dumps(PAIRS[0]) + "\n", ["none is left to train on"]),
+    (json.dumps(PAIRS[0]) + "\n", ["same prompt"]),
+    ("".join(json.dumps({"prompt": "z" * 45 + letter, "chosen": "b", "rejected": "c"}) + "\n" for letter in "abc"),
+     ["no prompt leaves room", "--max_new_tokens 20"]),
     ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "c", "chosen": "b", "rejected": "b"}\n', ["none is left"])])
 def test_a_wrong_file_is_one_line_and_costs_nothing(policy, tmp_path, content, reasons):
     """A typing error in the file that costs the checkpoint of last night."""
     train(policy, "--data", str(policy / "pairs.jsonl"))
     checkpoint, path = policy / "cpu/reward_model/checkpoint.pt", tmp_path / "pairs.jsonl"
-    before = checkpoint.read_bytes()
+    before = {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError) as error:
         train(policy, "--data", str(path))
     message = str(error.value)
     assert "\n" not in message and all(reason in message for reason in [str(path), *reasons])
-    assert checkpoint.read_bytes() == before
+    assert {path: path.read_bytes() for path in checkpoint.parent.iterdir()} == before and checkpoint in before
 
 
 def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):

@@ -178,8 +178,8 @@ def fine_tune(folder, *flags):
 
 def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     """A file of demonstrations that trains nothing, is trained on in full without anything held out, or not to the end."""
-    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS] * 10
-    rows.append({"prompt": "Name a color.", "completion": "red " * 100})     # longer than the context
+    rows = [{"prompt": f"{prompt} {i}", "completion": answer} for prompt, answer in DEMONSTRATIONS for i in range(10)]
+    rows.append({"prompt": "Name a color. 0", "completion": "red " * 100})     # longer than the context
     path = write_rows(tmp_path / "rows.jsonl", rows)
     weights = []
     for micro_batch in ("4", "3"):
@@ -188,10 +188,10 @@ def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
         model, tokenizer, _ = gpt.load_checkpoint(base / "cpu/sft/checkpoint.pt", "sft", "cpu")
         weights.append(model.wte.weight)
         assert log[-1]["held_out"] < 0.5 * log[0]["held_out"]
-        assert log[-1]["step"] in (8 * 5, 8 * 4)       # 21 rows, 2 held out, 1 too long: 18 or 19 in batches of 4
+        assert log[-1]["step"] == 8 * 5       # 20 prompts, 2 held out: 18 rows that fit in batches of 4
     torch.testing.assert_close(*weights, atol=2e-3, rtol=1e-2)
     assert "dropped 1 longer than the context" in capsys.readouterr().out
-    texts, ended = gpt.respond(model, tokenizer, [tokenizer.prompt("Name a color.")] * 9, 30, seed=1)
+    texts, ended = gpt.respond(model, tokenizer, [tokenizer.prompt("Name a color. 3")] * 9, 30, seed=1)
     assert all(ended) and texts.count("Red.") >= 5
 
 
@@ -222,12 +222,15 @@ def test_pairs_will_do_as_demonstrations(base, tmp_path):
 @pytest.mark.parametrize("content, reasons", [
     (None, ["no such file"]), ("", ["empty"]), ('{"prompt": "a", "completion": 3}\n', [":1", "completion"]),
     ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', [":2"]),
-    ('{"prompt": "a", "completion": "b"}\n', ["no demonstration is left to train on"]),
-    (json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n", ["no demonstration is left"])])
+    ('{"prompt": "a", "completion": "b"}\n' * 3, ["same prompt"]),
+    ("".join(json.dumps({"prompt": f"{i} " * 100, "completion": "b"}) + "\n" for i in range(3)),
+     ["no demonstration is left to train on"]),
+    ('{"prompt": "a", "completion": "b"}\n' + json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n",
+     ["no demonstration is left"])])
 def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, reasons):
     """A typing error in the file that costs the checkpoint of last night."""
     path, checkpoint = tmp_path / "rows.jsonl", base / "cpu/sft/checkpoint.pt"
-    fine_tune(base, "--data", write_rows(path, [{"prompt": "a", "completion": "b"}] * 4))
+    fine_tune(base, "--data", write_rows(path, [{"prompt": prompt, "completion": "b"} for prompt in "abcd"]))
     before = checkpoint.read_bytes(), (base / "cpu/sft/metrics.jsonl").read_bytes()
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(InputError) as error:
@@ -239,7 +242,8 @@ def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, rea
 
 def test_a_long_prompt_with_a_short_answer(base, tmp_path):
     """A demonstration that fits the context can be trained on, though its prompt leaves no room for the longest sample."""
-    fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "z" * 50, "completion": "Red."}] * 8))
+    fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "z" * 50 + letter, "completion": "Red."}
+                                                                   for letter in "abcdefgh"]))
 
 
 def test_a_world_too_large_for_the_context_is_named(base):
