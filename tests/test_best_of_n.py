@@ -20,7 +20,7 @@ from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer
 from gpt import load_checkpoint, save_checkpoint
 from reward_model import RewardModel
-from test_ppo import metrics, noise, one_thread, snapshot, stages  # noqa: F401
+from test_ppo import metrics, noise, snapshot, stages
 
 MATRIX = torch.tensor([[0.7, 0.3, 0.5, 0.2],        # ECE 7115, "Rejection Sampling": 5 prompts, 4 completions
                        [0.4, 0.8, 0.6, 0.5],

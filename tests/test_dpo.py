@@ -13,7 +13,7 @@ from data.files import InputError, write_jsonl
 from dpo import dpo_loss
 from gpt import load_checkpoint, pad
 from reward_model import encode_pairs
-from test_ppo import metrics, noise, one_thread, out, snapshot, stages, tiny_gpt, untimed  # noqa: F401
+from test_ppo import metrics, noise, out, snapshot, stages, tiny_gpt, untimed
 
 END = 4
 PAIRS = [([2, 0, 1, 3, 3, END], [2, 0, END], 2), ([1, 1, END], [1, 2, 3, 0, 0, 1, 2, 2, END], 1),

@@ -25,15 +25,6 @@ ROWS = [PROMPT + list(response) for response in RESPONSES]
 UNFINISHED = -1.0  # their reward: ppo.Config.missing_end_score
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small run faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(cls, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -26,15 +26,6 @@ from reward_model import RewardModel
 V, END, LIMIT = 5, 4, 3  # the world that can be enumerated: tokens 0 to 3 and <|end|>, at most 3 tokens a response
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small run faster on one thread, many times faster where the other cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_gpt(seed, vocab=V, block_size=32):
     torch.manual_seed(seed)
     return GPT(GPTConfig(vocab, block_size, n_layer=2, n_head=2, n_embd=32))
