@@ -46,6 +46,8 @@ from data.tokenizer import Tokenizer, train as train_vocabulary
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """The shape of a GPT."""
+
     vocab_size: int         # exactly the tokenizer's, specials included
     block_size: int         # context: the longest sequence, in tokens
     n_layer: int
@@ -84,6 +86,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -94,6 +98,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
