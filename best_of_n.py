@@ -47,7 +47,7 @@ class Config:
     prompts: int = 32           # held-out prompts of the yardstick
     samples: int = 64           # samples a prompt and policy; best-of-N for N up to this
     sample_batch: int = 256     # responses in one batch of sampling or scoring
-    beta: float = 0.25          # price of one nat of KL in J, in reward units
+    beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
 

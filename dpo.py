@@ -24,9 +24,9 @@ import torch.nn.functional as F
 
 import sft
 from data.files import InputError, hold_out, read_pairs, run_script
-from gpt import (Log, announce, autocast, batches_by_length, check_name, counts, get_device, learning_rate, load_checkpoint,
-                 make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show,
-                 stage_folder, token_logprobs, train_if_missing)
+from gpt import (Run, announce, batches_by_length, check_name, counts, get_device, learning_rate, load_checkpoint,
+                 make_optimizer, masked_logprobs, optimizer_step, pad, parse_config, respond, response_mask, restore,
+                 save_checkpoint, show, stage_folder, train_if_missing)
 from reward_model import encode_pairs, pair_lengths
 from reward_model import main as train_reward_model
 
@@ -43,9 +43,10 @@ class Config:
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
     lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
-    beta: float = 0.25          # price of one nat of KL to the reference, in reward units; PPO's, for the same optimum
+    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; PPO's, for the same optimum
     max_new_tokens: int = 96    # the longest sampled response
-    report: int = 64            # steps between two reports
+    report: int = 64            # steps between two reports; the state for --resume is saved as often
+    resume: bool = False        # go on with the run that was interrupted in this folder
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
@@ -64,10 +65,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 def response_logprobs(model, tokens, prompt_lengths, lengths):
     """log π(y|x) of every row: (B,), the sum over the response's tokens, <|end|> included; tokens (B, T)."""
-    with autocast(tokens.device):
-        logits = model(tokens)
-    mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
-    return torch.where(mask, token_logprobs(logits, tokens), 0.0).sum(dim=1)
+    return masked_logprobs(model, tokens, response_mask(prompt_lengths, lengths, tokens.shape[1])).sum(dim=1)
 
 
 def pair_logprobs(policy, reference, pairs):
@@ -76,7 +74,7 @@ def pair_logprobs(policy, reference, pairs):
     tokens, lengths = pad([chosen for chosen, _, _ in pairs] + [rejected for _, rejected, _ in pairs], device)
     prompt_lengths = torch.tensor([length for _, _, length in pairs] * 2, device=device)
     policy_chosen, policy_rejected = response_logprobs(policy, tokens, prompt_lengths, lengths).chunk(2)
-    with torch.no_grad():
+    with torch.inference_mode():
         ref_chosen, ref_rejected = response_logprobs(reference, tokens, prompt_lengths, lengths).chunk(2)
     return policy_chosen, policy_rejected, ref_chosen, ref_rejected
 
@@ -103,11 +101,32 @@ def backward(policy, reference, pairs, beta, micro_batch):
     return total
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(policy, reference, pairs, beta, rows=64):
     """The FIGURES on held-out pairs."""
     parts = [pairs[start:start + rows] for start in range(0, len(pairs), rows)]
     return sum(figures(*pair_logprobs(policy, reference, part), beta) * len(part) / len(pairs) for part in parts)
+
+
+def fit(policy, reference, pairs, held_out, config, rng, saved=None):
+    """Fit the policy to pairs, in place. A generator, after every step: (step, figures or None, state).
+
+    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on from there.
+    """
+    saved = saved or {"step": 0}
+    optimizer = make_optimizer(policy, weight_decay=0.0)
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(pair_lengths(pairs), config.batch, rng)]
+    steps, rows = len(batches), saved.get("rows_since", [])
+    restore(saved, policy=policy, optimizer=optimizer)
+    for step in range(saved["step"], steps):
+        row = backward(policy, reference, [pairs[i] for i in batches[step]], config.beta, config.micro_batch)
+        optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup), row[0])
+        rows, report = [*rows, row.tolist()], None
+        if (step + 1) % config.report == 0 or step + 1 == steps:
+            report = dict(zip(FIGURES, torch.tensor(rows).mean(dim=0).tolist()))
+            report["held_out_loss"], report["held_out_accuracy"] = evaluate(policy, reference, held_out, config.beta)[:2].tolist()
+            rows = []
+        yield step + 1, report, dict(policy=policy, optimizer=optimizer, rows_since=rows)
 
 
 def train(config):
@@ -140,22 +159,16 @@ def train(config):
              f"held out, dropped {counts(held_out_dropped)}", policy)
 
     # 2. Gradient steps on the loss.
-    optimizer = make_optimizer(policy, weight_decay=0.0)
-    steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
-    log = Log(folder, steps)
-    for epoch in range(config.epochs):
-        for batch in batches_by_length(pair_lengths(pairs), config.batch, rng):
-            losses.append(backward(policy, reference, [pairs[i] for i in batch], config.beta, config.micro_batch))
-            optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup))
-            step += 1
-            if step % config.report == 0 or step == steps:
-                row = dict(zip(FIGURES, torch.stack(losses).mean(dim=0).tolist()))
-                held_out_figures = evaluate(policy, reference, held_out, config.beta).tolist()
-                log(step, **row, held_out_loss=held_out_figures[0], held_out_accuracy=held_out_figures[1])
-                losses = []
+    with Run(config.name, folder, config, every=config.report) as run:
+        run.total = config.epochs * math.ceil(len(pairs) / config.batch)
+        for step, row, state in fit(policy, reference, pairs, held_out, config, rng, run.saved):
+            if row:
+                run(step, **row)
+            run.end_step(step, **state)
 
-    # 3. Save; the same prompts before and after.
-    save_checkpoint(folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer)
+        # 3. Save; the same prompts before and after.
+        save_checkpoint(folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer)
+        run.finish()
     room = policy.config.block_size - config.max_new_tokens
     prompts = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
     prompts = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room][:3]

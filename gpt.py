@@ -20,13 +20,15 @@ import argparse
 import contextlib
 import inspect
 import io
-import json
+import itertools
 import math
 import pickle
 import random
 import re
+import signal
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import stories
-from data.files import InputError, read_text, run_script, write_atomic
+from data.files import InputError, lock_folder, read_text, run_script, write_atomic, write_jsonl
 from data.tokenizer import Tokenizer, train as train_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,21 +69,17 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
+    def forward(self, x, cache=None, slot=0, visible=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, heads, C/heads)
-        if cache is None:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, C/heads)
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        else:
-            rows = torch.arange(B, device=x.device)[:, None]  # (B, 1)
-            keys, values = cache  # (B, S, heads, C/heads)
-            keys[rows, positions] = k.to(keys.dtype)  # every row writes at its own position
-            values[rows, positions] = v.to(values.dtype)
-            seen = visible.shape[-1]  # the longest row so far
-            y = F.scaled_dot_product_attention(q.transpose(1, 2).to(keys.dtype), keys[:, :seen].transpose(1, 2),
-                                               values[:, :seen].transpose(1, 2), attn_mask=visible)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (B, heads, T, C/heads)
+        if cache is not None:
+            cache[:, :, :, slot:slot + T] = qkv[1:]  # (2, B, heads, S, C/heads)
+            if visible is not None:
+                k, v = cache[:, :, :, :slot + T].unbind(0)
+                q = q.to(k.dtype)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -108,15 +106,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
-        x = x + self.drop(self.attn(self.ln_1(x), cache, positions, visible))
+    def forward(self, x, cache=None, slot=0, visible=None):
+        x = x + self.drop(self.attn(self.ln_1(x), cache, slot, visible))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """GPT-2. The output matrix is the token embedding's (tied), so the model has no other head."""
+    """GPT-2. The output matrix is the token embedding's (tied), so the model has no other head.
 
-    def __init__(self, config):
+    generator: a torch.Generator for the initial weights; None takes torch's own.
+    """
+
+    def __init__(self, config, generator=None):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -129,21 +130,25 @@ class GPT(nn.Module):
         std = config.n_embd ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 residual branches a layer: their sum keeps its variance
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer), generator=generator)
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=std)
+                nn.init.normal_(parameter, std=std, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, tokens, caches=None, positions=None, visible=None):
-        """tokens (B, T) -> (B, T, C), after the final LayerNorm: what a head reads (never normalize it again)."""
+    def hidden(self, tokens, cache=None, slot=0, positions=None, visible=None):
+        """tokens (B, T) -> (B, T, C), after the final LayerNorm: what a head reads (never normalize it again).
+
+        cache (layers, 2, B, heads, S, C/heads) takes their keys and values, from slot on. With visible (B, 1, 1, slot + 1)
+        too, the one token of each row attends to the cache's slots, to those where visible is 0 and not where it is -inf.
+        """
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,): the same for every row
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, caches and caches[layer], positions, visible)
+            x = block(x, None if cache is None else cache[layer], slot, visible)
         return self.ln_f(x)
 
     def logits(self, x):
@@ -160,15 +165,36 @@ class GPT(nn.Module):
 # Log-probabilities, masks, sampling
 
 
+def chosen_logprobs(logits, chosen, temperature=1.0):
+    """log π(chosen) in nats, with π = softmax(logits / temperature), in float32: logits (..., V), chosen (...) -> (...)."""
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.float().log_softmax(dim=-1).gather(-1, chosen[..., None]).squeeze(-1)
+
+
 def token_logprobs(logits, tokens, temperature=1.0):
     """The log-probability, in nats, of every token given the tokens before it.
 
     logits (B, T, V), tokens (B, T) -> (B, T-1): column t is log π(tokens[:, t+1] | tokens[:, :t+1]), with
-    π = softmax(logits / temperature). This is the only place where logits and tokens are shifted.
+    π = softmax(logits / temperature). Here, and in masked_logits, logits and tokens are shifted, and nowhere else.
     """
-    logits = logits[:, :-1].float() / temperature  # (B, T-1, V); float32 also under bf16 autocast
-    chosen = logits.gather(2, tokens[:, 1:, None]).squeeze(2)  # (B, T-1)
-    return chosen - logits.logsumexp(dim=2)
+    return chosen_logprobs(logits[:, :-1], tokens[:, 1:], temperature)
+
+
+def masked_logits(model, tokens, mask):
+    """The logits at the N true places of mask only, row after row: what a prompt or the padding predicts, no loss needs.
+
+    tokens (B, T), mask (B, T-1) -> (logits (N, V), the tokens emitted there (N,)).
+    """
+    with autocast(tokens.device):
+        hidden = model.hidden(tokens)[:, :-1][mask]  # (N, C)
+    return model.logits(hidden), tokens[:, 1:][mask]
+
+
+def masked_logprobs(model, tokens, mask, temperature=1.0):
+    """token_logprobs where mask is true, and 0 elsewhere: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
+    logprobs = chosen_logprobs(*masked_logits(model, tokens, mask), temperature)  # (N,)
+    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, logprobs)
 
 
 def response_mask(prompt_lengths, lengths, T):
@@ -237,10 +263,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
                          f"{config.block_size}: shorten the prompt or lower max_new_tokens")
     was_training = model.training
     model.eval()
-    padded, prompt_lengths = pad(prompts, device)
+    prompt_tokens, prompt_lengths = pad(prompts, device)  # (B, longest)
     B = len(prompts)
-    tokens = F.pad(padded, (0, max_new_tokens))  # (B, S)
-    lengths = prompt_lengths.clone()
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -248,34 +272,34 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
         generator.manual_seed(seed)
     uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
 
-    # Prefill: all prompts at once. What padding writes into the cache is overwritten before it can be seen, because
-    # a row's next token goes to the position right after its prompt, and sees no position beyond its own.
+    # 1. Prefill: all prompts at once; no prompt sees the padding behind it. A cache slot is not a position: the prompts fill
+    # the slots up to the longest one's length, and the token that step t emits goes to slot longest + t in every row.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
-    shape = (B, tokens.shape[1], config.n_head, config.n_embd // config.n_head)
-    # Zeros, not empty memory: a masked key has weight 0, but 0 times the nan that may lie there is nan.
-    caches = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-              for _ in range(config.n_layer)]
-    positions = torch.arange(longest, device=device).expand(B, longest)
-    slots = torch.arange(tokens.shape[1], device=device)
-    visible = slots[:longest] <= positions[:, None, :, None]  # (B, 1, T, S): key at or before the query
-    x = model.hidden(padded, caches, positions, visible)
-    x = x[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C): the last token of each prompt
+    slots = torch.arange(longest + max_new_tokens, device=device)  # (S,)
+    cache = torch.empty(config.n_layer, 2, B, config.n_head, len(slots), config.n_embd // config.n_head, dtype=dtype,
+                        device=device)
+    hidden = model.hidden(prompt_tokens, cache)
+    hidden = hidden[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C): at the last token of each prompt
+    padding = (slots >= prompt_lengths[:, None]) & (slots < longest)
+    visible = torch.zeros(B, 1, 1, len(slots), dtype=dtype, device=device).masked_fill(padding[:, None, None], -math.inf)
 
+    # 2. Decode: one token a row and step, until all have ended.
+    responses = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    lengths = prompt_lengths.clone()
     rows = torch.arange(B, device=device)  # the rows still in the batch
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        logits = model.logits(x).double() / temperature  # (b, V)
+        logits = model.logits(hidden).float() / temperature  # (b, V)
         if top_k is not None and top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         # Sample by inverting the distribution function: the first token whose cumulative probability exceeds u.
-        cumulative = logits.softmax(dim=1).cumsum(dim=1)
+        cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
         finite &= cumulative[:, -1].isfinite().all()
         u = uniforms[rows, t, None] * cumulative[:, -1:]
         new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-        position = lengths[rows]  # (b,): where the new token goes
-        tokens[rows, position] = torch.where(done, 0, new)
-        lengths[rows] = position + ~done
+        responses[rows, t] = torch.where(done, 0, new)
+        lengths[rows] += ~done
         if end_token is not None:
             done = done | (new == end_token)
         if t == max_new_tokens - 1:
@@ -285,13 +309,16 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
             if len(keep) == 0:
                 break
             if len(keep) <= 0.75 * len(rows):  # rows that have ended leave the batch
-                rows, done, new, position = rows[keep], done[keep], new[keep], position[keep]
-                caches = [(keys[keep], values[keep]) for keys, values in caches]
-        visible = (slots[:longest + t + 1] <= position[:, None])[:, None, None, :]  # (b, 1, 1, S)
-        x = model.hidden(new[:, None], caches, position[:, None], visible).squeeze(1)
+                rows, done, new, visible = rows[keep], done[keep], new[keep], visible[keep]
+                cache = cache[:, :, keep]
+        positions = (prompt_lengths[rows] + t)[:, None]  # (b, 1)
+        with torch.inference_mode():
+            hidden = model.hidden(new[:, None], cache, longest + t, positions, visible[..., :longest + t + 1]).squeeze(1)
     model.train(was_training)
     if not finite:
         raise FloatingPointError("the model's probabilities are not finite: its weights or its input are broken")
+    tokens = F.pad(prompt_tokens, (0, max_new_tokens))  # (B, S)
+    tokens.scatter_(1, prompt_lengths[:, None] + torch.arange(max_new_tokens, device=device), responses)
     return Rollout(tokens[:, :int(lengths.max())], prompt_lengths, lengths)
 
 
@@ -393,38 +420,116 @@ def train_if_missing(stage, main, config):
     path = stage_folder(config, stage) / "checkpoint.pt"
     if not path.exists():
         print(f"{path} is missing: training the stage {stage} first", flush=True)
-        main(["--size", config.size, "--out", config.out, "--seed", str(config.seed)])
+        main(["--size", config.size, "--out", config.out, "--seed", str(config.seed)] + ["--resume"] * config.resume)
 
 
-class Log:
-    """Writes one JSON object a line to metrics.jsonl and prints the same row, but for the figures named in unprinted.
+class Run:
+    """What a training stage keeps in its folder while it runs: a lock, metrics.jsonl, and state.pt, from which --resume goes on.
 
-    A new Log begins a new file.
+        with Run("sft", folder, config, every=64) as run:
+            run.total = steps
+            restore(run.saved, model=model, optimizer=optimizer)
+            for step in range(run.saved["step"], steps):
+                ...
+                run(step + 1, loss=loss)            # prints a row, and writes it to metrics.jsonl
+                run.end_step(step + 1, model=model, optimizer=optimizer)     # saves these, if it is time to
+            save_checkpoint(...)
+            run.finish()
+
+    All that comes before the loop follows from the settings, the seed among them, so it is done again; the state holds the
+    rest. It is there from the start of a run until finish(). unprinted: figures that go to metrics.jsonl only.
     """
 
-    def __init__(self, folder, total, unprinted=()):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.start, self.total, self.unprinted, self.header = time.perf_counter(), total, unprinted, False
+    def __init__(self, stage, folder, config, every, unprinted=()):
+        self.stage, self.folder, self.config, self.every, self.unprinted = stage, folder, config, every, unprinted
+        self.total, self.step, self.rows, self.header, self.interrupted = 0, 0, [], False, False
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(self.folder)
+        self.start, self.path = time.perf_counter(), self.folder / "state.pt"
+        settings = {name: value for name, value in asdict(self.config).items() if name != "resume"}
+        self.saved = dict(stage=self.stage, settings=settings, step=0, seconds=0.0, rows=[])
+        if self.path.exists() and self.config.resume:
+            with refused_if_broken(self.path, "begin anew without --resume"):
+                found = read_torch(self.path)
+                if found["stage"] != self.stage:
+                    raise InputError(f"{self.path}: is the state of a run of {found['stage']}, but {self.stage} is wanted")
+                changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
+                if changed:
+                    raise InputError(f"{self.path}: the run began with --{changed[0]} {found['settings'].get(changed[0])}, not "
+                                     f"{settings[changed[0]]}; resume it with its settings, or begin anew without --resume")
+                self.saved, self.step, self.rows = found, found["step"], found["rows"]
+                self.start -= found["seconds"]
+            print(f"{self.stage}: goes on after step {self.step}", flush=True)
+        elif self.config.resume and (self.folder / "checkpoint.pt").exists():
+            raise InputError(f"{self.folder / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is trained anew")
+        elif self.config.resume:
+            print(f"{self.stage}: nothing to resume in {self.folder}, begins anew", flush=True)
+        elif self.path.exists():
+            print(f"{self.stage}: begins anew and gives up an unfinished run (--resume would go on with it)", flush=True)
+        self.write_metrics()
+        write_torch(self.path, self.saved)
+        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        signal.signal(signal.SIGINT, self.handler)
+        self.lock.close()
+        if kind is FloatingPointError:
+            last = ", ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items()) if self.rows else "none yet"
+            raise FloatingPointError(f"{self.stage}, step {self.step + 1}: {error}; last figures: {last}") from error
+
+    def interrupt(self, number, frame):
+        """Ctrl-C: the step at work is finished and saved; outside of the steps, or pressed twice, it stops at once."""
+        if self.interrupted or not 0 < self.step < self.total:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print(f"\n{self.stage}: stops after this step (press again to stop at once)", flush=True)
 
     def __call__(self, step, **row):
-        """row: name -> number. Names are printed once, above their columns; left is the time the stage still needs."""
-        seconds = self.record(step, **row)
+        """Keep and print a row, name -> number. Names are printed once, above their columns; left is the time still needed."""
+        self.record(step, **row)
         row = {name: value for name, value in row.items() if name not in self.unprinted}
         if not self.header:
             self.header = True
             print("     step  " + "  ".join(f"{name:>8s}" for name in row) + "    left")
-        minutes, rest = divmod(round(seconds / step * (self.total - step)), 60)
+        minutes, rest = divmod(round(self.rows[-1]["seconds"] / step * (self.total - step)), 60)
         columns = "  ".join(f"{value:{max(8, len(name))}{'.1e' if 0 < abs(value) < 1e-3 else '.4f'}}"
                             for name, value in row.items())
         print(f"{step:4d}/{self.total:<4d}  {columns}  {minutes:3d}:{rest:02d}", flush=True)
 
     def record(self, step, **row):
-        """Write a row without printing it. Returns the seconds since the stage began."""
-        seconds = time.perf_counter() - self.start
-        self.file.write(json.dumps({"step": step, **row, "seconds": round(seconds, 2)}) + "\n")
-        self.file.flush()
-        return seconds
+        """Keep a row without printing it. seconds: since the run began, pauses not counted."""
+        self.rows.append({"step": step, **row, "seconds": round(time.perf_counter() - self.start, 2)})
+        self.write_metrics()
+
+    def write_metrics(self):
+        write_jsonl(self.folder / "metrics.jsonl", self.rows)
+
+    def end_step(self, step, **state):
+        """To be called after every step. state: all that the next step depends on, models and optimizers or plain values.
+
+        Saves it when it is due. Raises KeyboardInterrupt, once all is saved, if Ctrl-C was pressed in the meantime.
+        """
+        self.step = step
+        if step % self.every == 0 or step == self.total or self.interrupted:
+            state = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
+            write_torch(self.path, {**self.saved, **state, "step": step, "rows": self.rows,
+                                    "seconds": time.perf_counter() - self.start})
+        if self.interrupted:
+            raise KeyboardInterrupt(f"{self.stage}: saved after step {step} of {self.total}; --resume goes on")
+
+    def finish(self):
+        """The checkpoint is written: nothing is left to resume."""
+        self.path.unlink()
+
+
+def restore(saved, **parts):
+    """Load what a Run saved into models and optimizers, by name; nothing for a run that begins, whose step is 0."""
+    for name, part in parts.items() if saved["step"] else ():
+        with refused_if_broken("state.pt", "begin anew without --resume"):
+            part.load_state_dict(saved[name])
 
 
 def save_checkpoint(path, stage, size, model, tokenizer, **extra):
@@ -434,9 +539,7 @@ def save_checkpoint(path, stage, size, model, tokenizer, **extra):
     """
     checkpoint = {"stage": stage, "size": size, "config": asdict(model.config), "vocabulary": tokenizer.to_strings(),
                   "model": model.state_dict(), **extra}
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_torch(path, checkpoint)
 
 
 def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
@@ -444,15 +547,10 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
 
     Raises InputError, one line that names the file, if it is missing, corrupt, or of another stage or size.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         raise InputError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive with a checksum for every record
-            # A byte of these attributes is in no checksum, and torch would skip a record that has one.
-            if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
-                raise zipfile.BadZipFile("checksum error")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    with refused_if_broken(path, "train the stage again"):
+        checkpoint = read_torch(path)
         found = checkpoint["stage"], checkpoint["size"]
         if found != (stage, size):
             raise InputError(f"{path}: is a {found[0]} checkpoint of size {found[1]}, "
@@ -463,14 +561,36 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
             raise ValueError(f"the model has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
         model = model_class(config)
         model.load_state_dict(checkpoint["model"])
+    return model.to(device), tokenizer, checkpoint
+
+
+def write_torch(path, values):
+    """torch.save, atomic."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_torch(path):
+    """What write_torch wrote, with the checksum of every record verified; a pickle that would run code is refused."""
+    with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive
+        # A byte of these attributes is in no checksum, and torch would skip a record that has one.
+        if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
+            raise zipfile.BadZipFile("checksum error")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def refused_if_broken(path, advice):
+    """Whatever a damaged file makes torch or us raise becomes an InputError, one line that names the file."""
+    try:
+        yield
     except InputError:
         raise
     except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
             ArithmeticError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a whole checkpoint of this project ({reason}); delete it and train the stage "
-                         f"again") from error
-    return model.to(device), tokenizer, checkpoint
+        raise InputError(f"{path}: not a whole file of this project ({reason}); delete it and {advice}") from error
 
 
 def make_optimizer(model, weight_decay):
@@ -489,14 +609,16 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def optimizer_step(optimizer, model, lr, max_norm=1.0):
+def optimizer_step(optimizer, model, lr, loss, max_norm=1.0):
     """Clip the gradient's norm, take a step with the learning rate lr, clear the gradient. Returns the norm.
 
-    Raises FloatingPointError, and takes no step, if the norm is not finite.
+    loss: the loss (a scalar) that the gradient belongs to. Raises FloatingPointError, and takes no step, if it or the norm is
+    not finite.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm {norm}: no step taken; lower the learning rate")
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    loss, norm = torch.stack([loss.detach().float(), norm]).tolist()
+    if not math.isfinite(norm + loss):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}: no step taken; lower the learning rate")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -504,24 +626,41 @@ def optimizer_step(optimizer, model, lr, max_norm=1.0):
     return norm
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def held_out_loss(model, sequences, prompt_lengths, rows=64):
     """Nats per token, a mean over all response tokens of all sequences (lists of ids), prompts not counted."""
     device = model.wte.weight.device
     total, count = 0.0, 0
     for start in range(0, len(sequences), rows):
         tokens, lengths = pad(sequences[start:start + rows], device)
-        with autocast(device):
-            logprobs = token_logprobs(model(tokens), tokens)
-        prompts = torch.tensor(prompt_lengths[start:start + rows], device=device)
-        mask = response_mask(prompts, lengths, tokens.shape[1])
-        total -= logprobs[mask].double().sum().item()
+        mask = response_mask(torch.tensor(prompt_lengths[start:start + rows], device=device), lengths, tokens.shape[1])
+        total -= masked_logprobs(model, tokens, mask).double().sum().item()
         count += int(mask.sum())
     return total / count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pretraining
+
+
+def memory_mapped(path, draw):
+    """The lists of ids that draw() returns, as views of a memory-mapped file; where the file is, draw is not called.
+
+    The file is an int32 array: how many sequences, their lengths, then all their tokens. Atomic.
+    """
+    if not path.exists():
+        sequences = draw()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([len(sequences), *map(len, sequences), *itertools.chain(*sequences)], dtype=np.int32))
+        write_atomic(path, buffer.getvalue())
+    with refused_if_broken(path, "run the stage again"):
+        data = np.load(path, mmap_mode="c")  # copy on write: torch wants memory that may be written
+        tokens = 1 + data[0]
+        ends = tokens + np.cumsum(data[1:tokens])
+        if ends[-1] != len(data):
+            raise ValueError("its length is not what its head says")
+        return [data[start:end] for start, end in zip([tokens, *ends[:-1]], ends)]
 
 
 @dataclass
@@ -541,7 +680,9 @@ class Config:
     lr: float = 3e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 50            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
-    report: int = 100           # steps between two reports
+    report: int = 100           # steps between two reports; the state for --resume is saved as often
+    resume: bool = False        # go on with the run that was interrupted in this folder
+    bench: bool = False         # measure this machine and this code, train and write nothing
 
 
 GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100)
@@ -554,12 +695,11 @@ def train(config):
         raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
     if config.vocab_size < 259:
         raise InputError(f"--vocab_size {config.vocab_size}: 256 bytes and 3 special tokens need at least 259")
-    torch.manual_seed(config.seed)  # weights' initialization: the one draw that torch makes from its own generator
-    rng = random.Random(f"pretraining {config.seed}")
+    text = read_text(config.text) if config.text else ""
 
     # 1. Text, tokenizer, tokens; what is held out.
+    rng = random.Random(f"pretraining {config.seed}")
     if config.text:
-        text = read_text(config.text)
         tokenizer = Tokenizer(train_vocabulary(text, config.vocab_size))
         tokens = np.array(tokenizer.encode(text))
         cut = len(tokens) * 9 // 10
@@ -575,22 +715,29 @@ def train(config):
     else:
         sample_text = "\n".join(stories.document(rng).text for _ in range(4000))
         tokenizer = Tokenizer(train_vocabulary(sample_text, config.vocab_size))
-        held_out_rng = random.Random("held-out documents")
-        documents = [stories.document(held_out_rng) for _ in range(500)]
-        texts = [stories.document(rng).text for _ in range(config.steps * config.batch)]
         # A row is one whole document, between two <|end|>: no row begins in the middle of a story, where nobody can know
         # whose story it is, so the loss compares with the source's entropy.
         start = [tokenizer.end_token]
-        held_out, sequences = ([start + ids + [tokenizer.end_token] for ids in tokenizer.encode_batch(batch)]
-                               for batch in ([document.text for document in documents], texts))
+        held_out_rng = random.Random("held-out documents")
+        documents = [stories.document(held_out_rng) for _ in range(500)]
+        held_out = [start + ids + start for ids in tokenizer.encode_batch(document.text for document in documents)]
         source = -sum(document.logprob for document in documents) / sum(len(ids) - 1 for ids in held_out)
+
+        def draw():
+            texts = [stories.document(rng).text for _ in range(config.steps * config.batch)]
+            return [start + ids + start for ids in tokenizer.encode_batch(texts)]
+
+        # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
+        world = zlib.crc32(sample_text.encode())
+        sequences = memory_mapped(folder / f"documents-{config.seed}-{config.steps * config.batch}-{tokenizer.n_vocab}-"
+                                           f"{world:08x}.npy", draw)
         data = (f"the little world: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} tokens; "
                 f"{len(documents)} documents held out")
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
     shape = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
-    model = GPT(shape).to(device)
+    model = GPT(shape, torch.Generator().manual_seed(config.seed)).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
     announce("gpt", config, device, data, model)
     prefix = [start + tokenizer.encode("Once" if start else "\n")] * 2
@@ -598,27 +745,30 @@ def train(config):
     before, _ = respond(model, tokenizer, prefix, room, config.seed)
 
     # 2. Next-token prediction.
-    log, losses = Log(folder, config.steps), []
-    for step, batch in enumerate(batches_by_length(list(map(len, sequences)), config.batch, rng)):
-        tokens, lengths = pad([sequences[i] for i in batch], device)  # (B, T)
-        mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding
-        with autocast(device):
-            logits = model(tokens)
-        loss = -(token_logprobs(logits, tokens) * mask).sum() / mask.sum()  # -Σ_t log p_θ(x_t | x_{<t})  (CS 224R, ch. 3)
-        loss.backward()
-        losses.append(loss.detach())
-        lr = learning_rate(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(optimizer, model, lr)
-        if (step + 1) % config.report == 0 or step + 1 == config.steps:
-            held_out_nats = held_out_loss(model, held_out, [1] * len(held_out))
-            row = dict(loss=torch.stack(losses).mean().item(), held_out=held_out_nats)
-            if source:
-                row.update(entropy=source, excess=held_out_nats / source - 1)
-            log(step + 1, **row, grad_norm=norm, lr=lr)
-            losses = []
+    batches = batches_by_length(list(map(len, sequences)), config.batch, random.Random(f"batches {config.seed}"))
+    with Run("gpt", folder, config, every=config.report) as run:
+        run.total, losses = len(batches), run.saved.get("losses", [])
+        restore(run.saved, model=model, optimizer=optimizer)
+        for step in range(run.saved["step"], len(batches)):
+            tokens, lengths = pad([sequences[i] for i in batches[step]], device)  # (B, T)
+            mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding
+            loss = -masked_logprobs(model, tokens, mask).sum() / mask.sum()  # -Σ_t log p_θ(x_t | x_{<t})  (CS 224R, ch. 3)
+            loss.backward()
+            lr = learning_rate(step, config.steps, config.lr, config.warmup)
+            norm = optimizer_step(optimizer, model, lr, loss)
+            losses.append(loss.item())
+            if (step + 1) % config.report == 0 or step + 1 == len(batches):
+                held_out_nats = held_out_loss(model, held_out, [1] * len(held_out))
+                row = dict(loss=sum(losses) / len(losses), held_out=held_out_nats)
+                if source:
+                    row.update(entropy=source, excess=held_out_nats / source - 1)
+                run(step + 1, **row, grad_norm=norm, lr=lr)
+                losses = []
+            run.end_step(step + 1, model=model, optimizer=optimizer, losses=losses)
 
-    # 3. Save; the same beginning before and after.
-    save_checkpoint(folder / "checkpoint.pt", "gpt", config.size, model, tokenizer, text=config.text)
+        # 3. Save; the same beginning before and after.
+        save_checkpoint(folder / "checkpoint.pt", "gpt", config.size, model, tokenizer, text=config.text)
+        run.finish()
     after, _ = respond(model, tokenizer, prefix, room, config.seed)
     opening = tokenizer.decode(prefix[0][len(start):])
     show(*[("before", opening + text) for text in before], *[("after", opening + text) for text in after])

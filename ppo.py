@@ -30,9 +30,9 @@ import torch
 
 from data import stories
 from data.files import InputError, hold_out, read_prompts, run_script
-from gpt import (Log, announce, autocast, check_name, generate, get_device, load_checkpoint, make_optimizer,
-                 optimizer_step, parse_config, respond, response_mask, save_checkpoint, show, stage_folder,
-                 token_logprobs, train_if_missing)
+from gpt import (Run, announce, autocast, check_name, chosen_logprobs, generate, get_device, load_checkpoint, make_optimizer,
+                 masked_logits, masked_logprobs, optimizer_step, parse_config, respond, response_mask, restore,
+                 save_checkpoint, show, stage_folder, train_if_missing)
 from reward_model import RewardModel, gold_rewards
 from reward_model import main as train_reward_model
 
@@ -51,7 +51,7 @@ class Config:
     micro_batch: int = 16       # responses in one forward pass; less memory, the same gradient
     lr: float = 2e-4            # the policy's learning rate, falling linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
-    beta: float = 0.25          # price of one nat of KL to the reference, in reward units
+    beta: float = 0.2           # price of one nat of KL to the reference, in reward units
     kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats (Ziegler et al. 2019)
     clip: float = 0.2           # ε of the policy's ratio
     value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
@@ -60,6 +60,9 @@ class Config:
     temperature: float = 1.0    # of the policy that samples, and so of every log-probability too
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, in place of the reward model's
+    save: int = 10              # iterations between two saves of the state for --resume
+    resume: bool = False        # go on with the run that was interrupted in this folder
+    bench: bool = False         # measure this machine and this code, train and write nothing
 
 
 GPU = dict(iterations=100, rollouts=512, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, max_new_tokens=128)
@@ -86,9 +89,9 @@ def whiten(x, mask):
 
 
 def token_entropy(logits, temperature=1.0):
-    """The entropy of the next-token distribution, in nats: logits (B, T, V) -> (B, T-1), aligned with token_logprobs."""
-    logprobs = (logits[:, :-1].float() / temperature).log_softmax(dim=2)
-    return -(logprobs.exp() * logprobs).sum(dim=2)
+    """The entropy of the next-token distributions softmax(logits / temperature), in nats: logits (..., V) -> (...)."""
+    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -169,28 +172,35 @@ def adapt_beta(beta, kl, kl_target):
 
 
 class Experience(NamedTuple):
-    """What the update needs of a rollout batch: tokens (B, T), all others (B, T-1)."""
+    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), prompt + response, all others (B, T-1)."""
     tokens: torch.Tensor
+    lengths: torch.Tensor
     mask: torch.Tensor
     old_logprobs: torch.Tensor
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
 
+    def pick(self, rows):
+        """The Experience of some rows only, cut to the longest of them: what is cut off is padding."""
+        tokens, lengths, *others = (tensor[rows] for tensor in self)
+        T = int(lengths.max())
+        return Experience(tokens[:, :T], lengths, *(tensor[:, :T - 1] for tensor in others))
+
 
 def backward(policy, value_model, batch, config):
-    """Accumulate the gradients of both losses over one minibatch (an Experience), config.micro_batch rows at a time.
+    """Accumulate the gradient of both losses over one minibatch (an Experience), config.micro_batch rows at a time.
 
     Every micro-batch counts by its share of the minibatch's response tokens, so the gradient is the minibatch's token
     mean, however it is cut. Returns figures (policy_loss, value_loss, clip_fraction, approx_kl), token means too.
     """
     total = torch.zeros(4, device=batch.tokens.device)
     for rows in torch.arange(len(batch.tokens), device=batch.tokens.device).split(config.micro_batch):
-        part = Experience(*(tensor[rows] for tensor in batch))
+        part = batch.pick(rows)
         share = part.mask.sum() / batch.mask.sum()
+        logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
         with autocast(part.tokens.device):
-            logits, values = policy(part.tokens), value_model(part.tokens)[:, :-1]
-        logprobs = token_logprobs(logits, part.tokens, config.temperature)
+            values = value_model(part.tokens)[:, :-1]
         policy_loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask,
                                                          config.clip)
         value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
@@ -205,17 +215,40 @@ def backward(policy, value_model, batch, config):
 # The loop
 
 
-def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config):
-    """PPO's loop. Trains policy and value_model in place; a generator that yields (rollout, figures) every iteration.
+def score(policy, reference, reward_model, value_model, rollout, mask, config):
+    """What the four models say of a Rollout: (logprobs, ref_logprobs, values) each (B, T-1) and 0 where the mask is false,
+    the reward model's scores (B,), and the policy's mean entropy over the response tokens."""
+    tokens, lengths = rollout.tokens, rollout.lengths
+    logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=mask.device)
+    scores, entropy = torch.zeros(len(tokens), device=mask.device), 0.0
+    for rows in lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
+        T = int(lengths[rows].max())
+        part, part_mask = tokens[rows, :T], mask[rows, :T - 1]
+        logits, chosen = masked_logits(policy, part, part_mask)  # (N, V), (N,)
+        entropy += token_entropy(logits, config.temperature).sum() / mask.sum()
+        logprobs[rows, :T - 1] = torch.zeros(part_mask.shape, device=mask.device).masked_scatter(
+            part_mask, chosen_logprobs(logits, chosen, config.temperature))
+        ref_logprobs[rows, :T - 1] = masked_logprobs(reference, part, part_mask, config.temperature)
+        with autocast(mask.device):
+            values[rows, :T - 1] = torch.where(part_mask, value_model(part)[:, :-1], 0.0)
+            scores[rows] = reward_model.score(part, lengths[rows])
+    return logprobs, ref_logprobs, values, scores, entropy
+
+
+def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None):
+    """PPO's loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
 
     reward_model: anything with score(tokens, lengths) -> (B,); draw_prompts(count, rng) -> lists of ids; figures: name ->
-    number, all that can be known without the annotator.
+    number, all that can be known without the annotator; state: what a later call needs as `saved`, with its "step", the
+    number of iterations done, to go on from there.
     """
-    device, rng, beta = policy.wte.weight.device, random.Random(f"ppo {config.seed}"), config.beta
+    device, saved = policy.wte.weight.device, saved or {"step": 0}
     optimizer = make_optimizer(policy, weight_decay=0.0)
     value_optimizer = make_optimizer(value_model, weight_decay=0.0)
-    for iteration in range(config.iterations):
-        started = time.perf_counter()
+    restore(saved, policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
+    beta = saved.get("beta", config.beta)
+    for iteration in range(saved["step"], config.iterations):
+        started, rng = time.perf_counter(), random.Random(f"ppo {config.seed} {iteration}")
 
         # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
         prompts = draw_prompts(config.rollouts, rng)
@@ -227,24 +260,16 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
         generated = time.perf_counter()
 
         # 2. Score: the reward model at the last token; log-probabilities under π_θ and π_ref for the KL penalty.
-        parts = []
-        with torch.no_grad():
-            for rows in torch.arange(len(tokens), device=device).split(config.micro_batch):
-                part = tokens[rows]
-                with autocast(device):
-                    logits, ref_logits = policy(part), reference(part)
-                    values, scores = value_model(part)[:, :-1], reward_model.score(part, lengths[rows])
-                parts.append((token_logprobs(logits, part, config.temperature),
-                              token_logprobs(ref_logits, part, config.temperature),
-                              token_entropy(logits, config.temperature), values, scores))
-        logprobs, ref_logprobs, entropies, values, scores = map(torch.cat, zip(*parts))  # (B, T-1), the scores (B,)
+        with torch.inference_mode():
+            logprobs, ref_logprobs, values, scores, entropy = score(policy, reference, reward_model, value_model, rollout,
+                                                                    mask, config)
         scores = torch.where(ended, scores, config.missing_end_score)
         rewards = shaped_rewards(scores, logprobs, ref_logprobs, mask, beta)
         scored = time.perf_counter()
 
         # 3. Estimate advantages.
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        experience = Experience(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
+        experience = Experience(tokens, lengths, mask, logprobs, values, whiten(advantages, mask), returns)
 
         # 4. Update: K epochs of minibatches on the same rollouts.
         falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
@@ -252,23 +277,24 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
         for epoch in range(config.epochs):
             order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
             for rows in order.split(config.minibatch):
-                minibatch = Experience(*(tensor[rows] for tensor in experience))
-                losses.append(backward(policy, value_model, minibatch, config))
-                optimizer_step(optimizer, policy, falling * config.lr)
-                optimizer_step(value_optimizer, value_model, falling * config.value_lr)
+                losses.append(backward(policy, value_model, experience.pick(rows), config))
+                optimizer_step(optimizer, policy, falling * config.lr, losses[-1][0])
+                optimizer_step(value_optimizer, value_model, falling * config.value_lr, losses[-1][1])
         policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
         updated = time.perf_counter()
 
         # 5. Repeat with a new batch: the next rollouts come from the updated policy, π_old ← π_θ.
         kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x)
-        yield rollout, dict(
+        figures = dict(
             reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
-            entropy=masked_mean(entropies, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
+            entropy=float(entropy), clip_fraction=clip_fraction, approx_kl=approx_kl,
             value_explained=1 - ((returns - values)[mask].var() / returns[mask].var()).item(), value_loss=value_loss,
             length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(),
             rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
         if config.kl_target:
             beta = adapt_beta(beta, kl.mean().item(), config.kl_target)
+        yield rollout, figures, dict(policy=policy, value_model=value_model, optimizer=optimizer,
+                                     value_optimizer=value_optimizer, beta=beta)
 
 
 def train(config):
@@ -309,14 +335,18 @@ def train(config):
             return rng.choices(fitting, k=count)
         return [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
-    log = Log(folder, config.iterations, unprinted=("beta", "value_loss", "rollout_s", "scoring_s", "update_s"))
-    steps = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config)
-    for iteration, (rollout, figures) in enumerate(steps, start=1):
-        if config.data:
-            log(iteration, **figures)
-        else:
-            log(iteration, gold=gold_rewards(rollout, tokenizer).mean().item(), **figures)
-    save_checkpoint(folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer)
+    seconds = ("rollout_s", "scoring_s", "update_s")
+    with Run(config.name, folder, config, every=config.save, unprinted=("beta", "value_loss", *seconds)) as run:
+        run.total = config.iterations
+        loop = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config, run.saved)
+        for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):
+            if config.data:
+                run(iteration, **figures)
+            else:
+                run(iteration, gold=gold_rewards(rollout, tokenizer).mean().item(), **figures)
+            run.end_step(iteration, **state)
+        save_checkpoint(folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer)
+        run.finish()
 
     prompts = draw_prompts(3, random.Random("samples"))
     before, _ = respond(reference, tokenizer, prompts, config.max_new_tokens, config.seed)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
-from gpt import (GPT, Log, announce, autocast, batches_by_length, counts, generate, get_device, learning_rate, load_checkpoint,
-                 make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, save_checkpoint, show,
+from gpt import (GPT, Run, announce, autocast, batches_by_length, counts, generate, get_device, learning_rate, load_checkpoint,
+                 make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, restore, save_checkpoint, show,
                  stage_folder, train_if_missing)
 
 
@@ -39,7 +39,7 @@ class Config:
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/reward_model
     seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
     data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
-    pairs: int = 8192           # comparisons to collect for training
+    pairs: int = 12288          # comparisons to collect for training
     held_out: int = 1024        # comparisons to collect for the held-out figures
     max_new_tokens: int = 96    # the longest sampled response
     sample_batch: int = 512     # prompts in one batch of sampling
@@ -49,8 +49,9 @@ class Config:
     lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
-    report: int = 32            # steps between two reports
-    learning_curve: bool = False    # after training: accuracy by number of pairs, a fresh model for each number
+    report: int = 32            # steps between two reports; the state for --resume is saved as often
+    resume: bool = False        # go on with the run that was interrupted in this folder
+    learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number; the stage's pairs are used
 
 
 GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64, micro_batch=64, lr=1e-4,
@@ -90,7 +91,7 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
     return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_all(model, sequences, rows=128):
     """r(x, y) of many sequences (lists of ids: prompt + response + <|end|>) -> (N,) float32 on the CPU."""
     device, scores = model.head.weight.device, []
@@ -179,21 +180,27 @@ def backward(model, pairs, micro_batch):
     return total_loss
 
 
-def fit(model, pairs, held_out, config, rng, log=None):
-    """Train a reward model on pairs; log, if given, gets the loss and the held-out accuracy as it goes."""
+def fit(model, pairs, held_out, config, rng, saved=None):
+    """Train a reward model on pairs, in place. A generator, after every step: (step, figures or None, state).
+
+    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on from there.
+    """
+    saved = saved or {"step": 0}
     optimizer = make_optimizer(model, config.weight_decay)
-    steps, step, losses = config.epochs * math.ceil(len(pairs) / config.batch), 0, []
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(pair_lengths(pairs), config.batch, rng)]
+    steps, losses = len(batches), saved.get("losses", [])
     warmup = min(config.warmup, steps // 4)  # few pairs make few steps
-    for epoch in range(config.epochs):
-        for batch in batches_by_length(pair_lengths(pairs), config.batch, rng):
-            losses.append(backward(model, [pairs[i] for i in batch], config.micro_batch))
-            optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, warmup))
-            step += 1
-            if log and (step % config.report == 0 or step == steps):
-                margin = held_out_margins(model, held_out)
-                log(step, loss=torch.stack(losses).mean().item(), held_out_loss=-F.logsigmoid(margin).mean().item(),
-                    held_out_accuracy=(margin > 0).float().mean().item())
-                losses = []
+    restore(saved, model=model, optimizer=optimizer)
+    for step in range(saved["step"], steps):
+        loss = backward(model, [pairs[i] for i in batches[step]], config.micro_batch)
+        optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, warmup), loss)
+        losses, row = [*losses, loss.item()], None
+        if (step + 1) % config.report == 0 or step + 1 == steps:
+            margin = held_out_margins(model, held_out)
+            row = dict(loss=sum(losses) / len(losses), held_out_loss=-F.logsigmoid(margin).mean().item(),
+                       held_out_accuracy=(margin > 0).float().mean().item())
+            losses = []
+        yield step + 1, row, dict(model=model, optimizer=optimizer, losses=losses)
 
 
 def held_out_margins(model, pairs):
@@ -236,67 +243,71 @@ def train(config):
     train_if_missing("sft", sft.main, config)
     folder, device = stage_folder(config, "reward_model"), get_device()
     policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
-    rng = random.Random(f"reward model {config.seed}")
     model = RewardModel(policy.config).to(device)
     model.trunk.load_state_dict(policy.state_dict())  # the SFT model with a linear head in place of the LM head
+    announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
 
-    # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
-    if config.data:
-        announce("reward_model", config, device, config.data, model)
-    else:
-        announce("reward_model", config, device, "two SFT samples a request, compared by the annotator", model)
-        start = time.perf_counter()
-        rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config, rng)
-        print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {counts(dropped)}")
-        held_out_rows, rows = rows[:config.held_out], rows[config.held_out:]
-    pairs, rows, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
-    held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
-    print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}")
-    print(f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
-    fitting = [chosen[:length] for chosen, _, length in pairs if length + config.max_new_tokens <= model.config.block_size]
-    if not pairs or not held_out:
-        raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
-                         f"{'hold out' if pairs else 'train on'}")
-    if not fitting:
-        raise InputError(f"{config.data or 'the collected pairs'}: no prompt leaves room for --max_new_tokens "
-                         f"{config.max_new_tokens} in the context of {model.config.block_size}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "pairs.jsonl", rows)
-    write_jsonl(folder / "held_out.jsonl", held_out_rows)
+    with Run("reward_model", folder, config, every=config.report) as run:
+        # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
+        if run.saved["step"]:
+            rows, held_out_rows = read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
+        elif not config.data:
+            start = time.perf_counter()
+            rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config,
+                                          random.Random(f"pairs {config.seed}"))
+            print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {counts(dropped)}")
+            held_out_rows, rows = rows[:config.held_out], rows[config.held_out:]
+        pairs, rows, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
+        held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
+        print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}")
+        print(f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
+        fitting = [chosen[:length] for chosen, _, length in pairs
+                   if length + config.max_new_tokens <= model.config.block_size]
+        if not pairs or not held_out:
+            raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
+                             f"{'hold out' if pairs else 'train on'}")
+        if not fitting:
+            raise InputError(f"{config.data or 'the collected pairs'}: no prompt leaves room for --max_new_tokens "
+                             f"{config.max_new_tokens} in the context of {model.config.block_size}")
+        write_jsonl(folder / "pairs.jsonl", rows)
+        write_jsonl(folder / "held_out.jsonl", held_out_rows)
 
-    # 2. Train by maximum likelihood.
-    steps = config.epochs * math.ceil(len(pairs) / config.batch)
-    log = Log(folder, steps)
-    fit(model, pairs, held_out, config, rng, log)
+        # 2. Train by maximum likelihood.
+        run.total = config.epochs * math.ceil(len(pairs) / config.batch)
+        order = random.Random(f"pairs' order {config.seed}")
+        for step, row, state in fit(model, pairs, held_out, config, order, run.saved):
+            if row:
+                run(step, **row)
+            run.end_step(step, **state)
 
-    # 3. Shift to mean 0 over the SFT policy's own responses.
-    with autocast(device):
-        rollout = generate(policy, rng.choices(fitting, k=512), config.max_new_tokens, tokenizer.end_token,
-                           seed=config.seed)
-    sequences = [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
-    scores = score_all(model, sequences)
-    with torch.no_grad():
-        model.head.bias -= scores.mean().to(device)
-    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(sequences)} SFT samples, standard deviation "
-          f"{scores.std():.3f}")
+        # 3. Shift to mean 0 over the SFT policy's own responses.
+        with autocast(device):
+            rollout = generate(policy, random.Random(f"shift {config.seed}").choices(fitting, k=512), config.max_new_tokens,
+                               tokenizer.end_token, seed=config.seed)
+        sequences = [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+        scores = score_all(model, sequences)
+        with torch.no_grad():
+            model.head.bias -= scores.mean().to(device)
+        print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(sequences)} SFT samples, standard deviation "
+              f"{scores.std():.3f}")
 
-    # 4. Against the answer key, where there is one.
-    margin = held_out_margins(model, held_out)
-    if config.data:
-        print(f"held-out accuracy {(margin > 0).float().mean():.3f}, loss {-F.logsigmoid(margin).mean():.3f}")
-    else:
-        gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
-                             - annotator.gold_reward(row["prompt"], row["rejected"]) for row in held_out_rows])
-        figures, table = answer_key(margin, gold)
-        log.record(steps, **figures)
-        print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f}; "
-              f"Bayes {figures['bayes_accuracy']:.3f} ({figures['expected_accuracy'] / figures['bayes_accuracy']:.1%} of it)\n"
-              f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
-              f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}")
-        print("calibration   pairs  predicted  observed")
-        for count, predicted, observed in table:
-            print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
-    save_checkpoint(folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer)
+        # 4. Against the answer key, where there is one.
+        margin = held_out_margins(model, held_out)
+        if config.data:
+            print(f"held-out accuracy {(margin > 0).float().mean():.3f}, loss {-F.logsigmoid(margin).mean():.3f}")
+        else:
+            figures, table = answer_key(margin, gold_margins(held_out_rows))
+            run.record(run.total, **figures)
+            share = figures["expected_accuracy"] / figures["bayes_accuracy"]
+            print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f}; "
+                  f"Bayes {figures['bayes_accuracy']:.3f} ({share:.1%} of it)\n"
+                  f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
+                  f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}")
+            print("calibration   pairs  predicted  observed")
+            for count, predicted, observed in table:
+                print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
+        save_checkpoint(folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer)
+        run.finish()
     for row in held_out_rows[:3]:
         ids = [tokenizer.prompt(row["prompt"]) + tokenizer.response(row[name]) for name in ("chosen", "rejected")]
         chosen, rejected = score_all(model, ids).tolist()
@@ -304,24 +315,44 @@ def train(config):
              ("rejected", f"{rejected:+.2f}  {row['rejected']}"))
     print(f"saved {folder / 'checkpoint.pt'}; next: python ppo.py or python dpo.py", flush=True)
 
-    # 5. Learning curve: how many pairs does it take?
-    if config.learning_curve:
-        print("   pairs  held-out accuracy" + ("" if config.data else "  share of Bayes accuracy"))
-        for count in [2 ** k for k in range(8, len(pairs).bit_length()) if 2 ** k < len(pairs)] + [len(pairs)]:
-            fresh = RewardModel(policy.config).to(device)
-            fresh.trunk.load_state_dict(policy.state_dict())
-            fit(fresh, pairs[:count], held_out, config, random.Random(f"learning curve {config.seed}"))
-            margin = held_out_margins(fresh, held_out)
-            if config.data:
-                print(f"{count:8,d}  {(margin > 0).float().mean():17.3f}", flush=True)
-            else:
-                figures, _ = answer_key(margin, gold)
-                share = figures["expected_accuracy"] / figures["bayes_accuracy"]
-                print(f"{count:8,d}  {figures['expected_accuracy']:17.3f}  {share:23.1%}", flush=True)
+
+def gold_margins(rows):
+    """The annotator's true r(x, y_w) - r(x, y_l) of every row of a file of pairs: (N,)."""
+    return torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
+                         - annotator.gold_reward(row["prompt"], row["rejected"]) for row in rows])
+
+
+def learning_curve(config):
+    """How many pairs does it take? Trains a fresh reward model on 256, 512, ... of the stage's pairs; prints a row for each."""
+    folder, device = stage_folder(config, "reward_model"), get_device()
+    if not (folder / "checkpoint.pt").exists():
+        train(config)
+    policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
+    rows, held_out_rows = read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
+    pairs, _, _ = encode_pairs(rows, tokenizer, policy.config.block_size)
+    held_out, held_out_rows, _ = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
+    world = all(stories.parse_request(row["prompt"]) for row in held_out_rows)  # else nobody knows the true rewards
+    print("   pairs  held-out accuracy" + world * "  share of Bayes accuracy")
+    for count in [2 ** k for k in range(8, len(pairs).bit_length()) if 2 ** k < len(pairs)] + [len(pairs)]:
+        model = RewardModel(policy.config).to(device)
+        model.trunk.load_state_dict(policy.state_dict())
+        for _ in fit(model, pairs[:count], held_out, config, random.Random(f"learning curve {config.seed}")):
+            pass
+        margin = held_out_margins(model, held_out)
+        if world:
+            figures, _ = answer_key(margin, gold_margins(held_out_rows))
+            share = figures["expected_accuracy"] / figures["bayes_accuracy"]
+            print(f"{count:8,d}  {figures['expected_accuracy']:17.3f}  {share:23.1%}", flush=True)
+        else:
+            print(f"{count:8,d}  {(margin > 0).float().mean():17.3f}", flush=True)
 
 
 def main(argv=None):
-    train(parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them."))
+    config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.")
+    if config.learning_curve:
+        learning_curve(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Departure from the slides: the loss is the mean over all response tokens of the 
 so the learning rate does not depend on how long people's answers are.
 """
 
-import math
 import random
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ import torch
 import gpt
 from data import stories
 from data.files import InputError, hold_out, read_demonstrations, run_script
-from gpt import (Log, announce, autocast, batches_by_length, get_device, held_out_loss, learning_rate, load_checkpoint,
-                 make_optimizer, optimizer_step, pad, parse_config, respond, response_mask, save_checkpoint, show,
-                 stage_folder, token_logprobs, train_if_missing)
+from gpt import (Run, announce, batches_by_length, get_device, held_out_loss, learning_rate, load_checkpoint,
+                 make_optimizer, masked_logprobs, optimizer_step, pad, parse_config, respond, response_mask, restore, save_checkpoint, show,
+                 stage_folder, train_if_missing)
 
 
 @dataclass
@@ -42,7 +41,8 @@ class Config:
     weight_decay: float = 0.1   # AdamW's, on matrices only
     max_new_tokens: int = 96    # the longest sampled response
     questions: int = 200        # held-out requests put to the model before and after
-    report: int = 64            # steps between two reports
+    report: int = 64            # steps between two reports; the state for --resume is saved as often
+    resume: bool = False        # go on with the run that was interrupted in this folder
 
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
@@ -62,9 +62,7 @@ def backward(model, sequences, prompt_lengths, micro_batch):
         tokens, lengths = pad(sequences[start:start + micro_batch], device)
         mask = response_mask(torch.tensor(prompt_lengths[start:start + micro_batch], device=device), lengths,
                              tokens.shape[1])
-        with autocast(device):
-            logits = model(tokens)
-        loss = -(token_logprobs(logits, tokens) * mask).sum() / total_tokens  # CS 224R, ch. 4
+        loss = -masked_logprobs(model, tokens, mask).sum() / total_tokens  # CS 224R, ch. 4
         loss.backward()
         total_loss += loss.detach()
     return total_loss
@@ -146,31 +144,35 @@ def train(config):
     before, before_ended = respond(model, tokenizer, plain, config.max_new_tokens, config.seed) if plain else ([], [])
 
     # 2. Next-token prediction on the responses.
-    steps = config.epochs * math.ceil(len(sequences) / config.batch)
+    lengths, order = list(map(len, sequences)), random.Random(f"demonstrations' order {config.seed}")
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, order)]
     optimizer = make_optimizer(model, config.weight_decay)
-    log, losses, step = Log(folder, steps), [], 0
-    for epoch in range(config.epochs):
-        for batch in batches_by_length(list(map(len, sequences)), config.batch, rng):
-            losses.append(backward(model, [sequences[i] for i in batch], [prompt_lengths[i] for i in batch],
-                                   config.micro_batch))
-            norm = optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup))
-            step += 1
-            if step % config.report == 0 or step == steps:
+    with Run("sft", folder, config, every=config.report) as run:
+        run.total, losses = len(batches), run.saved.get("losses", [])
+        restore(run.saved, model=model, optimizer=optimizer)
+        for step in range(run.saved["step"], len(batches)):
+            loss = backward(model, [sequences[i] for i in batches[step]], [prompt_lengths[i] for i in batches[step]],
+                            config.micro_batch)
+            norm = optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
+            losses.append(loss.item())
+            if (step + 1) % config.report == 0 or step + 1 == len(batches):
                 held_out_nats = held_out_loss(model, held_out, held_out_prompts)
-                row = dict(loss=torch.stack(losses).mean().item(), held_out=held_out_nats)
+                row = dict(loss=sum(losses) / len(losses), held_out=held_out_nats)
                 if source:
                     row.update(entropy=source, excess=held_out_nats / source - 1)
-                log(step, **row, grad_norm=norm)
+                run(step + 1, **row, grad_norm=norm)
                 losses = []
+            run.end_step(step + 1, model=model, optimizer=optimizer, losses=losses)
 
-    # 3. Save; the same questions before and after.
-    save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
-    after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed) if chat else ([], [])
-    if not config.data and questions:
-        (base_told, base_flawless), (told, flawless) = answers(before, before_ended), answers(after, after_ended)
-        log.record(steps, base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
-        print(f"answers {len(questions)} held-out requests with a story: base model {base_told:.1%}, SFT {told:.1%}; with a "
-              f"flawless one: {base_flawless:.1%}, {flawless:.1%}")
+        # 3. Save; the same questions before and after.
+        after, after_ended = respond(model, tokenizer, chat, config.max_new_tokens, config.seed) if chat else ([], [])
+        if not config.data and questions:
+            (base_told, base_flawless), (told, flawless) = answers(before, before_ended), answers(after, after_ended)
+            run.record(len(batches), base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
+            print(f"answers {len(questions)} held-out requests with a story: base model {base_told:.1%}, SFT {told:.1%}; with "
+                  f"a flawless one: {base_flawless:.1%}, {flawless:.1%}")
+        save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
+        run.finish()
     for question, base_text, text in list(zip(questions, before, after))[:3]:
         show(("prompt", question), ("before", base_text), ("after", text))
     print(f"saved {folder / 'checkpoint.pt'}; next: python reward_model.py", flush=True)

@@ -12,6 +12,7 @@ Fields other than the ones asked for are ignored, and so are blank lines, a byte
 ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -203,6 +204,23 @@ def write_jsonl(path, rows):
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def lock_folder(folder):
+    """Claim a folder for this process: an open file, to be kept; closing it, or the end of the process, gives the folder back.
+
+    InputError if another process has it. Half-written files that a killed run left there are removed.
+    """
+    file = open(os.path.join(folder, "lock"), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{folder}: another run is using this folder; wait for it, or choose another one") from None
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):
+            os.remove(os.path.join(folder, name))
+    return file
+
+
 # ----------------------------------------------------------------------------------------------------
 # Running a script
 
@@ -223,7 +241,7 @@ def run_script(main):
         reason, status = str(error), 1
     except OSError as error:
         reason, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
-    except KeyboardInterrupt:
-        reason, status = "interrupted", 130
+    except KeyboardInterrupt as interrupt:
+        reason, status = str(interrupt) or "interrupted", 130
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(status)
