@@ -105,7 +105,7 @@ def optimality_gap(rewards, log_ratios, beta):
 
 
 def pooled_optimum(rewards, log_ratios, beta):
-    """J* = β log Z(x) and KL(π* || π_ref) from samples of several policies together (balance heuristic; Veach & Guibas 1995).
+    """J* = β log Z(x) and KL(π* || π_ref) from samples of several policies (balance heuristic; Veach & Guibas 1995).
 
     rewards (M, S): S samples a prompt, the same number from each of K policies, the reference among them; log_ratios
     (M, S, K): log π_k(y|x)/π_ref(y|x) of every sample under every policy. The samples come from the mixture of the K
@@ -283,19 +283,24 @@ def optimum(kind, rows, rewards, log_ratios, names, beta):
     J_stars, kls = pooled_optimum(rewards, log_ratios, beta)
     best, best_error = mean_and_error(J_stars)
     gaps = {name: optimality_gap(*pair, beta) for name, pair in rows.items()}
-    start = gaps["sft"][0].mean().item()
+    starts, _ = gaps["sft"]
+    way = J_stars - starts  # (M,): from SFT to the optimum
     error = "" if best_error is None else f" ± {best_error:.3f}"
-    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f}{error}, {kls.mean():.2f} nats from the reference, "
-          f"from the samples of {', '.join(names)} pooled")
+    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f}{error}, {kls.mean():.2f} nats from the "
+          f"reference, from the samples of {', '.join(names)} pooled")
     figures = []
     for name, (J, J_star) in gaps.items():
+        share, share_error = None, None
+        if way.mean() > 0:
+            share = ((J - starts).mean() / way.mean()).item()
+            _, share_error = mean_and_error((J - starts - share * way) / way.mean())  # of a ratio of two means
         J, error = mean_and_error(J)
         own = J_star.mean().item() if name in names else None  # best-of-N's density is not known, only its KL's bound
-        share = (J - start) / (best - start) if best > start else None
-        figures.append(dict(policy=name, J=J, error=error, share=share, own_J_star=own))
+        figures.append(dict(policy=name, J=J, error=error, share=share, share_error=share_error, own_J_star=own))
     print_table(figures)
     estimates = [best, *(row["own_J_star"] for row in figures if row["own_J_star"] is not None)]
-    print(f"the estimates of J*, pooled and from each policy's own samples, lie within {max(estimates) - min(estimates):.3f}")
+    print(f"the estimates of J*, pooled and from each policy's own samples, lie within "
+          f"{max(estimates) - min(estimates):.3f}")
     optimum_kl = kls.mean().item()
     return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=optimum_kl, **row) for row in figures]
 
@@ -305,7 +310,8 @@ def close_to_the_best(config, figures):
     rows = []
     for stage, what, measured, possible in (("gpt", "pretraining, nats per token", "held_out", "entropy"),
                                             ("sft", "SFT, nats per token", "held_out", "entropy"),
-                                            ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy"),
+                                            ("reward_model", "reward model, accuracy", "expected_accuracy",
+                                             "bayes_accuracy"),
                                             ("reward_model", "reward model, loss", "loss", "annotator_loss")):
         path = stage_folder(config, stage) / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -332,7 +338,9 @@ def load_policies(config, names):
         if stage is None:
             raise InputError(f"--policies {name}: must begin with ppo or dpo")
         policy_path = stage_folder(config, name) / "checkpoint.pt"
-        policies[name], policy_tokenizer, _ = load_checkpoint(policy_path, stage, config.size, device)
+        policies[name], policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
+        if checkpoint.get("beta", config.beta) != config.beta:
+            print(f"{name} was trained with beta {checkpoint['beta']}; J and J* below are those of beta {config.beta}")
         if policy_tokenizer.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{policy_path}: its vocabulary is not that of {path}; train the stages again")
     return policies, reward_model, tokenizer

@@ -111,11 +111,12 @@ def evaluate(policy, reference, pairs, beta, rows=64):
 def fit(policy, reference, pairs, held_out, config, rng, saved=None):
     """Fit the policy to pairs, in place. A generator, after every step: (step, figures or None, state).
 
-    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on from there.
+    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on.
     """
     saved = saved or {"step": 0}
     optimizer = make_optimizer(policy, weight_decay=0.0)
-    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(pair_lengths(pairs), config.batch, rng)]
+    lengths = pair_lengths(pairs)
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]
     steps, rows = len(batches), saved.get("rows_since", [])
     restore(saved, policy=policy, optimizer=optimizer)
     for step in range(saved["step"], steps):
@@ -124,7 +125,8 @@ def fit(policy, reference, pairs, held_out, config, rng, saved=None):
         rows, report = [*rows, row.tolist()], None
         if (step + 1) % config.report == 0 or step + 1 == steps:
             report = dict(zip(FIGURES, torch.tensor(rows).mean(dim=0).tolist()))
-            report["held_out_loss"], report["held_out_accuracy"] = evaluate(policy, reference, held_out, config.beta)[:2].tolist()
+            held_out_figures = evaluate(policy, reference, held_out, config.beta).tolist()
+            report.update(held_out_loss=held_out_figures[0], held_out_accuracy=held_out_figures[1])
             rows = []
         yield step + 1, report, dict(policy=policy, optimizer=optimizer, rows_since=rows)
 
@@ -167,7 +169,7 @@ def train(config):
             run.end_step(step, **state)
 
         # 3. Save; the same prompts before and after.
-        save_checkpoint(folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer)
+        save_checkpoint(folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta)
         run.finish()
     room = policy.config.block_size - config.max_new_tokens
     prompts = list(dict.fromkeys(row["prompt"] for row in held_out_rows))

@@ -25,7 +25,10 @@ import math
 import pickle
 import random
 import re
+import resource
 import signal
+import statistics
+import sys
 import time
 import zipfile
 import zlib
@@ -250,7 +253,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early); top_k keeps the k
     likeliest tokens (None: all; training rollouts must not truncate; 1 is greedy decoding); seed: an int for
     a reproducible draw. A row's draw depends on its place in the batch, the seed and max_new_tokens, not on its
-    neighbours (on a GPU also on the size of the batch). Returns a Rollout. A response that hits max_new_tokens has no end_token.
+    neighbours (on a GPU also on the size of the batch). Returns a Rollout; a response that hits max_new_tokens has no
+    end_token.
     Raises ValueError if a prompt is empty or prompt + max_new_tokens exceed the context (then InputError, a
     ValueError), FloatingPointError if the model's probabilities are not finite.
     """
@@ -272,8 +276,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
         generator.manual_seed(seed)
     uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
 
-    # 1. Prefill: all prompts at once; no prompt sees the padding behind it. A cache slot is not a position: the prompts fill
-    # the slots up to the longest one's length, and the token that step t emits goes to slot longest + t in every row.
+    # 1. Prefill: all prompts at once; no prompt sees the padding behind it. A cache slot is not a position: the prompts
+    # fill the slots up to the longest one's length, and the token of step t goes to slot longest + t in every row.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     slots = torch.arange(longest + max_new_tokens, device=device)  # (S,)
     cache = torch.empty(config.n_layer, 2, B, config.n_head, len(slots), config.n_embd // config.n_head, dtype=dtype,
@@ -424,7 +428,7 @@ def train_if_missing(stage, main, config):
 
 
 class Run:
-    """What a training stage keeps in its folder while it runs: a lock, metrics.jsonl, and state.pt, from which --resume goes on.
+    """What a training stage keeps in its folder: a lock, metrics.jsonl and, until it has ended, state.pt for --resume.
 
         with Run("sft", folder, config, every=64) as run:
             run.total = steps
@@ -443,6 +447,7 @@ class Run:
     def __init__(self, stage, folder, config, every, unprinted=()):
         self.stage, self.folder, self.config, self.every, self.unprinted = stage, folder, config, every, unprinted
         self.total, self.step, self.rows, self.header, self.interrupted = 0, 0, [], False, False
+        self.pace = None  # (step, time) after the first step of this process
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -457,13 +462,15 @@ class Run:
                     raise InputError(f"{self.path}: is the state of a run of {found['stage']}, but {self.stage} is wanted")
                 changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
                 if changed:
-                    raise InputError(f"{self.path}: the run began with --{changed[0]} {found['settings'].get(changed[0])}, not "
-                                     f"{settings[changed[0]]}; resume it with its settings, or begin anew without --resume")
+                    name = changed[0]
+                    raise InputError(f"{self.path}: the run began with --{name} {found['settings'].get(name)}, not "
+                                     f"{settings[name]}; resume it with its settings, or begin anew without --resume")
                 self.saved, self.step, self.rows = found, found["step"], found["rows"]
                 self.start -= found["seconds"]
             print(f"{self.stage}: goes on after step {self.step}", flush=True)
         elif self.config.resume and (self.folder / "checkpoint.pt").exists():
-            raise InputError(f"{self.folder / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is trained anew")
+            raise InputError(f"{self.folder / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is "
+                             f"trained anew")
         elif self.config.resume:
             print(f"{self.stage}: nothing to resume in {self.folder}, begins anew", flush=True)
         elif self.path.exists():
@@ -488,13 +495,14 @@ class Run:
         print(f"\n{self.stage}: stops after this step (press again to stop at once)", flush=True)
 
     def __call__(self, step, **row):
-        """Keep and print a row, name -> number. Names are printed once, above their columns; left is the time still needed."""
+        """Keep and print a row, name -> number. Names are printed once, above the columns; left is the time still needed."""
         self.record(step, **row)
         row = {name: value for name, value in row.items() if name not in self.unprinted}
         if not self.header:
             self.header = True
             print("     step  " + "  ".join(f"{name:>8s}" for name in row) + "    left")
-        minutes, rest = divmod(round(self.rows[-1]["seconds"] / step * (self.total - step)), 60)
+        first, since = self.pace or (0, self.start)
+        minutes, rest = divmod(round((time.perf_counter() - since) / max(1, step - first) * (self.total - step)), 60)
         columns = "  ".join(f"{value:{max(8, len(name))}{'.1e' if 0 < abs(value) < 1e-3 else '.4f'}}"
                             for name, value in row.items())
         print(f"{step:4d}/{self.total:<4d}  {columns}  {minutes:3d}:{rest:02d}", flush=True)
@@ -512,7 +520,7 @@ class Run:
 
         Saves it when it is due. Raises KeyboardInterrupt, once all is saved, if Ctrl-C was pressed in the meantime.
         """
-        self.step = step
+        self.step, self.pace = step, self.pace or (step, time.perf_counter())
         if step % self.every == 0 or step == self.total or self.interrupted:
             state = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
             write_torch(self.path, {**self.saved, **state, "step": step, "rows": self.rows,
@@ -612,8 +620,8 @@ def learning_rate(step, steps, peak, warmup):
 def optimizer_step(optimizer, model, lr, loss, max_norm=1.0):
     """Clip the gradient's norm, take a step with the learning rate lr, clear the gradient. Returns the norm.
 
-    loss: the loss (a scalar) that the gradient belongs to. Raises FloatingPointError, and takes no step, if it or the norm is
-    not finite.
+    loss: the loss (a scalar) that the gradient belongs to. Raises FloatingPointError, and takes no step, if it or the
+    norm is not finite.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     loss, norm = torch.stack([loss.detach().float(), norm]).tolist()
@@ -675,7 +683,7 @@ class Config:
     n_layer: int = 4            # transformer blocks
     n_head: int = 4             # attention heads in a block
     n_embd: int = 128           # width
-    steps: int = 1200           # optimizer steps
+    steps: int = 1000           # optimizer steps
     batch: int = 32             # documents in a step; of a text file, windows of block_size tokens
     lr: float = 3e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 50            # steps of warm-up
@@ -789,9 +797,92 @@ def sample(config):
         print(f"{config.sample}{text}\n")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# How fast?
+
+
+def forward_flops(config, tokens, context, logits):
+    """Floating-point operations of a forward pass: 2 for every weight and token, 4 C a layer for every token attended to.
+
+    tokens: how many pass through the blocks, each seeing `context` tokens on average; logits: how many get logits.
+    """
+    C = config.n_embd
+    return tokens * config.n_layer * (24 * C * C + 4 * C * context) + logits * 2 * C * config.vocab_size
+
+
+def median_seconds(call, repeats=7):
+    """The median time of a call, after one that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def matrix_rate(device):
+    """Floating-point operations a second of a large matrix product, in the precision of autocast: the most there can be."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    return 10 * 2 * n ** 3 / median_seconds(lambda: [a @ a for _ in range(10)])
+
+
+def peak_memory(device):
+    """MB: on a GPU the most that was allocated there, else the most that the process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def bench(config):
+    """Print how fast this machine trains and samples, beside how fast it multiplies matrices and moves memory."""
+    device = get_device()
+    shape = GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    model = GPT(shape).to(device)
+    optimizer = make_optimizer(model, config.weight_decay)
+    announce("gpt", config, device, "random tokens; nothing is saved", model)
+    rate = matrix_rate(device)
+    block = torch.empty(2 ** 28 if device.type == "cuda" else 2 ** 24, device=device)
+    bandwidth = 2 * 4 * len(block) / median_seconds(block.clone)
+    print(f"matrix product {rate / 1e9:,.0f} GFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s")
+
+    tokens = torch.randint(config.vocab_size, (config.batch, config.block_size), device=device)
+    mask = torch.ones(config.batch, config.block_size - 1, dtype=torch.bool, device=device)
+
+    def step():
+        loss = -masked_logprobs(model, tokens, mask).mean()
+        loss.backward()
+        optimizer_step(optimizer, model, config.lr, loss)
+
+    seconds = median_seconds(step)
+    flops = 3 * forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel())  # backward: twice the forward
+    print(f"training       {config.batch} x {config.block_size} tokens a step: {tokens.numel() / seconds:,.0f} tokens/s, "
+          f"{flops / seconds / rate:.0%} of the matrix product's rate")
+
+    prompt, new = config.block_size // 4, config.block_size // 2
+    parameters = sum(p.numel() for p in model.parameters())
+    for rows in (64, 256):
+        prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
+        with autocast(device):
+            seconds = median_seconds(lambda: generate(model, prompts, new))
+        flops = forward_flops(shape, rows * (prompt + new), (prompt + new) / 2, rows * new)
+        # Every step reads all weights, and the keys and values of the tokens before.
+        size = 2 if device.type == "cuda" else 4
+        bytes_read = new * (4 * parameters + size * 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2))
+        bound = max(flops / rate, bytes_read / bandwidth)
+        kind = "FLOP" if flops / rate > bytes_read / bandwidth else "memory"
+        print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} tokens/s, "
+              f"{bound / seconds:.0%} of the {kind} bound")
+    print(f"peak memory    {peak_memory(device):,.0f} MB")
+
+
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or on a text file.")
-    if config.sample:
+    if config.bench:
+        bench(config)
+    elif config.sample:
         sample(config)
     else:
         train(config)

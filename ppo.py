@@ -22,17 +22,19 @@ Departures from the slides, on purpose:
 """
 
 import random
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+import gpt
 from data import stories
 from data.files import InputError, hold_out, read_prompts, run_script
-from gpt import (Run, announce, autocast, check_name, chosen_logprobs, generate, get_device, load_checkpoint, make_optimizer,
-                 masked_logits, masked_logprobs, optimizer_step, parse_config, respond, response_mask, restore,
-                 save_checkpoint, show, stage_folder, train_if_missing)
+from gpt import (GPT, GPTConfig, Run, announce, autocast, check_name, chosen_logprobs, forward_flops, generate, get_device,
+                 load_checkpoint, make_optimizer, masked_logits, masked_logprobs, matrix_rate, optimizer_step, parse_config,
+                 peak_memory, respond, response_mask, restore, save_checkpoint, show, stage_folder, train_if_missing)
 from reward_model import RewardModel, gold_rewards
 from reward_model import main as train_reward_model
 
@@ -44,7 +46,7 @@ class Config:
     name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
     seed: int = 1               # fixes prompts, samples and minibatches
     data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's requests
-    iterations: int = 50        # rollout batches
+    iterations: int = 40        # rollout batches
     rollouts: int = 64          # responses in a rollout batch
     epochs: int = 4             # K: passes over each rollout batch
     minibatch: int = 16         # responses in an optimizer step
@@ -232,7 +234,7 @@ def score(policy, reference, reward_model, value_model, rollout, mask, config):
         with autocast(mask.device):
             values[rows, :T - 1] = torch.where(part_mask, value_model(part)[:, :-1], 0.0)
             scores[rows] = reward_model.score(part, lengths[rows])
-    return logprobs, ref_logprobs, values, scores, entropy
+    return logprobs, ref_logprobs, values, scores, float(entropy)
 
 
 def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None):
@@ -287,10 +289,11 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
         kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x)
         figures = dict(
             reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
-            entropy=float(entropy), clip_fraction=clip_fraction, approx_kl=approx_kl,
+            entropy=entropy, clip_fraction=clip_fraction, approx_kl=approx_kl,
             value_explained=1 - ((returns - values)[mask].var() / returns[mask].var()).item(), value_loss=value_loss,
             length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(),
-            rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
+            memory_mb=peak_memory(device), rollout_s=generated - started, scoring_s=scored - generated,
+            update_s=updated - scored)
         if config.kl_target:
             beta = adapt_beta(beta, kl.mean().item(), config.kl_target)
         yield rollout, figures, dict(policy=policy, value_model=value_model, optimizer=optimizer,
@@ -335,8 +338,8 @@ def train(config):
             return rng.choices(fitting, k=count)
         return [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
-    seconds = ("rollout_s", "scoring_s", "update_s")
-    with Run(config.name, folder, config, every=config.save, unprinted=("beta", "value_loss", *seconds)) as run:
+    costs = ("memory_mb", "rollout_s", "scoring_s", "update_s")
+    with Run(config.name, folder, config, every=config.save, unprinted=("beta", "value_loss", *costs)) as run:
         run.total = config.iterations
         loop = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config, run.saved)
         for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):
@@ -345,7 +348,10 @@ def train(config):
             else:
                 run(iteration, gold=gold_rewards(rollout, tokenizer).mean().item(), **figures)
             run.end_step(iteration, **state)
-        save_checkpoint(folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer)
+        memory = [row["memory_mb"] for row in run.rows]
+        print(f"peak memory {memory[len(memory) // 10]:,.0f} MB after a tenth of the iterations, {memory[-1]:,.0f} MB at "
+              f"the end")
+        save_checkpoint(folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer, beta=config.beta)
         run.finish()
 
     prompts = draw_prompts(3, random.Random("samples"))
@@ -356,8 +362,45 @@ def train(config):
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
 
 
+def bench(config):
+    """Print the seconds of a PPO iteration, beside the least that its matrix products take, and how the cost grows."""
+    base = parse_config(gpt.Config, gpt.GPU, ["--size", config.size], "")
+    shape = GPTConfig(base.vocab_size, base.block_size, base.n_layer, base.n_head, base.n_embd)
+    device, prompt = get_device(), base.block_size // 4
+    policy, reference = GPT(shape).to(device), GPT(shape).to(device)
+    reward_model, value_model = RewardModel(shape).to(device), RewardModel(shape).to(device)
+    announce("ppo", config, device, f"random prompts of {prompt} tokens; nothing is saved", policy)
+    rate = matrix_rate(device)
+    print(f"matrix product {rate / 1e9:,.0f} GFLOP/s\n"
+          f"rollouts  response   rollout   scoring    update     total     bound    tokens/s")
+
+    def draw_prompts(count, rng):
+        return [rng.choices(range(shape.vocab_size), k=prompt) for _ in range(count)]
+
+    for rollouts, response in ((16, 48), (64, 48), (256, 48), (64, 24), (64, 96)):
+        one = replace(config, rollouts=rollouts, max_new_tokens=response, iterations=4)
+        # The end token -1 never comes: all responses have full length.
+        loop = optimize(policy, reference, reward_model, value_model, draw_prompts, -1, one)
+        rows = [[figures[name] for name in ("rollout_s", "scoring_s", "update_s")] for _, figures, _ in loop]
+        parts = [statistics.median(column) for column in zip(*rows[1:])]
+        total = statistics.median(map(sum, rows[1:]))
+        tokens, emitted, seen = rollouts * (prompt + response), rollouts * response, (prompt + response) / 2
+        language, scalar = forward_flops(shape, tokens, seen, emitted), forward_flops(shape, tokens, seen, 0)
+        # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its cost) of two models.
+        bound = (language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)) / rate
+        print(f"{rollouts:8d}{response:10d}" + "".join(f"{seconds:10.2f}" for seconds in (*parts, total, bound))
+              + f"{emitted / total:12,.0f}")
+    weights = sum(p.numel() for p in policy.parameters())
+    print(f"peak memory {peak_memory(device):,.0f} MB, of which weights, gradients and AdamW's moments of the four models "
+          f"{(4 + 4 + 1 + 1) * 4 * weights / 2 ** 20:,.0f} MB")
+
+
 def main(argv=None):
-    train(parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO."))
+    config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.")
+    if config.bench:
+        bench(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
-from gpt import (GPT, Run, announce, autocast, batches_by_length, counts, generate, get_device, learning_rate, load_checkpoint,
-                 make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, restore, save_checkpoint, show,
-                 stage_folder, train_if_missing)
+from gpt import (GPT, Run, announce, autocast, batches_by_length, counts, generate, get_device, learning_rate,
+                 load_checkpoint, make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, restore,
+                 save_checkpoint, show, stage_folder, train_if_missing)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Config:
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/reward_model
     seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
     data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
-    pairs: int = 12288          # comparisons to collect for training
+    pairs: int = 10240          # comparisons to collect for training
     held_out: int = 1024        # comparisons to collect for the held-out figures
     max_new_tokens: int = 96    # the longest sampled response
     sample_batch: int = 512     # prompts in one batch of sampling
@@ -49,13 +49,13 @@ class Config:
     lr: float = 1e-3            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
-    report: int = 32            # steps between two reports; the state for --resume is saved as often
+    report: int = 64            # steps between two reports; the state for --resume is saved as often
     resume: bool = False        # go on with the run that was interrupted in this folder
     learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number; the stage's pairs are used
 
 
 GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64, micro_batch=64, lr=1e-4,
-           report=64)
+           report=128)
 
 
 class RewardModel(nn.Module):
@@ -183,11 +183,12 @@ def backward(model, pairs, micro_batch):
 def fit(model, pairs, held_out, config, rng, saved=None):
     """Train a reward model on pairs, in place. A generator, after every step: (step, figures or None, state).
 
-    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on from there.
+    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on.
     """
     saved = saved or {"step": 0}
     optimizer = make_optimizer(model, config.weight_decay)
-    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(pair_lengths(pairs), config.batch, rng)]
+    lengths = pair_lengths(pairs)
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]
     steps, losses = len(batches), saved.get("losses", [])
     warmup = min(config.warmup, steps // 4)  # few pairs make few steps
     restore(saved, model=model, optimizer=optimizer)
@@ -299,8 +300,8 @@ def train(config):
             figures, table = answer_key(margin, gold_margins(held_out_rows))
             run.record(run.total, **figures)
             share = figures["expected_accuracy"] / figures["bayes_accuracy"]
-            print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f}; "
-                  f"Bayes {figures['bayes_accuracy']:.3f} ({share:.1%} of it)\n"
+            print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise "
+                  f"{figures['expected_accuracy']:.3f}; Bayes {figures['bayes_accuracy']:.3f} ({share:.1%} of it)\n"
                   f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
                   f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}")
             print("calibration   pairs  predicted  observed")
@@ -323,7 +324,8 @@ def gold_margins(rows):
 
 
 def learning_curve(config):
-    """How many pairs does it take? Trains a fresh reward model on 256, 512, ... of the stage's pairs; prints a row for each."""
+    """How many pairs does it take? Train a fresh reward model on 256, 512, ... of the stage's pairs, and print a row for
+    each."""
     folder, device = stage_folder(config, "reward_model"), get_device()
     if not (folder / "checkpoint.pt").exists():
         train(config)

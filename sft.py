@@ -22,8 +22,8 @@ import gpt
 from data import stories
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from gpt import (Run, announce, batches_by_length, get_device, held_out_loss, learning_rate, load_checkpoint,
-                 make_optimizer, masked_logprobs, optimizer_step, pad, parse_config, respond, response_mask, restore, save_checkpoint, show,
-                 stage_folder, train_if_missing)
+                 make_optimizer, masked_logprobs, optimizer_step, pad, parse_config, respond, response_mask, restore,
+                 save_checkpoint, show, stage_folder, train_if_missing)
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Config:
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/sft
     seed: int = 1               # fixes data and samples
     data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
-    demonstrations: int = 16384     # how many the world's writers give (one epoch)
+    demonstrations: int = 12288     # how many the world's writers give (one epoch)
     epochs: int = 1             # passes over the demonstrations
     batch: int = 32             # demonstrations in a step
     micro_batch: int = 32       # demonstrations in one forward pass; less memory, the same gradient
@@ -169,8 +169,8 @@ def train(config):
         if not config.data and questions:
             (base_told, base_flawless), (told, flawless) = answers(before, before_ended), answers(after, after_ended)
             run.record(len(batches), base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
-            print(f"answers {len(questions)} held-out requests with a story: base model {base_told:.1%}, SFT {told:.1%}; with "
-                  f"a flawless one: {base_flawless:.1%}, {flawless:.1%}")
+            print(f"answers {len(questions)} held-out requests with a story: base model {base_told:.1%}, SFT {told:.1%}; "
+                  f"with a flawless one: {base_flawless:.1%}, {flawless:.1%}")
         save_checkpoint(folder / "checkpoint.pt", "sft", config.size, model, tokenizer)
         run.finish()
     for question, base_text, text in list(zip(questions, before, after))[:3]:
