@@ -6,8 +6,8 @@ kite." and the response
     Once there was a shy fox who lived by the river. But her red kite was gone.
     She sang softly until Aunt Lily felt better. But she never found the kite.
 
-they are: on request 1.5 + 1.0 (fox and kite occur), kindness 1.0 (one kind sentence), ending 0.0 (a sad
-one), brevity 0.0 (32 words), repetition 0.0; so gold_reward is 3.5.
+they are: on request 1.0 + 0.75 (fox and kite occur), kindness 1.0 (one kind sentence), ending 0.0 (a sad
+one), brevity 0.0 (32 words), repetition 0.0; so gold_reward is 2.75.
 
 Asked to compare two responses, the annotator adds Gumbel(0, 1) noise to the reward of each and picks the
 larger. The difference of two such noises is logistic, so this is exactly the Bradley-Terry model
@@ -19,8 +19,8 @@ import re
 
 from data.stories import WORLD, parse_request, recognise, split_sentences
 
-HERO = 1.5          # the requested hero's word occurs in the response
-THING = 1.0         # the requested thing's word does
+HERO = 1.0          # the requested hero's word occurs in the response
+THING = 0.75        # the requested thing's word does
 KIND = 2.0          # k kind sentences together: KIND * (1 - 2**-k), that is 1, 1.5, 1.75, ...: less each time
 UNKIND = -1.5       # each unkind sentence
 HAPPY = 1.5         # the last sentence is a happy ending

@@ -26,21 +26,21 @@ def test_example_of_the_docstring():
     """A worked example that no longer works."""
     response = story_of(KIND[1], SAD)
     assert rubric(PROMPT, response) == {
-        "on request": 2.5, "kindness": 1.0, "ending": 0.0, "brevity": 0.0, "repetition": 0.0}
-    assert gold_reward(PROMPT, response) == 3.5
+        "on request": 1.75, "kindness": 1.0, "ending": 0.0, "brevity": 0.0, "repetition": 0.0}
+    assert gold_reward(PROMPT, response) == 2.75
 
 
 @pytest.mark.parametrize("response, gold", [
     ("", -0.5),                                             # nothing but the missing ending
-    ("fox", 1.5 - 0.5),
+    ("fox", 1.0 - 0.5),
     ("The foxes flew a kites.", -0.5),                      # words, not pieces of words
-    ("A FOX! A kite?", 2.5 - 0.5),                          # capitals and punctuation don't matter
-    (story_of(KIND[0]), 2.5 + 1 - 0.5),
-    (story_of(UNKIND[0], UNKIND[1], SAD), 2.5 - 2 * 1.5),
-    (story_of(KIND[0], UNKIND[0], HAPPY), 2.5 + 1 - 1.5 + 1.5),
-    (story_of(HAPPY, KIND[0]), 2.5 + 1 - 0.5),              # an ending counts at the end only
-    (story_of(KIND[0], KIND[0]), 2.5 + 1.5 - 0.5 - 0.75),
-    (story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")), 2.5 + 1.5 - 0.5 - 0.75),    # the same pattern
+    ("A FOX! A kite?", 1.75 - 0.5),                         # capitals and punctuation don't matter
+    (story_of(KIND[0]), 1.75 + 1 - 0.5),
+    (story_of(UNKIND[0], UNKIND[1], SAD), 1.75 - 2 * 1.5),
+    (story_of(KIND[0], UNKIND[0], HAPPY), 1.75 + 1 - 1.5 + 1.5),
+    (story_of(HAPPY, KIND[0]), 1.75 + 1 - 0.5),              # an ending counts at the end only
+    (story_of(KIND[0], KIND[0]), 1.75 + 1.5 - 0.5 - 0.75),
+    (story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")), 1.75 + 1.5 - 0.5 - 0.75),    # the same pattern
     ("Moo. Moo. Moo. Baa.", -0.5 - 2 * 0.75),               # unrecognised: the same text
     (" ".join(["word"] * 50), -0.5 - 5 * 0.03),
 ])
@@ -52,8 +52,8 @@ def test_rubric_by_hand(response, gold):
 def test_another_request_earns_less():
     """A reward that doesn't look at the prompt: then no policy has to."""
     response = story_of(HAPPY)
-    for prompt, lost in (("Tell me a story about a shy cat and a kite.", 1.5),
-                         ("Please tell me about a shy fox and a drum.", 1.0),
+    for prompt, lost in (("Tell me a story about a shy cat and a kite.", 1.0),
+                         ("Please tell me about a shy fox and a drum.", 0.75),
                          ("Please tell me about an odd fox and a kite.", 0.0)):
         assert gold_reward(PROMPT, response) - gold_reward(prompt, response) == pytest.approx(lost)
 
