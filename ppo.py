@@ -377,7 +377,9 @@ def bench(config):
     def draw_prompts(count, rng):
         return [rng.choices(range(shape.vocab_size), k=prompt) for _ in range(count)]
 
-    for rollouts, response in ((16, 48), (64, 48), (256, 48), (64, 24), (64, 96)):
+    n, longest = config.rollouts, config.max_new_tokens
+    few, half, quarter = max(1, n // 4), max(1, longest // 2), max(1, longest // 4)
+    for rollouts, response in ((few, half), (n, half), (4 * n, half), (n, quarter), (n, longest)):
         one = replace(config, rollouts=rollouts, max_new_tokens=response, iterations=4)
         # The end token -1 never comes: all responses have full length.
         loop = optimize(policy, reference, reward_model, value_model, draw_prompts, -1, one)
