@@ -50,6 +50,7 @@ class Config:
     beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
+    resume: bool = False        # a missing stage that was interrupted goes on
 
 
 GPU = dict(prompts=128, sample_batch=1024, max_new_tokens=128)

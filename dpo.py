@@ -117,8 +117,8 @@ def fit(policy, reference, pairs, held_out, config, rng, saved=None):
     optimizer = make_optimizer(policy, weight_decay=0.0)
     lengths = pair_lengths(pairs)
     batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]
-    steps, rows = len(batches), saved.get("rows_since", [])
-    restore(saved, policy=policy, optimizer=optimizer)
+    steps = len(batches)
+    rows = restore(saved, steps, policy=policy, optimizer=optimizer, figures=[])["figures"]
     for step in range(saved["step"], steps):
         row = backward(policy, reference, [pairs[i] for i in batches[step]], config.beta, config.micro_batch)
         optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup), row[0])
@@ -128,7 +128,7 @@ def fit(policy, reference, pairs, held_out, config, rng, saved=None):
             held_out_figures = evaluate(policy, reference, held_out, config.beta).tolist()
             report.update(held_out_loss=held_out_figures[0], held_out_accuracy=held_out_figures[1])
             rows = []
-        yield step + 1, report, dict(policy=policy, optimizer=optimizer, rows_since=rows)
+        yield step + 1, report, dict(policy=policy, optimizer=optimizer, figures=rows)
 
 
 def train(config):

@@ -42,7 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import stories
-from data.files import InputError, lock_folder, read_text, run_script, write_atomic, write_jsonl
+from data.files import InputError, lock_folder, read_bytes, read_text, run_script, write_atomic, write_jsonl
 from data.tokenizer import Tokenizer, train as train_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     ValueError), FloatingPointError if the model's probabilities are not finite.
     """
     config, device = model.config, model.wte.weight.device
-    if min(map(len, prompts)) < 1 or max_new_tokens < 1 or temperature <= 0:
+    if min(map(len, prompts), default=0) < 1 or max_new_tokens < 1 or temperature <= 0:
         raise ValueError("generate needs prompts of at least one token, max_new_tokens >= 1 and temperature > 0")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.block_size:
@@ -432,7 +432,7 @@ class Run:
 
         with Run("sft", folder, config, every=64) as run:
             run.total = steps
-            restore(run.saved, model=model, optimizer=optimizer)
+            restore(run.saved, steps, model=model, optimizer=optimizer)
             for step in range(run.saved["step"], steps):
                 ...
                 run(step + 1, loss=loss)            # prints a row, and writes it to metrics.jsonl
@@ -452,12 +452,27 @@ class Run:
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.folder)
+        try:
+            self.begin()
+        except BaseException:
+            self.lock.close()
+            raise
+        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def begin(self):
+        """Read the state of the run to resume, or write that of one that begins."""
         self.start, self.path = time.perf_counter(), self.folder / "state.pt"
-        settings = {name: value for name, value in asdict(self.config).items() if name != "resume"}
-        self.saved = dict(stage=self.stage, settings=settings, step=0, seconds=0.0, rows=[])
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("resume", "out")}
+        for name in ("text", "data"):  # a file may have changed under its name
+            if settings.get(name):
+                settings[name] += f" (checksum {zlib.crc32(read_bytes(settings[name])):08x})"
+        self.saved = dict(stage=self.stage, settings=settings, step=0, seconds=0.0, rows=[], path=str(self.path))
         if self.path.exists() and self.config.resume:
             with refused_if_broken(self.path, "begin anew without --resume"):
                 found = read_torch(self.path)
+                if any(type(found[name]) is not type(value) for name, value in self.saved.items()) or found["step"] < 0:
+                    raise ValueError("its values are not those of a run")
                 if found["stage"] != self.stage:
                     raise InputError(f"{self.path}: is the state of a run of {found['stage']}, but {self.stage} is wanted")
                 changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
@@ -465,8 +480,11 @@ class Run:
                     name = changed[0]
                     raise InputError(f"{self.path}: the run began with --{name} {found['settings'].get(name)}, not "
                                      f"{settings[name]}; resume it with its settings, or begin anew without --resume")
-                self.saved, self.step, self.rows = found, found["step"], found["rows"]
-                self.start -= found["seconds"]
+                if not all(isinstance(value, (int, float)) for row in found["rows"] for value in row.values()):
+                    raise ValueError("its rows are not figures")
+            self.saved = {**found, "path": str(self.path)}
+            self.step, self.rows = found["step"], found["rows"]
+            self.start -= found["seconds"]
             print(f"{self.stage}: goes on after step {self.step}", flush=True)
         elif self.config.resume and (self.folder / "checkpoint.pt").exists():
             raise InputError(f"{self.folder / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is "
@@ -477,8 +495,6 @@ class Run:
             print(f"{self.stage}: begins anew and gives up an unfinished run (--resume would go on with it)", flush=True)
         self.write_metrics()
         write_torch(self.path, self.saved)
-        self.handler = signal.signal(signal.SIGINT, self.interrupt)
-        return self
 
     def __exit__(self, kind, error, traceback):
         signal.signal(signal.SIGINT, self.handler)
@@ -533,11 +549,24 @@ class Run:
         self.path.unlink()
 
 
-def restore(saved, **parts):
-    """Load what a Run saved into models and optimizers, by name; nothing for a run that begins, whose step is 0."""
-    for name, part in parts.items() if saved["step"] else ():
-        with refused_if_broken("state.pt", "begin anew without --resume"):
-            part.load_state_dict(saved[name])
+def restore(saved, steps, **state):
+    """Load what a Run saved into models and optimizers, by name. Returns the plain values among `state`, as saved.
+
+    A run that begins (saved["step"] is 0) loads nothing, and its plain values are as given. InputError if the state is
+    not one of such a run of `steps` steps.
+    """
+    plain = {name: x for name, x in state.items() if not hasattr(x, "load_state_dict")}
+    if saved["step"] == 0:
+        return plain
+    with refused_if_broken(saved["path"], "begin anew without --resume"):
+        if saved["step"] > steps:
+            raise ValueError(f"it is at step {saved['step']} of {steps}")
+        for name, x in state.items():
+            if name not in plain:
+                x.load_state_dict(saved[name])
+            elif type(saved[name]) is not type(x) or not torch.tensor(saved[name], dtype=torch.float64).isfinite().all():
+                raise ValueError(f"its {name} are not numbers")
+        return {name: saved[name] for name in plain}
 
 
 def save_checkpoint(path, stage, size, model, tokenizer, **extra):
@@ -582,8 +611,8 @@ def write_torch(path, values):
 def read_torch(path):
     """What write_torch wrote, with the checksum of every record verified; a pickle that would run code is refused."""
     with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive
-        # A byte of these attributes is in no checksum, and torch would skip a record that has one.
-        if archive.testzip() is not None or any(record.external_attr for record in archive.infolist()):
+        # No checksum covers these two: torch would skip a record with such attributes, and never compresses one.
+        if any(record.external_attr or record.compress_type for record in archive.infolist()) or archive.testzip():
             raise zipfile.BadZipFile("checksum error")
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -610,7 +639,8 @@ def make_optimizer(model, weight_decay):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, then a cosine from peak down to 0 at `steps`."""
+    """Linear warm-up over `warmup` steps (a quarter of all at most), then a cosine from peak down to 0 at `steps`."""
+    warmup = min(warmup, steps // 4)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -755,8 +785,8 @@ def train(config):
     # 2. Next-token prediction.
     batches = batches_by_length(list(map(len, sequences)), config.batch, random.Random(f"batches {config.seed}"))
     with Run("gpt", folder, config, every=config.report) as run:
-        run.total, losses = len(batches), run.saved.get("losses", [])
-        restore(run.saved, model=model, optimizer=optimizer)
+        run.total = len(batches)
+        losses = restore(run.saved, run.total, model=model, optimizer=optimizer, losses=[])["losses"]
         for step in range(run.saved["step"], len(batches)):
             tokens, lengths = pad([sequences[i] for i in batches[step]], device)  # (B, T)
             mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding

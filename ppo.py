@@ -84,10 +84,11 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Shift and scale x to mean 0 and variance 1 over the mask (Ziegler et al. 2019); 0 outside of it."""
+    """Shift and scale x to mean 0 and variance 1 over the mask (Ziegler et al. 2019); 0 elsewhere, or if all are equal."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask, (x - mean) * (variance + 1e-8).rsqrt(), 0.0)
+    equal = variance <= (1e-6 * mean) ** 2  # what is left is rounding, and must not be blown up
+    return torch.where(mask & ~equal, (x - mean) * (variance + 1e-8).rsqrt(), 0.0)
 
 
 def token_entropy(logits, temperature=1.0):
@@ -247,8 +248,8 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
     device, saved = policy.wte.weight.device, saved or {"step": 0}
     optimizer = make_optimizer(policy, weight_decay=0.0)
     value_optimizer = make_optimizer(value_model, weight_decay=0.0)
-    restore(saved, policy=policy, value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer)
-    beta = saved.get("beta", config.beta)
+    beta = restore(saved, config.iterations, policy=policy, value_model=value_model, optimizer=optimizer,
+                   value_optimizer=value_optimizer, beta=config.beta)["beta"]
     for iteration in range(saved["step"], config.iterations):
         started, rng = time.perf_counter(), random.Random(f"ppo {config.seed} {iteration}")
 
@@ -287,10 +288,11 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
         # 5. Repeat with a new batch: the next rollouts come from the updated policy, π_old ← π_θ.
         kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x)
+        spread, unexplained = returns[mask].var(correction=0), (returns - values)[mask].var(correction=0)
         figures = dict(
             reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
             entropy=entropy, clip_fraction=clip_fraction, approx_kl=approx_kl,
-            value_explained=1 - ((returns - values)[mask].var() / returns[mask].var()).item(), value_loss=value_loss,
+            value_explained=1 - (unexplained / spread.clamp(min=1e-8)).item(), value_loss=value_loss,
             length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(),
             memory_mb=peak_memory(device), rollout_s=generated - started, scoring_s=scored - generated,
             update_s=updated - scored)

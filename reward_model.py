@@ -189,12 +189,11 @@ def fit(model, pairs, held_out, config, rng, saved=None):
     optimizer = make_optimizer(model, config.weight_decay)
     lengths = pair_lengths(pairs)
     batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]
-    steps, losses = len(batches), saved.get("losses", [])
-    warmup = min(config.warmup, steps // 4)  # few pairs make few steps
-    restore(saved, model=model, optimizer=optimizer)
+    steps = len(batches)
+    losses = restore(saved, steps, model=model, optimizer=optimizer, losses=[])["losses"]
     for step in range(saved["step"], steps):
         loss = backward(model, [pairs[i] for i in batches[step]], config.micro_batch)
-        optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, warmup), loss)
+        optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup), loss)
         losses, row = [*losses, loss.item()], None
         if (step + 1) % config.report == 0 or step + 1 == steps:
             margin = held_out_margins(model, held_out)
@@ -248,28 +247,35 @@ def train(config):
     model.trunk.load_state_dict(policy.state_dict())  # the SFT model with a linear head in place of the LM head
     announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
 
-    with Run("reward_model", folder, config, every=config.report) as run:
-        # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
-        if run.saved["step"]:
-            rows, held_out_rows = read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
-        elif not config.data:
-            start = time.perf_counter()
-            rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config,
-                                          random.Random(f"pairs {config.seed}"))
-            print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {counts(dropped)}")
-            held_out_rows, rows = rows[:config.held_out], rows[config.held_out:]
+    def encode(rows, held_out_rows):
+        """(pairs, their rows, held-out pairs, their rows, prompts that leave room for a response)."""
         pairs, rows, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
         held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
-        print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}")
-        print(f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
-        fitting = [chosen[:length] for chosen, _, length in pairs
-                   if length + config.max_new_tokens <= model.config.block_size]
+        print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}\n"
+              f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
+        room = model.config.block_size - config.max_new_tokens
+        fitting = [chosen[:length] for chosen, _, length in pairs if length <= room]
         if not pairs or not held_out:
             raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
                              f"{'hold out' if pairs else 'train on'}")
         if not fitting:
             raise InputError(f"{config.data or 'the collected pairs'}: no prompt leaves room for --max_new_tokens "
                              f"{config.max_new_tokens} in the context of {model.config.block_size}")
+        return pairs, rows, held_out, held_out_rows, fitting
+
+    if config.data:
+        encoded = encode(rows, held_out_rows)  # before anything is written
+    with Run("reward_model", folder, config, every=config.report) as run:
+        # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
+        if not config.data and run.saved["step"]:
+            encoded = encode(read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl"))
+        elif not config.data:
+            start = time.perf_counter()
+            rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config,
+                                          random.Random(f"pairs {config.seed}"))
+            print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {counts(dropped)}")
+            encoded = encode(rows[config.held_out:], rows[:config.held_out])
+        pairs, rows, held_out, held_out_rows, fitting = encoded
         write_jsonl(folder / "pairs.jsonl", rows)
         write_jsonl(folder / "held_out.jsonl", held_out_rows)
 

@@ -148,8 +148,8 @@ def train(config):
     batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, order)]
     optimizer = make_optimizer(model, config.weight_decay)
     with Run("sft", folder, config, every=config.report) as run:
-        run.total, losses = len(batches), run.saved.get("losses", [])
-        restore(run.saved, model=model, optimizer=optimizer)
+        run.total = len(batches)
+        losses = restore(run.saved, run.total, model=model, optimizer=optimizer, losses=[])["losses"]
         for step in range(run.saved["step"], len(batches)):
             loss = backward(model, [sequences[i] for i in batches[step]], [prompt_lengths[i] for i in batches[step]],
                             config.micro_batch)

@@ -38,6 +38,8 @@ def read_text(path):
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise InputError(f"{path}: the file is empty")
+    if "\0" in text:
+        raise InputError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save the file as UTF-8 text")
     return text
 
 
@@ -193,9 +195,11 @@ def write_atomic(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error, OSError):
+            error.filename = path       # a full disk names no file
         raise
 
 

@@ -1,10 +1,42 @@
 """What all tests share."""
 
+import random
+import shutil
+
 import pytest
 import torch
+
+import gpt
+import reward_model
+import sft
+from data import stories
+from data.files import write_jsonl
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Models this small run faster on one thread, many times faster where the other cores are busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """A folder with base, SFT and reward model of one layer, trained in seconds; the SFT model answers with half a
+    sentence and ends. Nobody may write to it."""
+    out = tmp_path_factory.mktemp("stages")
+    common = ["--out", str(out), "--size", "cpu"]
+    gpt.main(common + "--n_layer 1 --n_head 2 --n_embd 32 --steps 20 --batch 8".split())
+    rng, rows = random.Random(0), []
+    for _ in range(600):
+        request = stories.request(rng).text
+        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
+    write_jsonl(out / "demonstrations.jsonl", rows)
+    sft.main(common + f"--data {out}/demonstrations.jsonl --batch 16 --lr 1e-2 --epochs 2 --max_new_tokens 16".split())
+    reward_model.main(common + "--pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16".split())
+    return out
+
+
+@pytest.fixture
+def out(stages, tmp_path):
+    """A copy of it, to write to."""
+    return shutil.copytree(stages, tmp_path / "out")

@@ -20,7 +20,7 @@ from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer
 from gpt import load_checkpoint, save_checkpoint
 from reward_model import RewardModel
-from test_ppo import metrics, noise, snapshot, stages
+from test_ppo import metrics, noise, snapshot
 
 MATRIX = torch.tensor([[0.7, 0.3, 0.5, 0.2],        # ECE 7115, "Rejection Sampling": 5 prompts, 4 completions
                        [0.4, 0.8, 0.6, 0.5],
@@ -239,7 +239,7 @@ def test_best_of_n_row_keeps_the_pieces_together():
 
 
 @pytest.fixture(scope="module")
-def trained(stages, tmp_path_factory):  # noqa: F811
+def trained(stages, tmp_path_factory):
     """A folder with all stages, PPO and DPO too."""
     out = shutil.copytree(stages, tmp_path_factory.mktemp("trained") / "out")
     common = ["--out", str(out), "--size", "cpu", "--max_new_tokens", "16"]
@@ -288,7 +288,7 @@ def test_yardstick(trained, capsys):
         (kind, name) for kind in ("reward model", "gold") for name in table]
     for row in optima:
         figure = table[row["policy"]]["reward" if row["under"] == "reward model" else "gold"]
-        assert row["J"] == pytest.approx(figure - 0.25 * table[row["policy"]]["kl"], abs=1e-4)  # the README's beta
+        assert row["J"] == pytest.approx(figure - 0.2 * table[row["policy"]]["kl"], abs=1e-4)  # the README's beta
     assert "How close to the best" in printed and all(name in printed for name in table)
     assert "the little world: 3 held-out prompts; 8 samples each" in printed
     assert re.findall(r"^sampled (.*) in \d+ s$", printed, re.M) == ["sft", "ppo", "dpo"]

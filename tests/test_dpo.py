@@ -13,7 +13,7 @@ from data.files import InputError, write_jsonl
 from dpo import dpo_loss
 from gpt import load_checkpoint, pad
 from reward_model import encode_pairs
-from test_ppo import metrics, noise, out, snapshot, stages, tiny_gpt, untimed
+from test_ppo import metrics, noise, snapshot, tiny_gpt, untimed
 
 END = 4
 PAIRS = [([2, 0, 1, 3, 3, END], [2, 0, END], 2), ([1, 1, END], [1, 2, 3, 0, 0, 1, 2, 2, END], 1),
@@ -166,7 +166,7 @@ KEYS = {"step", "loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_
         "grad_norm", "lr", "seconds"}
 
 
-def test_main_on_the_collected_pairs(out, capsys):  # noqa: F811
+def test_main_on_the_collected_pairs(out, capsys):
     """A run that cannot be repeated, that trains on the held-out pairs, or that writes over another stage."""
     before = snapshot(out)
     runs = []
@@ -186,12 +186,12 @@ def test_main_on_the_collected_pairs(out, capsys):  # noqa: F811
     reference, _, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     rows = [json.loads(line) for line in (out / "cpu/reward_model/held_out.jsonl").read_text().splitlines()]
     pairs, _, _ = encode_pairs(rows, tokenizer, policy.config.block_size)
-    loss, margins = loss_by_hand(policy, reference, pairs, beta=0.25)  # the README's, and the default
+    loss, margins = loss_by_hand(policy, reference, pairs, beta=0.2)  # the README's, and the default
     assert runs[0][-1]["held_out_loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert runs[0][-1]["held_out_accuracy"] == pytest.approx((margins > 0).float().mean().item())
 
 
-def test_main_on_somebodys_own_pairs(out, tmp_path, capsys):  # noqa: F811
+def test_main_on_somebodys_own_pairs(out, tmp_path, capsys):
     """Pairs cut to fit the context, equal texts trained on, or a reward model asked for that DPO doesn't need."""
     rng = random.Random(0)
     rows = [{"prompt": f"Say {i}.", "chosen": "Yes " * rng.randint(1, 3) + ".", "rejected": "No."} for i in range(40)]
@@ -211,7 +211,7 @@ def test_main_on_somebodys_own_pairs(out, tmp_path, capsys):  # noqa: F811
     assert not (out / "cpu/reward_model/checkpoint.pt").exists()
 
 
-def test_main_without_pairs(out, tmp_path):  # noqa: F811
+def test_main_without_pairs(out, tmp_path):
     """An empty batch ends in nan weights that are saved over the last good checkpoint; a file that the message leaves out."""
     dpo.main(["--out", str(out), *FLAGS])
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"{i}?", "chosen": "So.", "rejected": "So."} for i in range(9)])
@@ -224,7 +224,7 @@ def test_main_without_pairs(out, tmp_path):  # noqa: F811
     assert snapshot(out) == before
 
 
-def test_a_name_that_is_another_stages(out):  # noqa: F811
+def test_a_name_that_is_another_stages(out):
     """--name sft: the policy takes the place of the reference that it was trained against."""
     before = snapshot(out)
     for name in ("sft", "reward_model", "ppo", "my-dpo", "../dpo", "dpo/../sft"):

@@ -11,9 +11,10 @@ import random
 import pytest
 import torch
 
+import dpo
 import ppo
 from best_of_n import best_of_n_kl, optimality_gap, pooled_optimum, top_per_prompt
-from dpo import dpo_loss, response_logprobs
+from dpo import response_logprobs
 from gpt import GPT, GPTConfig, generate, pad
 from reward_model import RewardModel
 
@@ -97,25 +98,33 @@ def test_ppo_finds_the_boltzmann_policy(world):
     assert kl(found, best) <= 0.02
 
 
+class Blocks(random.Random):
+    """Shuffles blocks of `size` only: all copies of a pair come in one batch, whose labels then are as mixed as they should
+    be. (Drawn one by one, labels are noise, and it takes ten times as many pairs to average it out.)"""
+
+    def __init__(self, seed, size):
+        super().__init__(seed)
+        self.size = size
+
+    def sample(self, population, k):
+        blocks = [population[start:start + self.size] for start in range(0, k, self.size)]
+        self.shuffle(blocks)
+        return [i for block in blocks for i in block]
+
+
 def test_dpo_finds_the_same_policy(world):
     """The lecture's claim that DPO and RLHF share one optimum; averaged log-probs or a lost <|end|> would move DPO's."""
     reference, ref, rewards, best, _ = world
-    policy = copy_of(reference)
-    first, second = torch.cartesian_prod(torch.arange(len(ROWS)), torch.arange(len(ROWS))).T
-    weights = torch.sigmoid(rewards[first] - rewards[second])  # P(first ≻ second), exactly
-    weights = (weights / weights.sum()).float()
-    losses = torch.vmap(lambda *logprobs: dpo_loss(*(x[None] for x in logprobs), BETA))
-    tokens, lengths = pad(ROWS)
-    prompt_lengths = torch.full_like(lengths, len(PROMPT))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=1500)
-    for _ in range(1500):
-        logprobs = response_logprobs(policy, tokens, prompt_lengths, lengths)
-        loss = (weights * losses(logprobs[first], logprobs[second], ref.float()[first], ref.float()[second])).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    policy, pairs, copies, rest = copy_of(reference), [], 8, 0.0
+    assert kl(ref, best) >= 0.5
+    for i, j in itertools.combinations(range(len(ROWS)), 2):  # every pair, as often either way as Bradley-Terry says ...
+        wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
+        rest = wins - round(wins)  # ... in whole numbers: what one pair's rounding loses, the next one gets
+        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins) + [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
+    assert len(pairs) == copies * 85 * 84 / 2
+    config = dpo.Config(epochs=6, batch=256, micro_batch=256, lr=3e-3, beta=BETA, report=100_000)
+    *_, (step, report, _) = dpo.fit(policy, reference, pairs, pairs[::4000], config, Blocks(0, copies))
+    assert step == 6 * math.ceil(len(pairs) / 256) and report["loss"] < math.log(2)
     with torch.no_grad():
         assert kl(exact_logprobs(policy), best) <= 0.005
 
@@ -127,7 +136,7 @@ def test_value_model_learns_the_expected_return(world):
     with torch.no_grad():
         logprobs = exact_logprobs(policy)
     before = {name: x.clone() for name, x in policy.state_dict().items()}
-    config = ppo.Config(iterations=150, rollouts=256, epochs=4, minibatch=64, micro_batch=64, lr=0.0, value_lr=3e-3, beta=BETA,
+    config = ppo.Config(iterations=100, rollouts=256, epochs=4, minibatch=64, micro_batch=64, lr=0.0, value_lr=3e-3, beta=BETA,
                         lam=1.0, value_clip=100.0, max_new_tokens=LIMIT, missing_end_score=UNFINISHED)
     for _ in ppo.optimize(policy, reference, TableReward(rewards), value_model, lambda n, rng: [PROMPT] * n, END, config):
         pass

@@ -234,7 +234,7 @@ def test_a_tenth_of_the_prompts_but_one_at_least(count, expected):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_single_prompt_cannot_be_held_out(rows):
     """Trained on and measured on the same prompt, or a traceback about an empty batch."""
-    with pytest.raises(InputError, match=f"all have the same prompt") as error:
+    with pytest.raises(InputError, match="all have the same prompt") as error:
         hold_out([{"prompt": "a"}] * rows, 1)
     assert "\n" not in str(error.value)
 
@@ -368,6 +368,7 @@ run_script(main)
     ("raise OSError('disk')", 1, "script.py: disk\n"),
     ("raise FloatingPointError('gradient norm nan: no step')", 1, "script.py: gradient norm nan: no step\n"),
     ("raise KeyboardInterrupt", 130, "script.py: interrupted\n"),
+    ("raise KeyboardInterrupt('saved; --resume goes on')", 130, "script.py: saved; --resume goes on\n"),
     ("sys.exit(2)", 2, ""),
 ])
 def test_script_ends_in_one_line(tmp_path, body, status, message):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import gpt
 from data.files import InputError
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from gpt import GPT, GPTConfig, Rollout, generate, response_mask, token_logprobs
+from gpt import GPT, GPTConfig, Rollout, generate, masked_logprobs, response_mask, token_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("gpt", "sft", "reward_model", "ppo", "dpo", "best_of_n")
@@ -133,6 +133,14 @@ def test_too_long_a_sequence_is_refused():
         tiny_model()(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_the_initial_weights_come_from_the_given_generator():
+    """--seed 1 that gives another model after anything else has drawn from torch's own generator."""
+    shape = GPTConfig(V, 8, 2, 2, 32)
+    models = [GPT(shape, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    one, twin, other = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
+    assert torch.equal(one, twin) and ((one != other) | (one == 0) | (one == 1)).all()    # biases are 0, gains are 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Log-probabilities and masks
 
@@ -197,8 +205,9 @@ def test_logits_are_float32_under_autocast(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         generate(model, random_prompts(5, 4), 6, seed=1)
     assert len(sampled) == 6
-    for x, logits in sampled:
-        assert logits.dtype == torch.float32 and torch.equal(logits, F.linear(x.float(), model.wte.weight))
+    with torch.no_grad():
+        for x, logits in sampled:
+            assert logits.dtype == torch.float32 and torch.equal(logits, F.linear(x.float(), model.wte.weight))
 
 
 def test_response_mask_is_exactly_the_response_and_its_end():
@@ -234,6 +243,42 @@ def test_masked_loss_against_cross_entropy_with_ignore_index(padding):
     oracle = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     mask = response_mask(prompt_lengths, lengths, 10)
     assert (-token_logprobs(logits, tokens)[mask].mean()).item() == pytest.approx(oracle.item(), rel=1e-6)
+
+
+def some_places(seed):
+    """(tokens, masks): a response mask, one with holes, with whole rows false, all true, and all false."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(V, (5, 14), generator=generator)
+    response = response_mask(torch.tensor([3, 1, 9, 13, 6]), torch.tensor([10, 2, 14, 14, 7]), 14)
+    holes, rows = torch.rand(5, 13, generator=generator) < 0.4, response.clone()
+    rows[[0, 3]] = False
+    return tokens, [response, holes, rows, torch.ones_like(holes), torch.zeros_like(holes)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_masked_logprobs_equal_the_full_ones(temperature):
+    """Logits of the response only, put back in the wrong order, one column late, or at another row's places."""
+    model = tiny_model(seed=30).float()
+    tokens, masks = some_places(30)
+    full = token_logprobs(model(tokens), tokens, temperature).detach()
+    for mask in masks:
+        found = masked_logprobs(model, tokens, mask, temperature).detach()
+        assert found.shape == mask.shape and found.dtype == torch.float32
+        torch.testing.assert_close(found[mask], full[mask], atol=2e-6, rtol=1e-6)
+        assert (found[~mask] == 0).all() and full.abs().min() > 1e-3      # a 0 is no log-probability here
+
+
+def test_masked_logprobs_have_the_full_ones_gradient():
+    """A place whose gradient is lost, counted twice, or comes from another token than its value does."""
+    tokens, masks = some_places(31)
+    weights = torch.randn(masks[0].shape, generator=torch.Generator().manual_seed(31))
+    for mask in masks:
+        model, twin = tiny_model(seed=31).float(), tiny_model(seed=31).float()
+        (weights * masked_logprobs(model, tokens, mask, 0.7)).sum().backward()
+        (weights * token_logprobs(twin(tokens), tokens, 0.7))[mask].sum().backward()
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+            assert ours.grad.any() == mask.any() or name.endswith("c_attn.bias")
 
 
 def test_held_out_loss_against_cross_entropy_row_by_row():
@@ -281,15 +326,21 @@ def test_greedy_decoding_with_the_cache_equals_the_full_forward_pass():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_sampling_equals_a_brute_force_sampler(temperature):
-    """Anything at all between the cache and the draw: an old key, a row's neighbour, a temperature applied twice."""
-    model, prompts = tiny_model(seed=41), random_prompts(11, 12)
-    rollout = generate(model, prompts, 12, END, temperature, seed=5)
-    assert rollout.responses() == brute_force_sample(model, prompts, 12, END, temperature, seed=5)
+def test_sampling_equals_a_brute_force_sampler(temperature, monkeypatch):
+    """Anything at all between the cache and the draw: an old key, a row's neighbour, a temperature applied twice, a row
+    that goes on in another one's slots once the batch has shrunk."""
+    model, prompts = tiny_model(seed=41), random_prompts(11, 20)
+    expected = brute_force_sample(model, prompts, 26, END, temperature, seed=5)
+    sizes, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: sizes.append(tuple(tokens.shape)) or hidden(tokens, *rest))
+    rollout = generate(model, prompts, 26, END, temperature, seed=5)
+    assert rollout.responses() == expected and len({len(prompt) for prompt in prompts}) > 5
     assert {True, False} == set(rollout.ended(END).tolist())
-    again = generate(model, prompts, 12, END, temperature, seed=5)
+    assert sizes[0] == (20, 9) and {width for _, width in sizes[1:]} == {1}     # after the prompts, a token at a time
+    assert len({rows for rows, _ in sizes}) > 1                                 # and rows did leave the batch
+    again = generate(model, prompts, 26, END, temperature, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(rollout, again))       # one seed, one draw
-    assert generate(model, prompts, 12, END, temperature, seed=6).responses() != rollout.responses()
+    assert generate(model, prompts, 26, END, temperature, seed=6).responses() != rollout.responses()
 
 
 def test_a_rollouts_layout():
@@ -621,7 +672,7 @@ def test_a_runs_name_begins_with_its_stage(stage, other):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The log
+# A run's figures. How it is interrupted and goes on: tests/test_resume.py.
 
 
 def test_counts_are_words():
@@ -629,17 +680,18 @@ def test_counts_are_words():
     assert gpt.counts({"equal texts": 0, "longer than the context": 3}) == "0 equal texts, 3 longer than the context"
 
 
-def test_log(tmp_path, monkeypatch, capsys):
+def test_a_runs_figures(tmp_path, monkeypatch, capsys):
     """A figure that is neither printed nor written; columns that slip; "0:60" left, or time that was never left."""
     now = [100.0]
     monkeypatch.setattr(gpt.time, "perf_counter", lambda: now[0])
     folder = tmp_path / "new" / "stage"
-    log = gpt.Log(folder, 8, unprinted=("hidden", "absent"))
-    now[0] = 119.9
-    log(2, loss=0.5, hidden=7.0, tiny=1.5e-5, a_long_name=-12.0)        # 19.9 s for 2 of 8: 59.7 left
-    now[0] = 180.0
-    log(8, loss=0.25, hidden=8.0, tiny=0.0, a_long_name=3.0)
-    log.record(8, unseen=1.0)
+    with gpt.Run("gpt", folder, gpt.Config(), every=100, unprinted=("hidden", "absent")) as run:
+        run.total = 8
+        now[0] = 119.9
+        run(2, loss=0.5, hidden=7.0, tiny=1.5e-5, a_long_name=-12.0)        # 19.9 s for 2 of 8: 59.7 left
+        now[0] = 180.0
+        run(8, loss=0.25, hidden=8.0, tiny=0.0, a_long_name=3.0)
+        run.record(8, unseen=1.0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 2, "loss": 0.5, "hidden": 7.0, "tiny": 1.5e-5, "a_long_name": -12.0, "seconds": 19.9},
                     {"step": 8, "loss": 0.25, "hidden": 8.0, "tiny": 0.0, "a_long_name": 3.0, "seconds": 80.0},
@@ -651,8 +703,25 @@ def test_log(tmp_path, monkeypatch, capsys):
     for line in lines:      # right-aligned below their names
         assert all(line[header.index(name) + len(name) - 1].strip() and line[header.index(name) + len(name)] == " "
                    for name in ("loss", "tiny", "a_long_name")) and len(line) == len(header)
-    gpt.Log(folder, 1)
-    assert (folder / "metrics.jsonl").read_text() == ""     # a new run's figures, not two runs in one file
+    with gpt.Run("gpt", folder, gpt.Config(), every=100):
+        assert (folder / "metrics.jsonl").read_text() == ""     # a new run's figures, not two runs in one file
+
+
+def test_metrics_are_whole_lines_at_any_time(tmp_path, monkeypatch):
+    """Half a line, because the disk was full or the power went: json.loads fails on the night's figures."""
+    path = tmp_path / "metrics.jsonl"
+    with gpt.Run("gpt", tmp_path, gpt.Config(), every=100) as run:
+        run.record(1, loss=3.0)
+        before = path.read_bytes()
+        assert before.endswith(b"}\n")
+
+        def full(*arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OSError):
+            run.record(2, loss=2.0)
+        assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -669,12 +738,15 @@ def saved(tmp_path):
     return path, model, tokenizer
 
 
-def refused(path, *reasons):
-    """load_checkpoint raises InputError, one line, that names the file and the reasons."""
+BROKEN = "not a whole file of this project"
+
+
+def refusal(path):
+    """What load_checkpoint says against a file, if that is an InputError of one line that begins with the file's name."""
     with pytest.raises(InputError) as error:
         gpt.load_checkpoint(path, "sft", "cpu")
-    message = str(error.value)
-    assert "\n" not in message and all(reason in message for reason in (str(path), *reasons))
+    name, colon, message = str(error.value).partition(f"{path}: ")
+    return message if name == "" and colon and "\n" not in message else None
 
 
 def test_a_checkpoint_comes_back_whole(saved):
@@ -698,24 +770,26 @@ def test_of_another_stage_or_size(saved):
 
 def test_missing_truncated_and_foreign_files(saved, tmp_path):
     """A traceback of forty lines for a download that broke off."""
-    refused(tmp_path / "none.pt", "no such")
+    assert refusal(tmp_path / "none.pt") == "no such checkpoint"
     path, whole = saved[0], saved[0].read_bytes()
     for content in (b"", whole[:1], whole[:len(whole) // 2], whole[:-100], whole[:-1], b"Once there was a shy fox.\n",
                     b"PK\x03\x04" + bytes(1000), bytes(5000)):
         path.write_bytes(content)
-        refused(path, "not a whole checkpoint")
+        assert BROKEN in refusal(path) and refusal(path).endswith("delete it and train the stage again")
 
 
 def test_a_file_that_cannot_be_read(saved, tmp_path, monkeypatch):
     """A folder in the checkpoint's place, or a disk that fails: forty lines of somebody else's code."""
     (tmp_path / "folder.pt").mkdir()
-    refused(tmp_path / "folder.pt", "not a whole checkpoint", "directory")
+    message = refusal(tmp_path / "folder.pt")
+    assert BROKEN in message and "directory" in message
 
     def fail(*arguments, **keywords):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(torch, "load", fail)
-    refused(saved[0], "not a whole checkpoint", "Input/output error")
+    message = refusal(saved[0])
+    assert BROKEN in message and "Input/output error" in message
 
 
 @pytest.mark.parametrize("content", [
@@ -725,7 +799,7 @@ def test_a_file_that_cannot_be_read(saved, tmp_path, monkeypatch):
 def test_a_torch_file_with_other_content(tmp_path, content):
     """Somebody else's checkpoint: a bare tensor, a bare dict of weights."""
     torch.save(content, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt")
+    assert BROKEN in refusal(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("change", [
@@ -737,7 +811,7 @@ def test_a_config_that_does_not_fit_the_weights(saved, change):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["config"].update(change)
     torch.save(checkpoint, path)
-    refused(path)
+    assert BROKEN in refusal(path)
 
 
 def test_weights_that_are_missing(saved):
@@ -746,7 +820,7 @@ def test_weights_that_are_missing(saved):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["model"]["ln_f.bias"]
     torch.save(checkpoint, path)
-    refused(path)
+    assert BROKEN in refusal(path)
 
 
 def test_a_flipped_byte_in_the_content(saved):
@@ -763,7 +837,7 @@ def test_a_flipped_byte_in_the_content(saved):
             broken = bytearray(whole)
             broken[position] ^= 1 << position % 8
             path.write_bytes(broken)
-            refused(path, "not a whole checkpoint")
+            assert BROKEN in refusal(path)
             checked += 1
     assert checked > 40
 
@@ -807,9 +881,9 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
     path = tmp_path / "evil.pt"
     torch.save({"stage": "sft", "size": "cpu", "model": Evil()}, path)
-    refused(path)
+    assert BROKEN in refusal(path)
     path.write_bytes(pickle.dumps(Evil()))
-    refused(path)
+    assert BROKEN in refusal(path)
     assert not (tmp_path / "marker").exists()
     pickle.loads(pickle.dumps(Evil()))      # the file does run code, where it is let
     assert (tmp_path / "marker").exists()
@@ -836,14 +910,16 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(saved, monkeypatch):
 
 
 def test_learning_rate():
-    """A first step of size zero, a jump after the warm-up, a cosine that ends early, or rises again."""
+    """A first step of size zero, a jump after the warm-up, a cosine that ends early, or rises again; a run of a few steps
+    that is over before its warm-up is."""
     rates = [gpt.learning_rate(step, 100, 2.0, 10) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     for step in range(10, 100):
         assert rates[step] == pytest.approx(2.0 * math.cos(math.pi / 2 * (step - 10) / 90) ** 2)
-    assert gpt.learning_rate(0, 1, 2.0, 1) == 2.0     # a run of one step
+    assert gpt.learning_rate(0, 1, 2.0, 10) == 2.0     # a run of one step
+    assert [gpt.learning_rate(step, 8, 2.0, 10) for step in range(3)] == pytest.approx([1.0, 2.0, 2.0])     # a quarter of 8
 
 
 def test_weight_decay_shrinks_matrices_only():
@@ -853,7 +929,7 @@ def test_weight_decay_shrinks_matrices_only():
     optimizer = gpt.make_optimizer(model, weight_decay=0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    gpt.optimizer_step(optimizer, model, 0.1)
+    gpt.optimizer_step(optimizer, model, 0.1, torch.tensor(1.0))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name] * (0.95 if parameter.dim() == 2 else 1.0))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
@@ -870,7 +946,7 @@ def test_optimizer_step_against_adam_by_hand():
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name].clone()
-        assert gpt.optimizer_step(optimizer, model, lr) == pytest.approx(norm, rel=1e-4)
+        assert gpt.optimizer_step(optimizer, model, lr, torch.tensor(1.0)) == pytest.approx(norm, rel=1e-4)
         for name, p in twin.named_parameters():
             g = gradients[name] / max(1.0, norm)
             m, v = moments[name] = (0.9 * moments[name][0] + 0.1 * g, 0.95 * moments[name][1] + 0.05 * g ** 2)
@@ -881,18 +957,90 @@ def test_optimizer_step_against_adam_by_hand():
             assert ours.grad is None or not ours.grad.any()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_gradient_takes_no_step(value):
-    """One NaN in one gradient, and all weights are NaN; the checkpoint is written all the same."""
+@pytest.mark.parametrize("value, loss", [
+    (math.nan, 1.0), (math.inf, 1.0), (-math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, -math.inf)])
+def test_a_broken_gradient_or_loss_takes_no_step(value, loss):
+    """One NaN in one gradient, and all weights are NaN; the checkpoint is written all the same. A loss can be infinite
+    where its gradient is not (-log 0 behind a clamp): what is reported from then on is no number."""
     model = tiny_model().float()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = gpt.make_optimizer(model, weight_decay=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.wpe.weight.grad[3, 2] = value
-    with pytest.raises(FloatingPointError):
-        gpt.optimizer_step(optimizer, model, 0.1)
+    with pytest.raises(FloatingPointError, match=f"loss {loss}, gradient norm .*no step taken"):
+        gpt.optimizer_step(optimizer, model, 0.1, torch.tensor(loss))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file of documents
+
+
+def some_documents():
+    """(path-independent) lists of ids, of lengths 0 to 40."""
+    rng = random.Random(24)
+    return [[rng.randrange(1472) for _ in range(rng.randint(0, 40))] for _ in range(50)] + [[7]]
+
+
+def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
+    """A second run that draws for minutes again, or that reads documents cut at the wrong places."""
+    path, drawn = tmp_path / "new" / "documents.npy", []
+
+    def draw():
+        drawn.append(some_documents())
+        return drawn[-1]
+
+    first, second = (gpt.memory_mapped(path, draw) for _ in range(2))
+    assert len(drawn) == 1 and drawn[0] == some_documents()
+    assert [ids.tolist() for ids in first] == [ids.tolist() for ids in second] == some_documents()
+    assert os.listdir(path.parent) == [path.name]
+    batch = [i for i, ids in enumerate(second) if len(ids)][:9]      # what training does with them
+    for ours, theirs in zip(gpt.pad([second[i] for i in batch]), gpt.pad([some_documents()[i] for i in batch])):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nobody_writes_through_the_views(tmp_path):
+    """A batch changed in place that changes the file too, or torch's warning of memory that must not be written."""
+    path = tmp_path / "documents.npy"
+    ids = gpt.memory_mapped(path, some_documents)[-1]
+    before = path.read_bytes()
+    torch.as_tensor(ids)[0] = 9
+    assert ids.tolist() == [9] and path.read_bytes() == before
+
+
+def test_a_file_of_documents_that_is_not_whole(tmp_path):
+    """A disk that was full: training on the documents that are left, or on the next document's tokens."""
+    path = tmp_path / "documents.npy"
+    gpt.memory_mapped(path, some_documents)
+    whole = path.read_bytes()
+    other = np.load(path)
+    contents = [whole[:n] for n in (0, 1, 64, 128, 132, len(whole) // 2, -4, -1)] + [bytes(5000)]
+    for wrong in (other[:-1], other[:30], np.append(other, 5), other[:0], other + 1, other.astype(object)):
+        np.save(path, wrong)        # a whole file of numpy's, but not of ours
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            gpt.memory_mapped(path, some_documents)
+        assert BROKEN in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+        assert path.read_bytes() == content     # the user is told; nothing is thrown away
+
+
+def test_an_interrupted_draw_leaves_no_file_of_documents(tmp_path, monkeypatch):
+    """Ctrl-C while the documents are written: the next run takes half of them for all."""
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "documents.npy"
+    with pytest.raises(KeyboardInterrupt):
+        gpt.memory_mapped(path, interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gpt.memory_mapped(path, some_documents)
+    assert not os.listdir(tmp_path) and len(gpt.memory_mapped(path, some_documents)) == 51
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -915,7 +1063,8 @@ def text_run(tmp_path_factory):
     (folder / "corpus.txt").write_text(TEXT)
     flags = ["--text", str(folder / "corpus.txt"), "--block_size", "64", "--vocab_size", "280", "--steps", "40",
              "--report", "10", "--lr", "0.01"]
-    return folder, flags, *pretrain(folder, *flags)
+    rows, loaded = pretrain(folder, *flags)
+    return folder, flags, rows, loaded
 
 
 def test_pretraining_on_a_text_learns(text_run):
@@ -975,12 +1124,15 @@ def test_sample_prints_three_continuations(text_run, capsys):
         gpt.main(["--size", "cpu", "--out", str(folder), "--sample", "Zyx " * 64])
 
 
-def test_a_short_context(text_run, tmp_path):
+def test_a_short_context(text_run, tmp_path, capsys):
     """A figure that only suits the default flags: 60 sampled tokens do not fit a context of 32."""
     flags = list(text_run[1])
     flags[flags.index("--block_size") + 1] = "32"
     flags[flags.index("--steps") + 1] = "2"
-    pretrain(tmp_path, *flags)
+    rows, (model, _, _) = pretrain(tmp_path, *flags)
+    assert model.config.block_size == 32 and [row["step"] for row in rows] == [2]
+    out = capsys.readouterr().out.splitlines()
+    assert len([line for line in out if line.startswith(("before", "after"))]) == 4     # and the samples were printed
 
 
 def test_what_pretraining_refuses_leaves_the_old_checkpoint(text_run):

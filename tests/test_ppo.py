@@ -1,13 +1,11 @@
 """ppo.py against brute force, enumeration, autograd and the lecture's own table. Every test says which bug it is for."""
 
 import copy
-import functools
 import itertools
 import json
 import math
 import random
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -15,9 +13,6 @@ import torch
 
 import gpt
 import ppo
-import reward_model
-import sft
-from data import stories
 from data.files import InputError, write_jsonl
 from data.tokenizer import Tokenizer
 from gpt import GPT, GPTConfig, load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
@@ -97,10 +92,12 @@ def test_whitening_equal_values_gives_zeros():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 def test_token_entropy(temperature):
-    """The entropy of another distribution than the sampled one (no temperature), or of the column after."""
-    logits = 3 * noise(0, 2, 6, 9)
-    expected = torch.distributions.Categorical(logits=logits / temperature).entropy()[:, :-1]
-    torch.testing.assert_close(ppo.token_entropy(logits, temperature), expected)
+    """The entropy of another distribution than the sampled one (no temperature), or a sum over another axis."""
+    for shape in ((2, 6, 9), (7, 9), (9,)):
+        logits = 3 * noise(0, *shape)
+        expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
+        assert expected.shape == shape[:-1]
+        torch.testing.assert_close(ppo.token_entropy(logits, temperature), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +253,22 @@ def experience(policy, value_model, seed=0):
     with torch.no_grad():
         logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
     old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
-    return ppo.Experience(tokens, mask, old_logprobs, old_values, noise(3, *mask.shape), values + noise(4, *mask.shape))
+    return ppo.Experience(tokens, lengths, mask, old_logprobs, old_values, noise(3, *mask.shape),
+                          values + noise(4, *mask.shape))
+
+
+def update_by_hand(policy, value_model, batch):
+    """(gradients, figures) of the minibatch's loss at clip 0.2 and value_clip 0.5: the formulas, on all logits at once."""
+    logprobs, values = token_logprobs(policy(batch.tokens), batch.tokens), value_model(batch.tokens)[:, :-1]
+    ratio = (logprobs - batch.old_logprobs)[batch.mask].exp()
+    A, G, old = batch.advantages[batch.mask], batch.returns[batch.mask], batch.old_values[batch.mask]
+    policy_loss = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
+    near = torch.minimum(torch.maximum(values[batch.mask], old - 0.5), old + 0.5)
+    value_loss = 0.5 * torch.maximum((values[batch.mask] - G) ** 2, (near - G) ** 2).mean()
+    gradients = torch.autograd.grad(policy_loss + value_loss, [*policy.parameters(), *value_model.parameters()])
+    stopped = ((ratio > 1.2) & (A > 0)) | ((ratio < 0.8) & (A < 0))
+    figures = [policy_loss, value_loss, stopped.float().mean(), (ratio - 1 - ratio.log()).mean()]
+    return gradients, torch.stack(figures).detach()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 5])
@@ -264,22 +276,42 @@ def test_micro_batches_give_the_full_gradient(micro_batch):
     """The mean of the micro-batches' means: a token of a short response would weigh more (TRL, transformers 2024)."""
     policy, value_model = tiny_gpt(0), tiny_reward_model(1)
     batch = experience(policy, value_model)
-    # The oracle: the minibatch's loss out of the formulas, token by token.
-    logprobs, values = token_logprobs(policy(batch.tokens), batch.tokens), value_model(batch.tokens)[:, :-1]
-    ratio = (logprobs - batch.old_logprobs)[batch.mask].exp()
-    A, G, old = batch.advantages[batch.mask], batch.returns[batch.mask], batch.old_values[batch.mask]
-    policy_loss = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
-    near = torch.minimum(torch.maximum(values[batch.mask], old - 0.5), old + 0.5)
-    value_loss = 0.5 * torch.maximum((values[batch.mask] - G) ** 2, (near - G) ** 2).mean()
-    parameters = list(policy.parameters()) + list(value_model.parameters())
-    expected = torch.autograd.grad(policy_loss + value_loss, parameters)
-    stopped = ((ratio > 1.2) & (A > 0)) | ((ratio < 0.8) & (A < 0))
-    figures = [policy_loss, value_loss, stopped.float().mean(), (ratio - 1 - ratio.log()).mean()]
-
+    expected, figures = update_by_hand(policy, value_model, batch)
     found = ppo.backward(policy, value_model, batch, ppo.Config(micro_batch=micro_batch, clip=0.2, value_clip=0.5))
     assert 0 < figures[2] < 1
-    torch.testing.assert_close(found, torch.stack(figures).detach(), rtol=1e-4, atol=1e-5)
-    for parameter, gradient in zip(parameters, expected):
+    torch.testing.assert_close(found, figures, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip([*policy.parameters(), *value_model.parameters()], expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_pick_keeps_the_rows_together():
+    """An advantage beside the tokens of another row, or columns cut by the lengths of rows that were not picked."""
+    batch = experience(tiny_gpt(0), tiny_reward_model(1))
+    for rows in ([4], [5, 0], [2, 4, 0], [3, 1, 5, 0, 4, 2]):
+        part = batch.pick(torch.tensor(rows))
+        T = max(batch.lengths[row].item() for row in rows)
+        assert part.lengths.tolist() == [batch.lengths[row].item() for row in rows]
+        for name in set(batch._fields) - {"lengths"}:
+            width = T if name == "tokens" else T - 1
+            assert getattr(part, name).shape == (len(rows), width), name
+            for i, row in enumerate(rows):
+                assert torch.equal(getattr(part, name)[i], getattr(batch, name)[row, :width]), name
+        assert part.mask.sum() == batch.mask[rows].sum()  # only padding was cut off
+
+
+@pytest.mark.parametrize("rows", [[4, 0, 2], [4], [1, 5], [0, 1, 2, 3, 4, 5]], ids=str)
+@pytest.mark.parametrize("micro_batch", [1, 2, 6])
+def test_trimmed_minibatches_give_the_untrimmed_gradient(rows, micro_batch):
+    """Real tokens cut off with the padding, or a token mean over the columns that were cut: another gradient, no error."""
+    policy, value_model = tiny_gpt(0), tiny_reward_model(1)
+    batch = experience(policy, value_model)
+    untrimmed = ppo.Experience(*(tensor[rows] for tensor in batch))
+    assert untrimmed.tokens.shape == (len(rows), 21)
+    expected, figures = update_by_hand(policy, value_model, untrimmed)
+    found = ppo.backward(policy, value_model, batch.pick(torch.tensor(rows)),
+                         ppo.Config(micro_batch=micro_batch, clip=0.2, value_clip=0.5))
+    torch.testing.assert_close(found, figures, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip([*policy.parameters(), *value_model.parameters()], expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -294,6 +326,35 @@ def test_values_never_look_ahead():
             other[0, changed] = (other[0, changed] + 1) % V
             same = model(other)[0, mask_column] == before[0, mask_column]
             assert same == (changed > mask_column)  # column t sees tokens[:, :t+1], all of it, and nothing else
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 64])
+def test_score_is_what_the_full_logits_say(micro_batch, temperature):
+    """Rows that come back in the order of their lengths; a score read at the padding, or where a longer row ends; an
+    entropy over the prompt; a value where no response is. The oracle reads everything off one batch with all its padding."""
+    policy, reference, scorer, value_model = tiny_gpt(0), tiny_gpt(1), tiny_reward_model(2), tiny_reward_model(3)
+    prompts, lengths = torch.tensor([3, 1, 5, 2, 4, 1, 6]), torch.tensor([4, 15, 7, 11, 5, 21, 13])
+    tokens = torch.randint(V, (7, 24), generator=torch.Generator().manual_seed(4))  # padding is any token
+    mask = response_mask(prompts, lengths, 24)
+    with torch.inference_mode():
+        logprobs, ref_logprobs, values, scores, entropy = ppo.score(
+            policy, reference, scorer, value_model, gpt.Rollout(tokens, prompts, lengths), mask,
+            ppo.Config(micro_batch=micro_batch, temperature=temperature))
+        logits, ref_logits = policy(tokens), reference(tokens)
+        plain = [token_logprobs(logits, tokens, temperature), token_logprobs(ref_logits, tokens, temperature),
+                 value_model(tokens)[:, :-1]]
+        last = scorer(tokens)[range(7), lengths - 1]
+    for fast, slow in zip((logprobs, ref_logprobs, values), plain):
+        assert fast.shape == mask.shape and (fast[~mask] == 0).all() and slow[~mask].abs().min() > 0
+        torch.testing.assert_close(fast[mask], slow[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, last, rtol=1e-5, atol=1e-5)
+    entropies = torch.distributions.Categorical(logits=logits[:, :-1] / temperature).entropy()
+    assert float(entropy) == pytest.approx(entropies[mask].mean().item(), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,7 +385,8 @@ def run_loop(policy, reference, score, config, value_model=None, end=END):
     torch.manual_seed(0)
     value_model = value_model or RewardModel(policy.config)
     steps = ppo.optimize(policy, reference, Score(score), value_model, draw_prompts, end, config)
-    return tuple(zip(*steps))
+    rollouts, figures, _ = zip(*steps)
+    return rollouts, figures
 
 
 def first_minibatch(monkeypatch, config, policy, reference, score, value_model):
@@ -444,36 +506,7 @@ def test_training_climbs_to_the_optimum_and_beta_holds_it_back():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The script. The stages before it are trained once, in seconds, for all test files.
-
-
-@functools.cache
-def train_stages(folder):
-    """FOLDER/stages with base, SFT and reward model of one layer; the SFT model answers with half a sentence and ends."""
-    out = folder / "stages"
-    out.mkdir(exist_ok=True)
-    common = ["--out", str(out), "--size", "cpu"]
-    gpt.main(common + "--n_layer 1 --n_head 2 --n_embd 32 --steps 20 --batch 8".split())
-    rng, rows = random.Random(0), []
-    for _ in range(600):
-        request = stories.request(rng).text
-        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
-    write_jsonl(out / "demonstrations.jsonl", rows)
-    sft.main(common + f"--data {out}/demonstrations.jsonl --batch 16 --lr 1e-2 --epochs 2 --max_new_tokens 16".split())
-    reward_model.main(common + "--pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16".split())
-    return out
-
-
-@pytest.fixture(scope="session")
-def stages(tmp_path_factory):
-    """The folder of the trained stages; nobody may write to it."""
-    return train_stages(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def out(stages, tmp_path):
-    """A copy of it, to write to."""
-    return shutil.copytree(stages, tmp_path / "out")
+# The script
 
 
 FLAGS = "--rollouts 6 --minibatch 4 --micro_batch 3 --epochs 2 --max_new_tokens 16 --size cpu".split()
@@ -487,7 +520,8 @@ def metrics(path):
 
 
 def untimed(rows):
-    return [{key: x for key, x in row.items() if key != "seconds" and not key.endswith("_s")} for row in rows]
+    return [{key: x for key, x in row.items() if key not in ("seconds", "memory_mb") and not key.endswith("_s")}
+            for row in rows]
 
 
 def snapshot(folder):
@@ -503,10 +537,10 @@ def test_main(out, capsys):
         runs.append(metrics(out / "cpu" / name / "metrics.jsonl"))
     assert set(runs[0][0]) == {
         "step", "reward", "gold", "kl", "J", "beta", "entropy", "clip_fraction", "approx_kl", "value_explained", "value_loss",
-        "length", "no_end", "rollout_s", "scoring_s", "update_s", "seconds"}
+        "length", "no_end", "memory_mb", "rollout_s", "scoring_s", "update_s", "seconds"}
     assert [row["step"] for row in runs[0]] == [1, 2, 3]
     assert untimed(runs[0]) == untimed(runs[1])
-    assert {row["beta"] for row in runs[0]} == {0.25}  # the README's, and the default
+    assert {row["beta"] for row in runs[0]} == {0.2}  # the README's, and the default
     for row in runs[0]:
         assert row["J"] == pytest.approx(row["reward"] - row["beta"] * row["kl"], abs=1e-4)
     assert runs[0][0]["kl"] == pytest.approx(0, abs=1e-4) and runs[0][2]["kl"] != 0
@@ -518,7 +552,8 @@ def test_main(out, capsys):
     printed = capsys.readouterr().out
     assert "next: python dpo.py" in printed
     header = next(line for line in printed.splitlines() if line.startswith("     step  ")).split()
-    assert set(header) - {"left"} == set(runs[0][0]) - {"beta", "value_loss", "rollout_s", "scoring_s", "update_s", "seconds"}
+    assert set(header) - {"left"} == set(runs[0][0]) - {
+        "beta", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s", "seconds"}
 
     ppo.main(["--out", str(out), "--iterations", "2", "--seed", "2", "--name", "ppo-other", *FLAGS])
     assert untimed(metrics(out / "cpu/ppo-other/metrics.jsonl"))[0] != untimed(runs[0])[0]  # the seed counts
@@ -530,7 +565,7 @@ def test_kl_target_moves_beta(out):
     rows = metrics(out / "cpu/ppo/metrics.jsonl")
     for row, following in zip(rows, rows[1:]):
         assert following["beta"] == pytest.approx(ppo.adapt_beta(row["beta"], row["kl"], 3.0), rel=1e-5)
-    assert rows[1]["beta"] == pytest.approx(0.25 * 0.98)
+    assert rows[1]["beta"] == pytest.approx(0.2 * 0.98)
 
 
 def test_prompts_of_somebodys_own(out, tmp_path, capsys):

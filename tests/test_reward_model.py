@@ -447,6 +447,35 @@ def test_one_seed_one_result(policy):
     assert runs[0] == runs[1]
 
 
+def test_the_learning_curve_uses_the_stages_pairs(policy, tmp_path, monkeypatch, capsys):
+    """A curve over other pairs than the checkpoint's, whose points go on from one another, or that costs the checkpoint."""
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud {i % 7}."}
+                                           for i in range(320)])
+    train(policy, "--data", str(tmp_path / "pairs.jsonl"), "--batch", "32")
+    before = {path: path.read_bytes() for path in (policy / "cpu/reward_model").iterdir()}
+    sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    points, fit = [], reward_model.fit
+
+    def spy(model, pairs, held_out, *rest):
+        assert all(torch.equal(*both) for both in zip(model.trunk.parameters(), sft_model.parameters()))
+        assert not model.head.weight.any()
+        points.append((model, pairs, held_out))
+        return fit(model, pairs, held_out, *rest)
+
+    monkeypatch.setattr(reward_model, "fit", spy)
+    capsys.readouterr()
+    train(policy, "--learning_curve", "--batch", "32")
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert "Bayes" not in header and [line.split()[0] for line in lines] == ["256", "288"]     # of 320, 32 are held out
+    pairs, held_out = (encode_pairs(read_pairs(policy / f"cpu/reward_model/{name}.jsonl"), tokenizer, 64)[0]
+                       for name in ("pairs", "held_out"))
+    assert [point[1] for point in points] == [pairs[:256], pairs] and all(point[2] == held_out for point in points)
+    for (model, _, _), line in zip(points, lines):
+        accuracy = (reward_model.held_out_margins(model, held_out) > 0).float().mean().item()
+        assert float(line.split()[1]) == pytest.approx(accuracy, abs=6e-4)
+    assert {path: path.read_bytes() for path in (policy / "cpu/reward_model").iterdir()} == before
+
+
 @pytest.mark.parametrize("content, reasons", [
     (None, ["no such file"]), ("", ["empty"]), ('{"prompt": "a", "chosen": "b"}\n', [":1", "rejected"]),
     (json.dumps(PAIRS[0]) + "\n", ["same prompt"]),
@@ -488,3 +517,10 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
     printed = capsys.readouterr().out.split("calibration")[1].splitlines()[1:1 + len(table)]
     assert [int(line.split()[0]) for line in printed] == [count for count, _, _ in table]
+
+    # The learning curve's last point has all pairs; the annotator's noise is taken out of it, as above.
+    train(tmp_path, "--learning_curve")
+    header, line = capsys.readouterr().out.splitlines()
+    count, accuracy, share = line.replace("%", "").split()
+    assert "share of Bayes accuracy" in header and count == "48"
+    assert float(share) / 100 == pytest.approx(float(accuracy) / expected["bayes_accuracy"], abs=2e-3)

@@ -67,28 +67,31 @@ def test_backward_accumulates_and_steps_nothing():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), twin.parameters()))
 
 
-def test_exactly_the_response_and_its_end_are_trained(monkeypatch):
+def test_exactly_the_response_and_its_end_are_trained():
     """A model whose <|end|> is masked out never learns to stop (TRL #1623, #3091); one whose prompts count learns to ask."""
     sequences, prompts = random_batch(1)
     sequences = [ids[:-1] + [V - 1] for ids in sequences]       # <|end|> is the last token
     model, kept = tiny_model(1), []
-    forward = model.forward
 
-    def keep(tokens):
-        kept.append(forward(tokens))
-        kept[-1].retain_grad()
-        return kept[-1]
+    def keep(module, inputs, output):
+        output.retain_grad()
+        kept.append(output)
 
-    monkeypatch.setattr(model, "forward", keep)
+    model.ln_f.register_forward_hook(keep)      # (B, T, C): the state from which the next token is predicted
     sft.backward(model, sequences, prompts, 64)
-    (logits,), total = kept, sum(map(len, sequences)) - sum(prompts)
+    (states,), total = kept, sum(map(len, sequences)) - sum(prompts)
+    weight = model.wte.weight.detach()
     for row, (ids, prompt) in enumerate(zip(sequences, prompts)):
-        for t in range(logits.shape[1]):
-            expected = torch.zeros(V)
-            if prompt - 1 <= t < len(ids) - 1:      # the gradient of cross-entropy: (softmax - one-hot) / N
-                expected = (logits[row, t].detach().softmax(0) - F.one_hot(torch.tensor(ids[t + 1]), V)) / total
-            torch.testing.assert_close(logits.grad[row, t], expected, atol=1e-7, rtol=1e-4)
-        assert logits.grad[row, len(ids) - 2, V - 1] < 0     # a step makes <|end|> likelier
+        for t in range(states.shape[1]):
+            expected = torch.zeros(32)
+            if prompt - 1 <= t < len(ids) - 1:      # the gradient of cross-entropy: (softmax - one-hot) / N, times the head
+                p = (weight @ states[row, t].detach()).softmax(0)
+                expected = (p - F.one_hot(torch.tensor(ids[t + 1]), V)) @ weight / total
+            torch.testing.assert_close(states.grad[row, t], expected, atol=1e-7, rtol=1e-4)
+        end = len(ids) - 2      # the column that emits <|end|>: a step against its gradient makes <|end|> likelier
+        before, after = ((weight @ state).log_softmax(0)[V - 1] for state in
+                         (states[row, end].detach(), states[row, end].detach() - 0.1 * states.grad[row, end]))
+        assert after > before
 
 
 def test_an_overfitted_model_answers_and_stops(tokenizer):
@@ -99,7 +102,7 @@ def test_an_overfitted_model_answers_and_stops(tokenizer):
     optimizer = gpt.make_optimizer(model, 0.0)
     for _ in range(40):
         loss = sft.backward(model, sequences, prompts, 1)
-        gpt.optimizer_step(optimizer, model, 1e-2)
+        gpt.optimizer_step(optimizer, model, 1e-2, loss)
     assert dropped == 0 and loss < 0.05
     rollout = gpt.generate(model, [tokenizer.prompt(prompt) for prompt, _ in DEMONSTRATIONS], 30, tokenizer.end_token, top_k=1)
     assert [tokenizer.decode(ids) for ids in rollout.responses()] == [answer + "<|end|>" for _, answer in DEMONSTRATIONS]
@@ -163,7 +166,8 @@ def base(tmp_path_factory):
     text = "\n".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS) + "\n"
     (folder / "corpus.txt").write_text(text * 60)
     gpt.main(["--size", "cpu", "--out", str(folder), "--text", str(folder / "corpus.txt"), "--vocab_size", "290",
-              "--block_size", "64", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "10", "--report", "10"])
+              "--block_size", "64", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8",
+              "--steps", "10", "--report", "10"])
     return folder
 
 
@@ -240,10 +244,14 @@ def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, rea
     assert before == (checkpoint.read_bytes(), (base / "cpu/sft/metrics.jsonl").read_bytes())
 
 
-def test_a_long_prompt_with_a_short_answer(base, tmp_path):
+def test_a_long_prompt_with_a_short_answer(base, tmp_path, capsys):
     """A demonstration that fits the context can be trained on, though its prompt leaves no room for the longest sample."""
     fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": "z" * 50 + letter, "completion": "Red."}
                                                                    for letter in "abcdefgh"]))
+    printed = capsys.readouterr().out
+    assert "7 demonstrations, 1 held out; dropped 0 longer than the context" in printed and "\nprompt" not in printed
+    last = json.loads((base / "cpu/sft/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and 0 < last["held_out"] < 10      # 7 demonstrations, 4 in a step; the eighth was measured
 
 
 def test_a_world_too_large_for_the_context_is_named(base):
