@@ -339,6 +339,7 @@ def learning_curve(config):
     rows, held_out_rows = read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
     pairs, _, _ = encode_pairs(rows, tokenizer, policy.config.block_size)
     held_out, held_out_rows, _ = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
+    print(f"{len(pairs):,} pairs of {folder / 'pairs.jsonl'}, {len(held_out):,} held out")
     world = all(stories.parse_request(row["prompt"]) for row in held_out_rows)  # else nobody knows the true rewards
     print("   pairs  held-out accuracy" + world * "  share of Bayes accuracy")
     for count in [2 ** k for k in range(8, len(pairs).bit_length()) if 2 ** k < len(pairs)] + [len(pairs)]:

@@ -28,7 +28,7 @@ class InputError(ValueError):
 # Reading
 
 def read_text(path):
-    """The text of a UTF-8 file; line ends become "\\n". InputError if it is missing, empty or not UTF-8."""
+    """The text of a UTF-8 file; line ends become "\\n". InputError if it is missing, empty, not UTF-8 or holds a NUL."""
     data = read_bytes(path)
     try:
         text = data.decode("utf-8")

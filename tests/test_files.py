@@ -259,10 +259,10 @@ def test_files_that_are_not_there(reader, tmp_path):
 
 
 def test_text_is_read_or_refused(tmp_path):
-    """Random bytes and cut characters: InputError that names the first wrong byte, or what Python decodes."""
+    """Random bytes and cut characters: InputError that names the first wrong byte or NUL, or what Python decodes."""
     rng = random.Random(7)
     path = tmp_path / "corpus.txt"
-    refused = 0
+    refused = nuls = 0
     for n in range(1500):
         data = rng.choice([b"", BOM]) + rng.choice([random_value(rng) * 3, "fox\r\nkite\rhen\n"]).encode()
         if n % 3 == 0:
@@ -282,12 +282,16 @@ def test_text_is_read_or_refused(tmp_path):
             assert str(error.value).startswith(f"{path}: not UTF-8: byte 0x{data[offset]:02x} ")
             refused += 1
         else:
-            if good.strip():
+            if "\0" in good:
+                with pytest.raises(InputError, match=f": holds a NUL at character {good.index(chr(0)) + 1};"):
+                    read_text(path)
+                nuls += 1
+            elif good.strip():
                 assert read_text(path) == good
             else:
                 with pytest.raises(InputError, match="empty"):
                     read_text(path)
-    assert 500 < refused < 1200
+    assert 500 < refused < 1200 and nuls > 0
 
 
 def test_written_rows_come_back(tmp_path):
