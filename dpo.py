@@ -41,7 +41,7 @@ class Config:
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
-    lr: float = 3e-4            # peak learning rate (linear warm-up, cosine to zero)
+    lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     beta: float = 0.2           # price of one nat of KL to the reference, in reward units; PPO's, for the same optimum
     max_new_tokens: int = 96    # the longest sampled response
