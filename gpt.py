@@ -905,7 +905,13 @@ def bench(config):
         kind = "FLOP" if flops / rate > bytes_read / bandwidth else "memory"
         print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} tokens/s, "
               f"{bound / seconds:.0%} of the {kind} bound")
-    print(f"peak memory    {peak_memory(device):,.0f} MB")
+
+    rng = random.Random(config.seed)
+    texts = [stories.document(rng).text for _ in range(2000)]
+    tokenizer = Tokenizer(train_vocabulary("\n".join(texts), config.vocab_size))
+    seconds = median_seconds(lambda: tokenizer.encode_batch((stories.document(rng).text for _ in texts), num_threads=1))
+    print(f"world's text   {sum(map(len, texts)) / 1e6 / seconds:.1f} MB/s drawn and encoded on one core\n"
+          f"peak memory    {peak_memory(device):,.0f} MB")
 
 
 def main(argv=None):
