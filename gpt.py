@@ -7,12 +7,14 @@ Pretraining is next-token prediction, max_θ E_{x~D} Σ_t log p_θ(x_t | x_{<t})
     python gpt.py                           pretrain on the little world (data/stories.py), no download
     python gpt.py --text FILE               pretrain on any UTF-8 text file
     python gpt.py --sample "Once"           print samples from the checkpoint
+    python gpt.py --resume                  go on with a run that was interrupted (every stage has this flag)
+    python gpt.py --bench                   how fast it trains and samples, beside the machine's limits
 
 Here also stand the conventions that every later file keeps:
     Sequences are prompt + response + <|end|>, padded on the RIGHT: a causal model never sees the padding after a
     token, so attention needs no mask and positions need no arithmetic.
-    The shift happens once, in token_logprobs: per-token tensors are (B, T-1), and column t belongs to the action
-    "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
+    The shift happens in token_logprobs and masked_logits, and nowhere else: per-token tensors are (B, T-1), and column t
+    belongs to the action "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
     Masks come from lengths, never from token values (padding may be any token, <|end|> too).
 """
 
@@ -179,7 +181,7 @@ def token_logprobs(logits, tokens, temperature=1.0):
     """The log-probability, in nats, of every token given the tokens before it.
 
     logits (B, T, V), tokens (B, T) -> (B, T-1): column t is log π(tokens[:, t+1] | tokens[:, :t+1]), with
-    π = softmax(logits / temperature). Here, and in masked_logits, logits and tokens are shifted, and nowhere else.
+    π = softmax(logits / temperature).
     """
     return chosen_logprobs(logits[:, :-1], tokens[:, 1:], temperature)
 

@@ -9,6 +9,7 @@ Step two: fit r_φ(x, y), the SFT trunk with a scalar head read at the last toke
 
     python reward_model.py                      collect pairs from the SFT model, then train
     python reward_model.py --data FILE.jsonl    train on your own pairs: {"prompt", "chosen", "rejected"}
+    python reward_model.py --learning_curve     how many pairs it takes
 
 One epoch: the pairs are few and a second pass learns them by heart (ECE 7115, "Reward Model Training").
 Only differences of rewards enter the loss, so it leaves a constant free: after training the rewards are shifted to mean 0
