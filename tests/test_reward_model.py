@@ -465,8 +465,9 @@ def test_the_learning_curve_uses_the_stages_pairs(policy, tmp_path, monkeypatch,
     monkeypatch.setattr(reward_model, "fit", spy)
     capsys.readouterr()
     train(policy, "--learning_curve", "--batch", "32")
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert "Bayes" not in header and [line.split()[0] for line in lines] == ["256", "288"]     # of 320, 32 are held out
+    origin, header, *lines = capsys.readouterr().out.splitlines()
+    assert origin.startswith("288 pairs of ") and "Bayes" not in header     # of 320, 32 are held out
+    assert [line.split()[0] for line in lines] == ["256", "288"]
     pairs, held_out = (encode_pairs(read_pairs(policy / f"cpu/reward_model/{name}.jsonl"), tokenizer, 64)[0]
                        for name in ("pairs", "held_out"))
     assert [point[1] for point in points] == [pairs[:256], pairs] and all(point[2] == held_out for point in points)
@@ -520,7 +521,7 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
 
     # The learning curve's last point has all pairs; the annotator's noise is taken out of it, as above.
     train(tmp_path, "--learning_curve")
-    header, line = capsys.readouterr().out.splitlines()
+    _, header, line = capsys.readouterr().out.splitlines()
     count, accuracy, share = line.replace("%", "").split()
     assert "share of Bayes accuracy" in header and count == "48"
     assert float(share) / 100 == pytest.approx(float(accuracy) / expected["bayes_accuracy"], abs=2e-3)
