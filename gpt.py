@@ -876,8 +876,8 @@ def bench(config):
     optimizer = make_optimizer(model, config.weight_decay)
     announce("gpt", config, device, "random tokens; nothing is saved", model)
     rate = matrix_rate(device)
-    block = torch.empty(2 ** 28 if device.type == "cuda" else 2 ** 24, device=device)
-    bandwidth = 2 * 4 * len(block) / median_seconds(block.clone)
+    block, copy = torch.ones(2, 2 ** 28 if device.type == "cuda" else 2 ** 25, device=device)
+    bandwidth = 2 * 4 * len(block) / median_seconds(lambda: copy.copy_(block))  # read and written
     print(f"matrix product {rate / 1e9:,.0f} GFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s")
 
     tokens = torch.randint(config.vocab_size, (config.batch, config.block_size), device=device)
