@@ -531,6 +531,7 @@ class Run:
         self.write_metrics()
 
     def write_metrics(self):
+        """Write all rows so far, atomically: a killed run leaves no half line, and a resumed one repeats none."""
         write_jsonl(self.folder / "metrics.jsonl", self.rows)
 
     def end_step(self, step, **state):
