@@ -76,10 +76,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, slot=0, visible=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (B, heads, T, C/heads)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, heads, 3, T, C/heads)
+        q, k, v = qkv.unbind(2)  # each (B, heads, T, C/heads)
         if cache is not None:
-            cache[:, :, :, slot:slot + T] = qkv[1:]  # (2, B, heads, S, C/heads)
+            cache[:, :, :, slot:slot + T] = qkv.movedim(2, 0)[1:]  # (2, B, heads, S, C/heads)
             if visible is not None:
                 k, v = cache[:, :, :, :slot + T].unbind(0)
                 q = q.to(k.dtype)
@@ -111,8 +111,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, slot=0, visible=None):
+    def forward(self, x, mask=None, cache=None, slot=0, visible=None):
         x = x + self.drop(self.attn(self.ln_1(x), cache, slot, visible))
+        if mask is not None:
+            x = x[mask]  # (B, T, C) -> (N, C)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -141,9 +143,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, tokens, cache=None, slot=0, positions=None, visible=None):
+    def hidden(self, tokens, mask=None, cache=None, slot=0, positions=None, visible=None):
         """tokens (B, T) -> (B, T, C), after the final LayerNorm: what a head reads (never normalize it again).
 
+        mask (B, T) asks for its N true places only, row after row: (N, C). After the last attention no token looks at
+        another, so the last MLP leaves the other places out.
         cache (layers, 2, B, heads, S, C/heads) takes their keys and values, from slot on. With visible (B, 1, 1, slot + 1)
         too, the one token of each row attends to the cache's slots, to those where visible is 0 and not where it is -inf.
         """
@@ -153,7 +157,8 @@ class GPT(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,): the same for every row
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[layer], slot, visible)
+            last = layer == len(self.h) - 1
+            x = block(x, mask if last else None, None if cache is None else cache[layer], slot, visible)
         return self.ln_f(x)
 
     def logits(self, x):
@@ -170,11 +175,29 @@ class GPT(nn.Module):
 # Log-probabilities, masks, sampling
 
 
+class LogSoftmaxGather(torch.autograd.Function):
+    """logits.log_softmax(-1) at `chosen`, with its gradient by hand: autograd's would fill a second (..., V) with zeros."""
+
+    @staticmethod
+    def forward(ctx, logits, chosen):
+        logprobs = logits.log_softmax(dim=-1)
+        ctx.save_for_backward(logprobs, chosen)
+        return logprobs.gather(-1, chosen[..., None]).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logprobs, chosen = ctx.saved_tensors
+        grad = grad[..., None]
+        logits_grad = logprobs.exp().mul_(-grad).scatter_add_(-1, chosen[..., None], grad)
+        return logits_grad, None  # ∂ log π(a) / ∂ logit_v = 1[v = a] - π(v)
+
+
 def chosen_logprobs(logits, chosen, temperature=1.0):
     """log π(chosen) in nats, with π = softmax(logits / temperature), in float32: logits (..., V), chosen (...) -> (...)."""
     if temperature != 1.0:
         logits = logits / temperature
-    return logits.float().log_softmax(dim=-1).gather(-1, chosen[..., None]).squeeze(-1)
+    return LogSoftmaxGather.apply(logits.float(), chosen)
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
@@ -186,20 +209,28 @@ def token_logprobs(logits, tokens, temperature=1.0):
     return chosen_logprobs(logits[:, :-1], tokens[:, 1:], temperature)
 
 
+def place(x, mask):
+    """x (N,) at the N true places of mask, row after row, and 0 elsewhere: what x = tensor[mask] took apart.
+
+    >>> place(torch.tensor([3.0, 4.0]), torch.tensor([[False, True], [True, False]])).tolist()
+    [[0.0, 3.0], [4.0, 0.0]]
+    """
+    return torch.zeros(mask.shape, dtype=x.dtype, device=mask.device).masked_scatter(mask, x)
+
+
 def masked_logits(model, tokens, mask):
     """The logits at the N true places of mask only, row after row: what a prompt or the padding predicts, no loss needs.
 
     tokens (B, T), mask (B, T-1) -> (logits (N, V), the tokens emitted there (N,)).
     """
     with autocast(tokens.device):
-        hidden = model.hidden(tokens)[:, :-1][mask]  # (N, C)
+        hidden = model.hidden(tokens, F.pad(mask, (0, 1)))  # (N, C): the last token of a row predicts nothing
     return model.logits(hidden), tokens[:, 1:][mask]
 
 
 def masked_logprobs(model, tokens, mask, temperature=1.0):
     """token_logprobs where mask is true, and 0 elsewhere: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
-    logprobs = chosen_logprobs(*masked_logits(model, tokens, mask), temperature)  # (N,)
-    return torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, logprobs)
+    return place(chosen_logprobs(*masked_logits(model, tokens, mask), temperature), mask)
 
 
 def response_mask(prompt_lengths, lengths, T):
@@ -284,8 +315,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     slots = torch.arange(longest + max_new_tokens, device=device)  # (S,)
     cache = torch.empty(config.n_layer, 2, B, config.n_head, len(slots), config.n_embd // config.n_head, dtype=dtype,
                         device=device)
-    hidden = model.hidden(prompt_tokens, cache)
-    hidden = hidden[torch.arange(B, device=device), prompt_lengths - 1]  # (B, C): at the last token of each prompt
+    last = slots[:longest] == prompt_lengths[:, None] - 1  # (B, longest)
+    hidden = model.hidden(prompt_tokens, last, cache)  # (B, C): at the last token of each prompt
     padding = (slots >= prompt_lengths[:, None]) & (slots < longest)
     visible = torch.zeros(B, 1, 1, len(slots), dtype=dtype, device=device).masked_fill(padding[:, None, None], -math.inf)
 
@@ -319,7 +350,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
                 cache = cache[:, :, keep]
         positions = (prompt_lengths[rows] + t)[:, None]  # (b, 1)
         with torch.inference_mode():
-            hidden = model.hidden(new[:, None], cache, longest + t, positions, visible[..., :longest + t + 1]).squeeze(1)
+            hidden = model.hidden(new[:, None], None, cache, longest + t, positions,
+                                  visible[..., :longest + t + 1]).squeeze(1)  # (b, C)
     model.train(was_training)
     if not finite:
         raise FloatingPointError("the model's probabilities are not finite: its weights or its input are broken")
@@ -834,13 +866,14 @@ def sample(config):
 # How fast?
 
 
-def forward_flops(config, tokens, context, logits):
+def forward_flops(config, tokens, context, places, width):
     """Floating-point operations of a forward pass: 2 for every weight and token, 4 C a layer for every token attended to.
 
-    tokens: how many pass through the blocks, each seeing `context` tokens on average; logits: how many get logits.
+    tokens: how many pass through the blocks, each seeing `context` tokens on average; places: how many of them are asked
+    for and so pass through the last MLP too, and through a head of `width` numbers.
     """
     C = config.n_embd
-    return tokens * config.n_layer * (24 * C * C + 4 * C * context) + logits * 2 * C * config.vocab_size
+    return tokens * (config.n_layer * (24 * C * C + 4 * C * context) - 16 * C * C) + places * (16 * C * C + 2 * C * width)
 
 
 def median_seconds(call, repeats=7):
@@ -890,7 +923,8 @@ def bench(config):
         optimizer_step(optimizer, model, config.lr, loss)
 
     seconds = median_seconds(step)
-    flops = 3 * forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel())  # backward: twice the forward
+    forward = forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel(), config.vocab_size)
+    flops = 3 * forward  # the backward pass costs twice as much as the forward pass
     print(f"training       {config.batch} x {config.block_size} tokens a step: {tokens.numel() / seconds:,.0f} tokens/s, "
           f"{flops / seconds / rate:.0%} of the matrix product's rate")
 
@@ -900,7 +934,7 @@ def bench(config):
         prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
         with autocast(device):
             seconds = median_seconds(lambda: generate(model, prompts, new))
-        flops = forward_flops(shape, rows * (prompt + new), (prompt + new) / 2, rows * new)
+        flops = forward_flops(shape, rows * (prompt + new), (prompt + new) / 2, rows * new, config.vocab_size)
         # Every step reads all weights, and the keys and values of the tokens before.
         size = 2 if device.type == "cuda" else 4
         bytes_read = new * (4 * parameters + size * 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2))

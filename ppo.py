@@ -29,13 +29,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import gpt
 from data import stories
 from data.files import InputError, hold_out, read_prompts, run_script
 from gpt import (GPT, GPTConfig, Run, announce, autocast, check_name, chosen_logprobs, forward_flops, generate, get_device,
                  load_checkpoint, make_optimizer, masked_logits, masked_logprobs, matrix_rate, optimizer_step, parse_config,
-                 peak_memory, respond, response_mask, restore, save_checkpoint, show, stage_folder, train_if_missing)
+                 peak_memory, place, respond, response_mask, restore, save_checkpoint, show, stage_folder, train_if_missing)
 from reward_model import RewardModel, gold_rewards
 from reward_model import main as train_reward_model
 
@@ -192,6 +193,12 @@ class Experience(NamedTuple):
         return Experience(tokens[:, :T], lengths, *(tensor[:, :T - 1] for tensor in others))
 
 
+def masked_values(value_model, tokens, mask):
+    """V(s_t) where mask is true, and 0 elsewhere: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
+    with autocast(tokens.device):
+        return place(value_model(tokens, F.pad(mask, (0, 1))), mask)  # the state after the last token needs no value
+
+
 def backward(policy, value_model, batch, config):
     """Accumulate the gradient of both losses over one minibatch (an Experience), config.micro_batch rows at a time.
 
@@ -203,8 +210,7 @@ def backward(policy, value_model, batch, config):
         part = batch.pick(rows)
         share = part.mask.sum() / batch.mask.sum()
         logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
-        with autocast(part.tokens.device):
-            values = value_model(part.tokens)[:, :-1]
+        values = masked_values(value_model, part.tokens, part.mask)
         policy_loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask,
                                                          config.clip)
         value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
@@ -230,11 +236,10 @@ def score(policy, reference, reward_model, value_model, rollout, mask, config):
         part, part_mask = tokens[rows, :T], mask[rows, :T - 1]
         logits, chosen = masked_logits(policy, part, part_mask)  # (N, V), (N,)
         entropy += token_entropy(logits, config.temperature).sum() / mask.sum()
-        logprobs[rows, :T - 1] = torch.zeros(part_mask.shape, device=mask.device).masked_scatter(
-            part_mask, chosen_logprobs(logits, chosen, config.temperature))
+        logprobs[rows, :T - 1] = place(chosen_logprobs(logits, chosen, config.temperature), part_mask)
         ref_logprobs[rows, :T - 1] = masked_logprobs(reference, part, part_mask, config.temperature)
+        values[rows, :T - 1] = masked_values(value_model, part, part_mask)
         with autocast(mask.device):
-            values[rows, :T - 1] = torch.where(part_mask, value_model(part)[:, :-1], 0.0)
             scores[rows] = reward_model.score(part, lengths[rows])
     return logprobs, ref_logprobs, values, scores, float(entropy)
 
@@ -390,9 +395,10 @@ def bench(config):
         parts = [statistics.median(column) for column in zip(*rows[1:])]
         total = statistics.median(map(sum, rows[1:]))
         tokens, emitted, seen = rollouts * (prompt + response), rollouts * response, (prompt + response) / 2
-        language, scalar = forward_flops(shape, tokens, seen, emitted), forward_flops(shape, tokens, seen, 0)
+        language = forward_flops(shape, tokens, seen, emitted, shape.vocab_size)
+        value, reward = forward_flops(shape, tokens, seen, emitted, 1), forward_flops(shape, tokens, seen, rollouts, 1)
         # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its cost) of two models.
-        bound = (language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)) / rate
+        bound = (language + 2 * language + value + reward + config.epochs * 3 * (language + value)) / rate
         print(f"{rollouts:8d}{response:10d}" + "".join(f"{seconds:10.2f}" for seconds in (*parts, total, bound))
               + f"{emitted / total:12,.0f}")
     weights = sum(p.numel() for p in policy.parameters())

@@ -73,15 +73,18 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)  # r = 0: every comparison starts at 50:50, loss log 2
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens):
-        """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one."""
-        hidden = self.trunk.hidden(tokens)
+    def forward(self, tokens, mask=None):
+        """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one.
+
+        mask (B, T) asks for its N true places only, row after row: (N,).
+        """
+        hidden = self.trunk.hidden(tokens, mask)
         with torch.autocast(tokens.device.type, enabled=False):  # never in bf16: a score near 3 would be rounded to 1/64
-            return self.head(hidden.to(self.head.weight.dtype)).squeeze(2)
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
     def score(self, tokens, lengths):
         """r(x, y): (B,), the number at the last token of each sequence, <|end|>; lengths (B,) say where that is."""
-        return self(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
+        return self(tokens, torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1)
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):

@@ -8,18 +8,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 import ppo
+from reward_model import RewardModel
 
 
 @pytest.mark.parametrize("shape", [gpt.GPTConfig(50, 16, 2, 2, 8), gpt.GPTConfig(1024, 128, 4, 4, 128)])
 def test_flops_are_torchs(shape):
     """A factor 2 lost, or the output layer forgotten: a utilisation that flatters. Attention is counted apart, at its sdpa."""
     tokens = torch.zeros(3, shape.block_size, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        gpt.GPT(shape)(tokens)
-    by_name = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    linear = sum(count for name, count in by_name.items() if "scaled_dot" not in name)
-    assert linear == gpt.forward_flops(shape, tokens.numel(), 0, tokens.numel())
-    per_token = gpt.forward_flops(shape, 1, 10, 0) - gpt.forward_flops(shape, 1, 0, 0)
+    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    model, places = RewardModel(shape), int(mask.sum())
+    for call, asked, width in ((lambda: model.trunk(tokens), tokens.numel(), shape.vocab_size),
+                               (lambda: model.trunk.logits(model.trunk.hidden(tokens, mask)), places, shape.vocab_size),
+                               (lambda: model(tokens, mask), places, 1)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        by_name = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+        linear = sum(count for name, count in by_name.items() if "scaled_dot" not in name)
+        assert linear == gpt.forward_flops(shape, tokens.numel(), 0, asked, width)
+    per_token = gpt.forward_flops(shape, 1, 10, 0, 0) - gpt.forward_flops(shape, 1, 0, 0, 0)
     q, k, v = torch.zeros(1, shape.n_head, 1, 8), torch.zeros(1, shape.n_head, 10, 8), torch.zeros(1, shape.n_head, 10, 8)
     with FlopCounterMode(display=False) as counter:
         (q @ k.transpose(2, 3)) @ v

@@ -275,10 +275,39 @@ def test_masked_logprobs_have_the_full_ones_gradient():
     for mask in masks:
         model, twin = tiny_model(seed=31).float(), tiny_model(seed=31).float()
         (weights * masked_logprobs(model, tokens, mask, 0.7)).sum().backward()
-        (weights * token_logprobs(twin(tokens), tokens, 0.7))[mask].sum().backward()
+        plain = -F.cross_entropy(twin(tokens)[:, :-1].transpose(1, 2) / 0.7, tokens[:, 1:], reduction="none")
+        (weights * plain)[mask].sum().backward()
         for (name, ours), theirs in zip(model.named_parameters(), twin.parameters()):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
             assert ours.grad.any() == mask.any() or name.endswith("c_attn.bias")
+
+
+def test_the_gradient_of_a_log_probability():
+    """A gradient by hand with the wrong sign, without the token's own 1, or for another token of the row; a token that has
+    no probability to speak of, and one that has it all."""
+    generator = torch.Generator().manual_seed(32)
+    logits = 3 * torch.randn(4, 6, 11, dtype=torch.float64, generator=generator)
+    logits[0, 0, 3], logits[0, 1, 3] = 200.0, -200.0
+    logits.requires_grad_(True)
+    chosen = torch.randint(11, (4, 6), generator=generator)
+    chosen[0, :2] = 3
+    assert torch.autograd.gradcheck(gpt.LogSoftmaxGather.apply, (logits, chosen))
+    weights = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    (weights * gpt.LogSoftmaxGather.apply(logits, chosen)).sum().backward()
+    oracle, = torch.autograd.grad(-(weights * F.cross_entropy(logits.transpose(1, 2), chosen, reduction="none")).sum(), logits)
+    torch.testing.assert_close(logits.grad, oracle)
+    torch.testing.assert_close(logits.grad.sum(dim=2), torch.zeros(4, 6, dtype=torch.float64))    # of softmax: always 0
+
+
+def test_the_last_layer_at_some_places_only():
+    """Places picked before the last attention, which then does not see the others; out of order; without the final norm."""
+    model = tiny_model(seed=33)
+    tokens, masks = some_places(33)
+    full = model.hidden(tokens)
+    for mask in (F.pad(mask, (1, 0)) for mask in masks):
+        picked = model.hidden(tokens, mask)
+        assert picked.shape == (mask.sum(), 32)
+        torch.testing.assert_close(picked, full[mask], atol=1e-12, rtol=1e-12)
 
 
 def test_held_out_loss_against_cross_entropy_row_by_row():

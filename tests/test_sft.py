@@ -77,21 +77,19 @@ def test_exactly_the_response_and_its_end_are_trained():
         output.retain_grad()
         kept.append(output)
 
-    model.ln_f.register_forward_hook(keep)      # (B, T, C): the state from which the next token is predicted
+    model.ln_f.register_forward_hook(keep)      # (N, C): the states from which a next token is predicted, and no others
     sft.backward(model, sequences, prompts, 64)
     (states,), total = kept, sum(map(len, sequences)) - sum(prompts)
-    weight = model.wte.weight.detach()
-    for row, (ids, prompt) in enumerate(zip(sequences, prompts)):
-        for t in range(states.shape[1]):
-            expected = torch.zeros(32)
-            if prompt - 1 <= t < len(ids) - 1:      # the gradient of cross-entropy: (softmax - one-hot) / N, times the head
-                p = (weight @ states[row, t].detach()).softmax(0)
-                expected = (p - F.one_hot(torch.tensor(ids[t + 1]), V)) @ weight / total
-            torch.testing.assert_close(states.grad[row, t], expected, atol=1e-7, rtol=1e-4)
-        end = len(ids) - 2      # the column that emits <|end|>: a step against its gradient makes <|end|> likelier
-        before, after = ((weight @ state).log_softmax(0)[V - 1] for state in
-                         (states[row, end].detach(), states[row, end].detach() - 0.1 * states.grad[row, end]))
-        assert after > before
+    weight, n = model.wte.weight.detach(), 0
+    for ids, prompt in zip(sequences, prompts):
+        alone = model.hidden(torch.tensor([ids]))[0].detach()
+        for t in range(prompt - 1, len(ids) - 1):       # the gradient of cross-entropy: (softmax - one-hot) / N, times the head
+            torch.testing.assert_close(states[n].detach(), alone[t], atol=1e-5, rtol=1e-5)
+            p = (weight @ alone[t]).softmax(0)
+            expected = (p - F.one_hot(torch.tensor(ids[t + 1]), V)) @ weight / total
+            torch.testing.assert_close(states.grad[n], expected, atol=1e-7, rtol=1e-4)
+            n += 1
+    assert n == len(states) == total
 
 
 def test_an_overfitted_model_answers_and_stops(tokenizer):

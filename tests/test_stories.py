@@ -1,7 +1,6 @@
 """The world of data/stories.py, against enumeration, sampling and the rules of English."""
 
 import dataclasses
-import doctest
 import itertools
 import math
 import random
@@ -82,11 +81,6 @@ def longest_slots(world=WORLD):
 
 # ---------------------------------------------------------------------------------------------
 # Probabilities
-
-def test_examples_of_the_docstring():
-    """A worked example that no longer works."""
-    assert doctest.testmod(stories).failed == 0
-
 
 def test_story_probabilities_sum_to_one():
     """A log-probability that forgets a choice, counts one twice, or forgets that turns aren't repeated."""
