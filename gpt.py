@@ -79,10 +79,9 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, heads, 3, T, C/heads)
         q, k, v = qkv.unbind(2)  # each (B, heads, T, C/heads)
         if cache is not None:
-            cache[:, :, :, slot:slot + T] = qkv.movedim(2, 0)[1:]  # (2, B, heads, S, C/heads)
+            cache[:, :, :, slot:slot + T] = qkv.movedim(2, 0)[1:]  # (2, B, heads, T, C/heads)
             if visible is not None:
                 k, v = cache[:, :, :, :slot + T].unbind(0)
-                q = q.to(k.dtype)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -111,10 +110,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, cache=None, slot=0, visible=None):
+    def forward(self, x, places=None, cache=None, slot=0, visible=None):
         x = x + self.drop(self.attn(self.ln_1(x), cache, slot, visible))
-        if mask is not None:
-            x = x[mask]  # (B, T, C) -> (N, C)
+        if places is not None:
+            x = x[places]  # (B, T, C) -> (N, C)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -143,13 +142,14 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, tokens, mask=None, cache=None, slot=0, positions=None, visible=None):
+    def hidden(self, tokens, places=None, cache=None, slot=0, positions=None, visible=None):
         """tokens (B, T) -> (B, T, C), after the final LayerNorm: what a head reads (never normalize it again).
 
-        mask (B, T) asks for its N true places only, row after row: (N, C). After the last attention no token looks at
-        another, so the last MLP leaves the other places out.
-        cache (layers, 2, B, heads, S, C/heads) takes their keys and values, from slot on. With visible (B, 1, 1, slot + 1)
-        too, the one token of each row attends to the cache's slots, to those where visible is 0 and not where it is -inf.
+        places (B, T), bool, asks for its N true places only, row after row: (N, C). After the last attention no token
+        looks at another, so the last MLP leaves the other places out.
+        cache (layers, 2, B, heads, S, C/heads) takes the keys and values of all tokens, from slot on. With visible
+        (B, 1, 1, slot + 1) too, the one token of each row attends to the cache's slots, to those where visible is 0 and
+        not where it is -inf.
         """
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
@@ -157,8 +157,7 @@ class GPT(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,): the same for every row
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            last = layer == len(self.h) - 1
-            x = block(x, mask if last else None, None if cache is None else cache[layer], slot, visible)
+            x = block(x, places if block is self.h[-1] else None, None if cache is None else cache[layer], slot, visible)
         return self.ln_f(x)
 
     def logits(self, x):
@@ -189,8 +188,8 @@ class LogSoftmaxGather(torch.autograd.Function):
     def backward(ctx, grad):
         logprobs, chosen = ctx.saved_tensors
         grad = grad[..., None]
-        logits_grad = logprobs.exp().mul_(-grad).scatter_add_(-1, chosen[..., None], grad)
-        return logits_grad, None  # ∂ log π(a) / ∂ logit_v = 1[v = a] - π(v)
+        # ∂ log π(a) / ∂ logit_v = 1[v = a] - π(v)
+        return logprobs.exp().mul_(-grad).scatter_add_(-1, chosen[..., None], grad), None
 
 
 def chosen_logprobs(logits, chosen, temperature=1.0):
@@ -201,7 +200,7 @@ def chosen_logprobs(logits, chosen, temperature=1.0):
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """The log-probability, in nats, of every token given the tokens before it.
+    """The log-probability, in nats, of every token given the tokens before it. (masked_logprobs is the fast way to it.)
 
     logits (B, T, V), tokens (B, T) -> (B, T-1): column t is log π(tokens[:, t+1] | tokens[:, :t+1]), with
     π = softmax(logits / temperature).
@@ -210,7 +209,7 @@ def token_logprobs(logits, tokens, temperature=1.0):
 
 
 def place(x, mask):
-    """x (N,) at the N true places of mask, row after row, and 0 elsewhere: what x = tensor[mask] took apart.
+    """x (N,) at the N true places of mask, row after row, and 0 elsewhere: what x = tensor[mask] took out.
 
     >>> place(torch.tensor([3.0, 4.0]), torch.tensor([[False, True], [True, False]])).tolist()
     [[0.0, 3.0], [4.0, 0.0]]
@@ -334,7 +333,7 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
         cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
         finite &= cumulative[:, -1].isfinite().all()
         u = uniforms[rows, t, None] * cumulative[:, -1:]
-        new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)  # nan only
         responses[rows, t] = torch.where(done, 0, new)
         lengths[rows] += ~done
         if end_token is not None:
@@ -349,9 +348,9 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
                 rows, done, new, visible = rows[keep], done[keep], new[keep], visible[keep]
                 cache = cache[:, :, keep]
         positions = (prompt_lengths[rows] + t)[:, None]  # (b, 1)
-        with torch.inference_mode():
-            hidden = model.hidden(new[:, None], None, cache, longest + t, positions,
-                                  visible[..., :longest + t + 1]).squeeze(1)  # (b, C)
+        with torch.inference_mode():  # only here: a training step cannot use tokens that were made under it
+            hidden = model.hidden(new[:, None], cache=cache, slot=longest + t, positions=positions,
+                                  visible=visible[..., :longest + t + 1]).squeeze(1)  # (b, C)
     model.train(was_training)
     if not finite:
         raise FloatingPointError("the model's probabilities are not finite: its weights or its input are broken")
@@ -866,14 +865,14 @@ def sample(config):
 # How fast?
 
 
-def forward_flops(config, tokens, context, places, width):
+def forward_flops(config, tokens, context, places, outputs):
     """Floating-point operations of a forward pass: 2 for every weight and token, 4 C a layer for every token attended to.
 
     tokens: how many pass through the blocks, each seeing `context` tokens on average; places: how many of them are asked
-    for and so pass through the last MLP too, and through a head of `width` numbers.
+    for and so pass through the last MLP too, and through a head of so many outputs.
     """
     C = config.n_embd
-    return tokens * (config.n_layer * (24 * C * C + 4 * C * context) - 16 * C * C) + places * (16 * C * C + 2 * C * width)
+    return tokens * (config.n_layer * (24 * C * C + 4 * C * context) - 16 * C * C) + places * (16 * C * C + 2 * C * outputs)
 
 
 def median_seconds(call, repeats=7):

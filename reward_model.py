@@ -14,7 +14,7 @@ Step two: fit r_φ(x, y), the SFT trunk with a scalar head read at the last toke
 One epoch: the pairs are few and a second pass learns them by heart (ECE 7115, "Reward Model Training").
 Only differences of rewards enter the loss, so it leaves a constant free: after training the rewards are shifted to mean 0
 over the SFT policy's responses. They are not rescaled, Bradley-Terry fixes the scale.
-The slides' class finds the last token from the attention mask; here every length is known, so no mask is needed.
+The slides' class finds the last token from the attention mask; here every length is known: no attention mask.
 """
 
 import math
@@ -62,7 +62,8 @@ GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, ba
 class RewardModel(nn.Module):
     """A GPT trunk with a linear head that gives every prefix a number.
 
-    The reward model reads it at the last token (score); the value model of PPO, the same class, at every token.
+    The reward model reads it at the last token (score); the value model of PPO, the same class, at every
+    state in which a token of the response is chosen.
     """
 
     def __init__(self, config):
@@ -73,18 +74,19 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)  # r = 0: every comparison starts at 50:50, loss log 2
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens, mask=None):
+    def forward(self, tokens, places=None):
         """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one.
 
-        mask (B, T) asks for its N true places only, row after row: (N,).
+        places (B, T), bool, asks for its N true places only, row after row: (N,).
         """
-        hidden = self.trunk.hidden(tokens, mask)
+        hidden = self.trunk.hidden(tokens, places)
         with torch.autocast(tokens.device.type, enabled=False):  # never in bf16: a score near 3 would be rounded to 1/64
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
     def score(self, tokens, lengths):
         """r(x, y): (B,), the number at the last token of each sequence, <|end|>; lengths (B,) say where that is."""
-        return self(tokens, torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1)
+        last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1  # (B, T), one place a row
+        return self(tokens, last).view_as(lengths)  # an error, not a shorter batch, if a length lies outside of tokens
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):

@@ -16,3 +16,8 @@ def test_examples(name):
     """A worked example that no longer works, or never did."""
     failed, attempted = doctest.testmod(importlib.import_module(name))
     assert failed == 0 and attempted > 0
+
+
+def test_the_examples_are_found():
+    """A search that finds no file runs no example, and nothing fails."""
+    assert {"gpt", "ppo", "best_of_n", "data.stories", "data.tokenizer"} <= set(WITH_EXAMPLES)

@@ -361,7 +361,8 @@ def test_sampling_equals_a_brute_force_sampler(temperature, monkeypatch):
     model, prompts = tiny_model(seed=41), random_prompts(11, 20)
     expected = brute_force_sample(model, prompts, 26, END, temperature, seed=5)
     sizes, hidden = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: sizes.append(tuple(tokens.shape)) or hidden(tokens, *rest))
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest, **named: (sizes.append(tuple(tokens.shape))
+                                                                          or hidden(tokens, *rest, **named)))
     rollout = generate(model, prompts, 26, END, temperature, seed=5)
     assert rollout.responses() == expected and len({len(prompt) for prompt in prompts}) > 5
     assert {True, False} == set(rollout.ended(END).tolist())
@@ -418,7 +419,8 @@ def test_rows_that_have_ended_leave_the_batch_and_change_nothing(monkeypatch):
     model, prompts = tiny_model(seed=14), random_prompts(14, 16)
     whole = generate(model, prompts, 50, None, seed=2).responses()
     sizes, hidden = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: sizes.append(len(tokens)) or hidden(tokens, *rest))
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest, **named: (sizes.append(len(tokens))
+                                                                          or hidden(tokens, *rest, **named)))
     stopped = generate(model, prompts, 50, END, seed=2).responses()
     assert stopped == [row[:row.index(END) + 1] if END in row else row for row in whole]
     assert len(set(sizes)) >= 3 and sizes == sorted(sizes, reverse=True)       # rows did leave, more than once
@@ -429,7 +431,7 @@ def test_sampling_stops_when_all_rows_have_ended(monkeypatch):
     """96 forward passes for responses of ten tokens."""
     model = constant_model([0.0] * END + [60.0] + [0.0] * 7)
     calls, hidden = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *arguments: calls.append(1) or hidden(*arguments))
+    monkeypatch.setattr(model, "hidden", lambda *rest, **named: calls.append(1) or hidden(*rest, **named))
     rollout = generate(model, [[1], [2, 4]], 60, END, seed=1)
     assert rollout.responses() == [[END], [END]] and rollout.lengths.tolist() == [2, 3] and len(calls) <= 8
 

@@ -104,6 +104,14 @@ def test_score_reads_the_last_token_whatever_the_padding():
     assert alone.std() > 0.1
 
 
+@pytest.mark.parametrize("length", [0, 51])
+def test_a_length_outside_of_the_tokens_is_an_error(length):
+    """A row without a last token drops out of the scores, and those behind it move up by one."""
+    tokens = torch.zeros(3, 50, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="shape"):
+        tiny_model(1).score(tokens, torch.tensor([4, length, 5]))
+
+
 def test_a_column_depends_on_no_later_token():
     """A value that has seen the rest of the answer: perfect in training, useless in PPO."""
     model = tiny_model(2)
