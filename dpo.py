@@ -147,11 +147,13 @@ def train(config):
     rng = random.Random(f"dpo {config.seed}")
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
+    sources = [sft_path]
     if config.data:
         origin = config.data
     else:
         origin = stage_folder(config, "reward_model") / "pairs.jsonl"
         rows, held_out_rows = read_pairs(origin), read_pairs(origin.with_name("held_out.jsonl"))
+        sources += [origin, origin.with_name("held_out.jsonl")]
     pairs, _, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
     held_out, _, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
     if not pairs or not held_out:
@@ -161,7 +163,7 @@ def train(config):
              f"held out, dropped {counts(held_out_dropped)}", policy)
 
     # 2. Gradient steps on the loss.
-    with Run(config.name, folder, config, every=config.report) as run:
+    with Run(config.name, folder, config, config.report, sources) as run:
         run.total = config.epochs * math.ceil(len(pairs) / config.batch)
         for step, row, state in fit(policy, reference, pairs, held_out, config, rng, run.saved):
             if row:

@@ -474,11 +474,13 @@ class Run:
             run.finish()
 
     All that comes before the loop follows from the settings, the seed among them, so it is done again; the state holds the
-    rest. It is there from the start of a run until finish(). unprinted: figures that go to metrics.jsonl only.
+    rest. It is there from the start of a run until finish(). sources: files of earlier stages, without which the run can't
+    go on as it began; unprinted: figures that go to metrics.jsonl only.
     """
 
-    def __init__(self, stage, folder, config, every, unprinted=()):
+    def __init__(self, stage, folder, config, every, sources=(), unprinted=()):
         self.stage, self.folder, self.config, self.every, self.unprinted = stage, folder, config, every, unprinted
+        self.sources = sources
         self.total, self.step, self.rows, self.header, self.interrupted = 0, 0, [], False, False
         self.pace = None  # (step, time) after the first step of this process
 
@@ -500,7 +502,9 @@ class Run:
         for name in ("text", "data"):  # a file may have changed under its name
             if settings.get(name):
                 settings[name] += f" (checksum {zlib.crc32(read_bytes(settings[name])):08x})"
-        self.saved = dict(stage=self.stage, settings=settings, step=0, seconds=0.0, rows=[], path=str(self.path))
+        sources = {f"{path.parent.name}/{path.name}": zlib.crc32(read_bytes(path)) for path in self.sources}
+        self.saved = dict(stage=self.stage, settings=settings, sources=sources, step=0, seconds=0.0, rows=[],
+                          path=str(self.path))
         if self.path.exists() and self.config.resume:
             with refused_if_broken(self.path, "begin anew without --resume"):
                 found = read_torch(self.path)
@@ -513,6 +517,10 @@ class Run:
                     name = changed[0]
                     raise InputError(f"{self.path}: the run began with --{name} {found['settings'].get(name)}, not "
                                      f"{settings[name]}; resume it with its settings, or begin anew without --resume")
+                changed = [name for name in {**sources, **found["sources"]}
+                           if found["sources"].get(name) != sources.get(name)]
+                if changed:
+                    raise InputError(f"{self.path}: the run began with another {changed[0]}; begin anew without --resume")
                 if not all(isinstance(value, (int, float)) for row in found["rows"] for value in row.values()):
                     raise ValueError("its rows are not figures")
             self.saved = {**found, "path": str(self.path)}

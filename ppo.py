@@ -347,7 +347,7 @@ def train(config):
         return [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
     costs = ("memory_mb", "rollout_s", "scoring_s", "update_s")
-    with Run(config.name, folder, config, every=config.save, unprinted=("beta", "value_loss", *costs)) as run:
+    with Run(config.name, folder, config, config.save, [sft_path, reward_path], ("beta", "value_loss", *costs)) as run:
         run.total = config.iterations
         loop = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config, run.saved)
         for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):

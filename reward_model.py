@@ -248,7 +248,8 @@ def train(config):
         rows, held_out_rows = hold_out(read_pairs(config.data), config.seed, config.data)  # before any training
     train_if_missing("sft", sft.main, config)
     folder, device = stage_folder(config, "reward_model"), get_device()
-    policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
+    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
+    policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)
     model = RewardModel(policy.config).to(device)
     model.trunk.load_state_dict(policy.state_dict())  # the SFT model with a linear head in place of the LM head
     announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
@@ -271,7 +272,7 @@ def train(config):
 
     if config.data:
         encoded = encode(rows, held_out_rows)  # before anything is written
-    with Run("reward_model", folder, config, every=config.report) as run:
+    with Run("reward_model", folder, config, config.report, [sft_path]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
         if not config.data and run.saved["step"]:
             encoded = encode(read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl"))

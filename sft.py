@@ -111,7 +111,8 @@ def train(config):
         rows, held_out_rows = hold_out(read_demonstrations(config.data), config.seed, config.data)  # before any training
     train_if_missing("gpt", gpt.main, config)
     folder, device = stage_folder(config, "sft"), get_device()
-    model, tokenizer, base = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size, device)
+    base_path = stage_folder(config, "gpt") / "checkpoint.pt"
+    model, tokenizer, base = load_checkpoint(base_path, "gpt", config.size, device)
     block_size = model.config.block_size
     rng = random.Random(f"demonstrations {config.seed}")
 
@@ -147,7 +148,7 @@ def train(config):
     lengths, order = list(map(len, sequences)), random.Random(f"demonstrations' order {config.seed}")
     batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, order)]
     optimizer = make_optimizer(model, config.weight_decay)
-    with Run("sft", folder, config, every=config.report) as run:
+    with Run("sft", folder, config, config.report, [base_path]) as run:
         run.total = len(batches)
         losses = restore(run.saved, run.total, model=model, optimizer=optimizer, losses=[])["losses"]
         for step in range(run.saved["step"], len(batches)):

@@ -552,6 +552,29 @@ def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
     assert files_of(folder) == found
 
 
+@pytest.mark.parametrize("stage, source", [
+    ("sft", "gpt/checkpoint.pt"), ("reward_model", "sft/checkpoint.pt"), ("ppo", "sft/checkpoint.pt"),
+    ("ppo", "reward_model/checkpoint.pt"), ("dpo", "sft/checkpoint.pt"), ("dpo", "reward_model/pairs.jsonl"),
+    ("dpo", "reward_model/held_out.jsonl")])
+def test_a_stage_that_was_trained_anew_in_between_is_refused(stage, source, chain, tmp_path):
+    """A policy whose second half is held to another reference than its first, or learns from other pairs."""
+    out, argv, folder = interrupted(stage, chain, tmp_path)
+    path = out / "cpu" / source
+    before_it = path.read_bytes()
+    if path.suffix == ".pt":
+        gpt.write_torch(path, {**gpt.read_torch(path), "note": "another one"})
+    else:
+        path.write_bytes(b"".join(reversed(before_it.splitlines(keepends=True))))
+    found = files_of(folder)
+    with pytest.raises(InputError) as error:
+        MODULES[stage].main([*argv, "--resume"])
+    assert str(error.value) == f"{folder / 'state.pt'}: the run began with another {source}; begin anew without --resume"
+    assert files_of(folder) == found
+    path.write_bytes(before_it)
+    MODULES[stage].main([*argv, "--resume"])
+    assert (folder / "checkpoint.pt").exists()
+
+
 def test_the_state_of_another_stage_is_refused(chain, tmp_path):
     """The wrong file copied: weights of the SFT model under the optimizer of DPO."""
     out, argv, folder = interrupted("dpo", chain, tmp_path)
