@@ -192,11 +192,13 @@ def yardstick(config):
     room = policies["sft"].config.block_size - config.max_new_tokens
     rng = random.Random("yardstick prompts")
     if config.data:
-        prompts = [row["prompt"] for row in rows if len(tokenizer.prompt(row["prompt"])) <= room][:config.prompts]
+        fitting = [row["prompt"] for row in rows if len(tokenizer.prompt(row["prompt"])) <= room]
+        prompts = fitting[:config.prompts]
         if not prompts:
             raise InputError(f"{config.data}: no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "
                              f"in the context of {policies['sft'].config.block_size}")
-        data = f"{config.data}: {len(prompts)} of {len(rows)} held-out prompts leave room for the response"
+        data = (f"{config.data}: {len(prompts)} of {len(fitting)} held-out prompts, dropped {len(rows) - len(fitting)} that "
+                f"leave no room for {config.max_new_tokens} new tokens")
     else:
         prompts = [stories.request(rng).text for _ in range(config.prompts)]
         data = f"the little world: {len(prompts)} held-out prompts"

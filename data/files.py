@@ -6,7 +6,7 @@
 
 A file that is wrong ends in one line that says where and why, never in a traceback:
 
-    ppo.py: pairs.jsonl:17: "chosen" must be text, found the number 3; put it in quotes
+    reward_model.py: pairs.jsonl:17: "chosen" must be text, found the number 3; put it in quotes
 
 Fields other than the ones asked for are ignored, and so are blank lines, a byte order mark and the line
 ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.

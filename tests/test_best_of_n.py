@@ -310,7 +310,7 @@ def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypat
     monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(arguments[3]) or draw_samples(*arguments))
     printed = run(trained, capsys, "--data", str(tmp_path / "prompts.jsonl"), "--samples", "4", "--policies", "dpo")
     assert asked == [short] * 2  # SFT and DPO, each once
-    assert f"{len(short)} of 4 held-out prompts leave room" in printed
+    assert f"{len(short)} of {len(short)} held-out prompts, dropped {4 - len(short)} that leave no room" in printed
     assert "gold" not in printed and "win_rate" not in printed
     rows = metrics(trained / "cpu/best_of_n/metrics.jsonl")
     assert [row["policy"] for row in rows if "under" not in row] == ["sft", "best of 4", "dpo"]
