@@ -15,14 +15,20 @@ comes twice. A story honours its request most of the time, not always. No two wa
 give the same text, so its probability is a product that one can write down: that of its hero and
 thing given the request, of its plan (which patterns, in which order), and 1/n for each other slot.
 
+One request in 32 is held out (Grammar.held_out_every): no page has it, and request(rng) draws it only with
+held_out=True, so that what training teaches can be measured on requests that cannot have occurred in it.
+
 >>> import random
 >>> rng = random.Random(0)
 >>> asked = request(rng)
->>> asked.text, round(asked.logprob, 2)         # one of 12 * 28 * 32 * 36 requests: -log 387072 nats
-('Tell me a story about an odd robot and a teapot.', -12.87)
+>>> asked.text, round(asked.logprob, 2)         # one of 12 * 28 * 32 * 36 * 31/32 requests: -log 374976 nats
+('Tell me a story about an odd robot and a teapot.', -12.83)
 >>> told = story(rng, asked.text)
 >>> told.logprob == log_probability(asked.text, told.text)
 True
+>>> never_seen = request(rng, held_out=True)
+>>> is_held_out(asked.text), is_held_out(never_seen.text)
+(False, True)
 
 All sentences were written for this project.
 """
@@ -268,8 +274,11 @@ class Grammar:
     title: str = "The {adjective} {hero} and the {thing}"    # the line above a story in a book
     page_lengths: tuple = (3, 4, 5, 6)          # requests on a page of the exercise book, equally likely
     page_share: float = 0.3                     # P(a pretraining document is a page); else: a story
+    held_out_every: int = 32                    # a request is held out if this divides the sum of its four indices
 
     def __post_init__(self):
+        if self.held_out_every < 2:
+            raise ValueError("held_out_every must be at least 2: 1 leaves no request to train on")
         if min(len(self.words["hero"]), len(self.words["thing"])) < 2:
             raise ValueError("a world needs two heroes and two things: a story need not keep the request's")
         for part, _ in self.turn_odds:
@@ -296,6 +305,18 @@ class Grammar:
                 for key in ("She", "He") if first == "{She}" else (None if "{" in first else first,):
                     readers.setdefault(key, []).append((part, index, re.compile(_regex(pattern, self.words))))
         return readers
+
+    @cached_property
+    def request_counts(self):
+        """{held out or not: number of requests}; neither is 0."""
+        sums = Counter([0])     # sum of the indices so far, modulo held_out_every -> number of ways to get it
+        for choices in (self.patterns["ask"], *(self.words[slot] for slot in ("adjective", "hero", "thing"))):
+            longer = Counter()
+            for total, ways in sums.items():
+                for index in range(len(choices)):
+                    longer[(total + index) % self.held_out_every] += ways
+            sums = longer
+        return {False: sums.total() - sums[0], True: sums[0]}
 
     def pronoun(self, hero):
         """"she" or "he"."""
@@ -426,6 +447,22 @@ def _parse_asked(request, world):
     return asked
 
 
+def is_held_out(text, world=WORLD):
+    """Whether the request (its text) is one of those kept from training; raises ValueError if it is not a request."""
+    return _is_held_out(_parse_asked(text, world), world)
+
+
+def _is_held_out(asked, world):
+    """Whether the Request is held out.
+
+    The sum of its indices decides. In WORLD just one of the 32 heroes is then held out whatever else is asked, so each
+    ask, adjective and thing is exactly as frequent among the held-out requests as among all; each hero within 3 %.
+    """
+    words = world.words
+    return (asked.ask + words["adjective"].index(asked.adjective) + words["hero"].index(asked.hero)
+            + words["thing"].index(asked.thing)) % world.held_out_every == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # Probabilities, in nats
 
@@ -494,11 +531,11 @@ def log_probability(request, text, world=WORLD):
 
 
 def page_log_probability(text, world=WORLD):
-    """log P(text) in nats under page(rng); -inf for what is not a page."""
-    lines = text.split("\n")
-    if len(lines) not in world.page_lengths or None in [parse_request(line, world) for line in lines]:
+    """log P(text) in nats under page(rng); -inf for what is not a page, and for one with a held-out request."""
+    lines = [parse_request(line, world) for line in text.split("\n")]
+    if len(lines) not in world.page_lengths or None in lines or any(_is_held_out(asked, world) for asked in lines):
         return -math.inf
-    return -math.log(len(world.page_lengths)) + len(lines) * _log_p_request(world)
+    return -math.log(len(world.page_lengths)) - len(lines) * math.log(world.request_counts[False])
 
 
 def document_log_probability(text, world=WORLD):
@@ -513,12 +550,6 @@ def document_log_probability(text, world=WORLD):
 
 # ---------------------------------------------------------------------------------------------
 # Drawing
-
-def _log_p_request(world):
-    """Every request has the same log-probability."""
-    return -math.log(len(world.patterns["ask"])) - sum(
-        math.log(len(world.words[slot])) for slot in ("adjective", "hero", "thing"))
-
 
 def _draw_facts(rng, asked, world):
     """Adjective, hero and thing of a story, given the Request or None."""
@@ -548,14 +579,22 @@ def _draw_plan(rng, world):
     return [(part, unused[part].pop(rng.randrange(len(unused[part])))) for part in parts]
 
 
-def request(rng, world=WORLD):
-    """Draws a request; all are equally likely. rng: a random.Random. Returns a Draw(text, logprob in nats)."""
-    slots = {slot: rng.choice(world.words[slot]) for slot in ("adjective", "hero", "thing")}
-    return Draw(_write(rng.choice(world.patterns["ask"]), slots), _log_p_request(world))
+def request(rng, world=WORLD, held_out=False):
+    """Draws a training request, or one that is held out; all of its kind are equally likely. rng: a random.Random.
+
+    Returns a Draw(text, logprob): logprob = -log(number of requests of that kind) in nats.
+    """
+    asks, words, count = world.patterns["ask"], world.words, world.request_counts[held_out]
+    while True:
+        adjective, hero, thing = rng.choice(words["adjective"]), rng.choice(words["hero"]), rng.choice(words["thing"])
+        asked = Request(rng.randrange(len(asks)), adjective, hero, thing)
+        if _is_held_out(asked, world) == held_out:
+            text = _write(asks[asked.ask], {"adjective": adjective, "hero": hero, "thing": thing})
+            return Draw(text, -math.log(count))
 
 
 def story(rng, request, world=WORLD):
-    """Draws a story in answer to a request: its text, or None for a story nobody asked for.
+    """Draws a story in answer to a request, held out or not: its text, or None for a story nobody asked for.
 
     Returns a Draw(text, logprob): logprob = log P(text | request) in nats, the same number as
     log_probability(request, text). Raises ValueError if the request is not one of this world.
@@ -578,14 +617,14 @@ def _draw_story(rng, asked, world):
 
 
 def page(rng, world=WORLD):
-    """Draws a page of an exercise book: 3 to 6 requests, one a line. Returns a Draw(text, logprob in nats)."""
+    """Draws a page of an exercise book: 3 to 6 training requests, one a line. Returns a Draw(text, logprob in nats)."""
     lines = [request(rng, world) for _ in range(rng.choice(world.page_lengths))]
     return Draw("\n".join(line.text for line in lines),
                 sum(line.logprob for line in lines) - math.log(len(world.page_lengths)))
 
 
 def document(rng, world=WORLD):
-    """Draws a pretraining document, a story under its title or a page of requests. Returns a Draw(text, logprob in nats).
+    """Draws a pretraining document, a story under its title or a page. Returns a Draw(text, logprob in nats).
 
     The title names adjective, hero and thing, which the story shows anyway, so it adds nothing to the log-probability.
     """

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from string import Formatter
 
 import pytest
@@ -15,7 +16,7 @@ from data.stories import WORLD, log_probability, parse_request, recognise, split
 STORY_PARTS = ("opening", "wish", "kind", "unkind", "neutral", "happy", "sad")
 
 # A world small enough to enumerate. Some slots are shown by some sentences only, one pattern shows the
-# hero under two forms, one hero is a "he", and one adjective takes "an".
+# hero under two forms, one hero is a "he", and one adjective takes "an". Of its 8 requests 2 are held out.
 TINY = dataclasses.replace(
     WORLD,
     words={"adjective": ("shy", "odd"), "hero": ("fox", "bear"), "thing": ("kite", "umbrella"),
@@ -28,7 +29,7 @@ TINY = dataclasses.replace(
               "neutral": ("{Friend} looked at {him}.", "It rained."),
               "happy": ("{She} found the {thing}.",),
               "sad": ("The {hero} cried {herself} to sleep.",)},
-    turns=(0.7, 0.3), page_lengths=(1, 2, 3))
+    turns=(0.7, 0.3), page_lengths=(1, 2, 3), held_out_every=3)
 TINIEST = dataclasses.replace(
     TINY, patterns={part: patterns[:1] for part, patterns in TINY.patterns.items()}, turns=(1.0,))
 
@@ -64,9 +65,13 @@ def all_stories(world, titled=False):
 
 
 def all_requests(world):
-    return {render(pattern, {"adjective": adjective, "hero": hero, "thing": thing, "friend": "-"})
-            for pattern in world.patterns["ask"] for adjective in world.words["adjective"]
-            for hero in world.words["hero"] for thing in world.words["thing"]}
+    """{request: whether it is held out}, by brute force."""
+    lists = world.patterns["ask"], world.words["adjective"], world.words["hero"], world.words["thing"]
+    requests = {}
+    for (a, pattern), (b, adjective), (c, hero), (d, thing) in itertools.product(*map(enumerate, lists)):
+        text = render(pattern, {"adjective": adjective, "hero": hero, "thing": thing, "friend": "-"})
+        requests[text] = (a + b + c + d) % world.held_out_every == 0
+    return requests
 
 
 def random_slots(rng, world=WORLD):
@@ -91,18 +96,23 @@ def test_story_probabilities_sum_to_one():
 
 
 def test_page_and_document_probabilities_sum_to_one():
-    """A page whose length costs nothing; a document that forgets which of the two it is."""
+    """A page whose length costs nothing, or with a held-out request; a document that forgets which of the two it is."""
     requests = all_requests(TINIEST)
-    assert len(requests) == 8
+    assert len(requests) == 8 and sum(requests.values()) == 2
     pages = {"\n".join(lines) for n in TINIEST.page_lengths for lines in itertools.product(requests, repeat=n)}
     total = math.fsum(math.exp(stories.page_log_probability(text, TINIEST)) for text in pages)
     assert total == pytest.approx(1, abs=1e-9)
+    for text in pages:
+        never = any(requests[line] for line in text.split("\n"))
+        for log_p in (stories.page_log_probability, stories.document_log_probability):
+            assert (log_p(text, TINIEST) == -math.inf) == never
     total = math.fsum(math.exp(stories.document_log_probability(text, TINIEST))
                       for text in pages | all_stories(TINIEST, titled=True))
     assert total == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("request_", [None, "Tell me about an odd bear and a kite."])
+@pytest.mark.parametrize("request_", [
+    None, "Tell me about an odd bear and a kite.", "Tell me about a shy fox and a kite."])
 def test_samples_are_as_frequent_as_their_probability(request_):
     """A sampler and a log-probability that both sum to one, of two different distributions."""
     rng, n = random.Random(5), 12_000
@@ -115,6 +125,27 @@ def test_samples_are_as_frequent_as_their_probability(request_):
     assert sum(p[text] for text in cells) > 0.8
     chi2 = sum((counts[text] - n * p[text]) ** 2 / (n * p[text]) for text in cells)
     assert abs(chi2 - len(cells)) < 5 * math.sqrt(2 * len(cells))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_requests_are_as_frequent_as_their_probability(held_out):
+    """A way past the held-out requests that favors their neighbors, or a log-probability of the other kind."""
+    rng, n = random.Random(6), 12_000
+    counts = Counter(stories.request(rng, TINIEST, held_out) for _ in range(n))
+    assert {text for text, _ in counts} == {text for text, kept in all_requests(TINIEST).items() if kept == held_out}
+    for (_, logprob), count in counts.items():
+        assert logprob == pytest.approx(-math.log(len(counts)))
+        assert abs(count - n / len(counts)) < 5 * math.sqrt(n / len(counts))
+
+
+def test_documents_are_as_frequent_as_their_probability():
+    """A page drawn from all requests whose log-probability is of the training requests, or the other way round."""
+    rng, n = random.Random(7), 12_000
+    counts = Counter(stories.document(rng, TINIEST).text for _ in range(n))
+    pages = Counter({text: count for text, count in counts.items() if text in all_requests(TINIEST)})
+    p = {text: math.exp(stories.document_log_probability(text, TINIEST)) for text in all_requests(TINIEST)}
+    assert math.fsum(p.values()) == pytest.approx(0.3 / 3)      # the pages of one line
+    assert all(abs(pages[text] - n * p[text]) <= 5 * math.sqrt(n * p[text]) for text in p)
 
 
 def test_turns_are_drawn_without_replacement_at_the_stated_odds():
@@ -143,9 +174,10 @@ def test_draws_carry_their_exact_log_probability():
     rng = random.Random(1)
     for _ in range(400):
         request = stories.request(rng)
-        assert request.logprob == pytest.approx(-math.log(12 * 28 * 32 * 36))
-        assert parse_request(request.text) is not None
-        for asked in (request.text, None):
+        assert request.logprob == pytest.approx(-math.log(12 * 28 * 31 * 36))
+        never_seen = stories.request(rng, held_out=True)
+        assert never_seen.logprob == pytest.approx(-math.log(12 * 28 * 36))
+        for asked in (request.text, never_seen.text, None):
             text, logprob = stories.story(rng, asked)
             assert logprob == pytest.approx(log_probability(asked, text), abs=1e-9)
             assert stories.is_story(text)
@@ -182,7 +214,8 @@ def test_changed_stories_have_another_probability():
 
 def test_a_wrong_request_is_named():
     """A typing error in a prompt that silently becomes "nobody asked"."""
-    for call in (lambda: stories.story(random.Random(0), "Sing a song."), lambda: log_probability("Sing a song.", "")):
+    for call in (lambda: stories.story(random.Random(0), "Sing a song."), lambda: log_probability("Sing a song.", ""),
+                 lambda: stories.is_held_out("Sing a song.")):
         with pytest.raises(ValueError, match="Sing a song"):
             call()
 
@@ -192,6 +225,43 @@ def test_a_seed_fixes_the_text_and_the_global_generator_is_left_alone():
     state = random.getstate()
     texts = [[stories.document(rng).text for _ in range(20)] for rng in (random.Random(3), random.Random(3))]
     assert texts[0] == texts[1] and random.getstate() == state
+
+
+# ---------------------------------------------------------------------------------------------
+# Held-out requests
+
+def test_no_draw_is_of_the_other_kind():
+    """A training run that sees the very requests it is judged by, alone or on a page."""
+    rng = random.Random(8)
+    for _ in range(20_000):
+        assert not stories.is_held_out(stories.request(rng).text)
+        assert stories.is_held_out(stories.request(rng, held_out=True).text)
+    for _ in range(5_000):
+        assert not any(map(stories.is_held_out, stories.page(rng).text.split("\n")))
+
+
+def test_held_out_requests_of_the_world():
+    """A logprob that is not of the number of requests, and held-out requests that prefer a word to the others."""
+    lists = WORLD.patterns["ask"], WORLD.words["adjective"], WORLD.words["hero"], WORLD.words["thing"]
+    held_out = [asked for asked in itertools.product(range(12), *lists[1:])
+                if stories._is_held_out(stories.Request(*asked), WORLD)]
+    assert WORLD.request_counts == {True: len(held_out), False: math.prod(map(len, lists)) - len(held_out)}
+    for kind, count in WORLD.request_counts.items():
+        assert stories.request(random.Random(0), held_out=kind).logprob == pytest.approx(-math.log(count))
+    asks, adjectives, heroes, things = ([counts.count(word) for word in words] for words, counts in zip(
+        (range(12), *lists[1:]), map(list, zip(*held_out))))
+    assert set(asks) == {len(held_out) / 12} and set(adjectives) == {len(held_out) / 28}
+    assert set(things) == {len(held_out) / 36}
+    assert all(abs(count - len(held_out) / 32) < 0.03 * len(held_out) / 32 for count in heroes)
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 32])
+def test_requests_are_counted_in_any_world(every):
+    """A count that is right only where held_out_every divides the number of requests."""
+    world = dataclasses.replace(TINY, held_out_every=every, words={**TINY.words, "hero": ("fox", "bear", "owl")})
+    requests = all_requests(world)
+    assert world.request_counts == Counter(requests.values())
+    assert {text: stories.is_held_out(text, world) for text in requests} == requests
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,7 +385,7 @@ def test_the_longest_story_fits():
 
 @pytest.mark.parametrize("change", [
     {"turns": (0.25,) * 4, "patterns": {**WORLD.patterns, "kind": WORLD.patterns["kind"][:3]}},
-    {"words": {**WORLD.words, "thing": ("kite",)}},
+    {"words": {**WORLD.words, "thing": ("kite",)}}, {"held_out_every": 1},
     {"patterns": {**WORLD.patterns, "opening": ("Once upon a time.",)}}])
 def test_impossible_worlds_are_refused(change):
     """A world that can't draw four different kind turns would fail once in a thousand stories."""
