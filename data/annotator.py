@@ -17,7 +17,7 @@ larger. The difference of two such noises is logistic, so this is exactly the Br
 import math
 import re
 
-from data.stories import WORLD, parse_request, recognise, split_sentences
+from data.stories import WORLD, is_story, parse_request, recognise, split_sentences
 
 HERO = 1.0          # the requested hero's word occurs in the response
 THING = 0.75        # the requested thing's word does
@@ -57,6 +57,29 @@ def rubric(prompt, response, world=WORLD):
 def gold_reward(prompt, response, world=WORLD):
     """The true reward, the sum of the rubric's parts; any text gets one. ValueError: the prompt is no request."""
     return float(sum(rubric(prompt, response, world).values()))
+
+
+def answers(texts, ended):
+    """How many of the responses are answers: (share with a story, share with a flawless one).
+
+    A story: the response ended, and more than half of its sentences, two at least, are sentences of the world.
+    Flawless: every sentence is, and the first is an opening (is_story).
+    """
+    stories_told, flawless = 0, 0
+    for text, end in zip(texts, ended):
+        known = [recognise(sentence) is not None for sentence in split_sentences(text)]
+        stories_told += end and sum(known) >= 2 and 2 * sum(known) > len(known)
+        flawless += end and is_story(text)
+    return stories_told / len(texts), flawless / len(texts)
+
+
+def scored(prompt, text, reward=None):
+    """A text with its scores before it, for the screen: the reward model's (where one is given), and the annotator's true
+    reward where the prompt is the world's."""
+    scores = [] if reward is None else [f"reward {reward:+.2f}"]
+    if parse_request(prompt):
+        scores.append(f"gold {gold_reward(prompt, text):+.2f}")
+    return f"[{', '.join(scores)}] {text}" if scores else text
 
 
 def choose(prompt, first, second, rng, world=WORLD):

@@ -12,12 +12,21 @@ Fields other than the ones asked for are ignored, and so are blank lines, a byte
 ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.
 """
 
-import fcntl
 import json
 import os
 import random
 import re
 import sys
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:     # Windows has none
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:     # and Unix not this one
+    msvcrt = None
 
 
 class InputError(ValueError):
@@ -84,6 +93,11 @@ def hold_out(rows, seed, path="the rows"):
     held_out = set(prompts[:max(1, len(prompts) // 10)])
     return ([row for row in rows if row["prompt"] not in held_out],
             [row for row in rows if row["prompt"] in held_out])
+
+
+def split_prompts(path, seed):
+    """The distinct prompts of a file -> (training prompts, held-out prompts), as hold_out splits its rows."""
+    return [[row["prompt"] for row in rows] for rows in hold_out([{"prompt": text} for text in read_prompts(path)], seed, path)]
 
 
 def read_bytes(path):
@@ -215,13 +229,17 @@ def lock_folder(folder):
     """
     file = open(os.path.join(folder, "lock"), "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            print(f"{folder}: this system locks no files; start no second run in this folder", flush=True)
     except OSError:
         file.close()
         raise InputError(f"{folder}: another run is using this folder; wait for it, or choose another one") from None
-    for name in os.listdir(folder):
-        if name.endswith(".tmp"):
-            os.remove(os.path.join(folder, name))
+    for path in Path(folder).rglob("*.tmp"):
+        path.unlink()
     return file
 
 
