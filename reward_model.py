@@ -19,8 +19,8 @@ The slides' class finds the last token from the attention mask; here every lengt
 
 import math
 import random
-import time
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -29,14 +29,17 @@ import torch.nn.functional as F
 import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
-from gpt import (GPT, Run, announce, autocast, batches_by_length, counts, generate, get_device, learning_rate,
-                 load_checkpoint, make_optimizer, optimizer_step, pad, parse_config, respond, response_texts, restore,
-                 save_checkpoint, show, stage_folder, train_if_missing)
+from data.run import Run, announce, counts, parse_config, progress, restore, show, stage_folder, train_missing
+from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
+                 optimizer_step, pad, respond, response_texts, save_checkpoint)
+from sft import has_room, prompts_with_room
+
+EARLIER = {**sft.EARLIER, "sft": sft.main}  # the stages that this one builds on
 
 
 @dataclass
 class Config:
-    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/reward_model
     seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
     data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
@@ -52,7 +55,7 @@ class Config:
     weight_decay: float = 0.1   # AdamW's, on matrices only
     report: int = 64            # steps between two reports; the state for --resume is saved as often
     resume: bool = False        # go on with the run that was interrupted in this folder
-    learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number; the stage's pairs are used
+    learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number; saves nothing
 
 
 GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64, micro_batch=64, lr=1e-4,
@@ -74,19 +77,19 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)  # r = 0: every comparison starts at 50:50, loss log 2
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens, places=None):
-        """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one.
-
-        places (B, T), bool, asks for its N true places only, row after row: (N,).
-        """
-        hidden = self.trunk.hidden(tokens, places)
+    def forward(self, tokens):
+        """tokens (B, T) -> (B, T): column t is read from tokens[:, :t+1]. The trunk's final norm is the only one."""
+        with autocast(tokens.device):
+            hidden = self.trunk.hidden(tokens)
         with torch.autocast(tokens.device.type, enabled=False):  # never in bf16: a score near 3 would be rounded to 1/64
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
 
     def score(self, tokens, lengths):
-        """r(x, y): (B,), the number at the last token of each sequence, <|end|>; lengths (B,) say where that is."""
-        last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1  # (B, T), one place a row
-        return self(tokens, last).view_as(lengths)  # an error, not a shorter batch, if a length lies outside of tokens
+        """r(x, y): (B,), the number at the last token of each sequence, <|end|>; lengths (B,) say where that is.
+
+        The slide's hidden[batch_idx, lengths], lengths counted from 0 there; gather refuses a length outside of tokens.
+        """
+        return self(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):
@@ -102,9 +105,7 @@ def score_all(model, sequences, rows=128):
     """r(x, y) of many sequences (lists of ids: prompt + response + <|end|>) -> (N,) float32 on the CPU."""
     device, scores = model.head.weight.device, []
     for start in range(0, len(sequences), rows):
-        tokens, lengths = pad(sequences[start:start + rows], device)
-        with autocast(device):
-            scores.append(model.score(tokens, lengths).cpu())
+        scores.append(model.score(*pad(sequences[start:start + rows], device)).cpu())
     return torch.cat(scores)
 
 
@@ -119,17 +120,18 @@ def gold_rewards(rollout, tokenizer):
     return torch.tensor(list(map(annotator.gold_reward, prompts, response_texts(rollout, tokenizer))))
 
 
-def collect_pairs(model, tokenizer, count, config, rng):
-    """Ask the policy twice for each of the world's requests and let the annotator choose.
+def collect_pairs(model, tokenizer, count, config, rng, held_out=False):
+    """Ask the policy twice for each of the world's requests (the held-out ones or the others) and let the annotator choose.
 
     Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
     """
     rows, dropped = [], {"no end": 0, "blank": 0, "equal texts": 0}
+    report = progress(f"{'held-out ' * held_out}comparisons collected", count)
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
             raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends "
                              f"its answers within --max_new_tokens {config.max_new_tokens}; train it longer")
-        prompts = [stories.request(rng).text for _ in range(min(config.sample_batch, count - len(rows)))]
+        prompts = [stories.request(rng, held_out=held_out).text for _ in range(min(config.sample_batch, count - len(rows)))]
         ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(2)]
         texts, ended = respond(model, tokenizer, ids, config.max_new_tokens, seed=rng.getrandbits(48))
         for i, prompt in enumerate(prompts):
@@ -144,6 +146,7 @@ def collect_pairs(model, tokenizer, count, config, rng):
                 choice = annotator.choose(prompt, first, second, rng)
                 chosen, rejected = (first, second) if choice == 0 else (second, first)
                 rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        report(len(rows))
     return rows, dropped
 
 
@@ -168,6 +171,32 @@ def pair_lengths(pairs):
     return [max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs]
 
 
+class Comparisons(NamedTuple):
+    """What the reward model and DPO read: pairs as encode_pairs makes them and their rows, to train on and held out."""
+    pairs: list
+    rows: list
+    held_out: list
+    held_out_rows: list
+    description: str
+
+
+def encode_comparisons(split, origin, tokenizer, block_size):
+    """The Comparisons of split = (rows to train on, held-out rows). InputError, naming origin, if nothing is left of one."""
+    pairs, rows, dropped = encode_pairs(split[0], tokenizer, block_size)
+    held_out, held_out_rows, held_out_dropped = encode_pairs(split[1], tokenizer, block_size)
+    if not pairs or not held_out:
+        raise InputError(f"{origin}: no pair is left to {'hold out' if pairs else 'train on'}; dropped {counts(dropped)} and "
+                         f"{counts(held_out_dropped)}")
+    return Comparisons(pairs, rows, held_out, held_out_rows,
+                       f"{origin}\n        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
+                       f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")
+
+
+def read_comparisons(folder):
+    """The split that the reward model's stage, or an unfinished run of it, left in its folder."""
+    return read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Step two: Bradley-Terry
 
@@ -178,8 +207,7 @@ def backward(model, pairs, micro_batch):
     for start in range(0, len(pairs), micro_batch):
         part = pairs[start:start + micro_batch]
         tokens, lengths = pad([chosen for chosen, _, _ in part] + [rejected for _, rejected, _ in part], device)
-        with autocast(device):
-            rewards = model.score(tokens, lengths)  # (2b,): the chosen ones, then the rejected ones
+        rewards = model.score(tokens, lengths)  # (2b,): the chosen ones, then the rejected ones
         loss = bradley_terry_loss(*rewards.chunk(2)) * len(part) / len(pairs)
         loss.backward()
         total_loss += loss.detach()
@@ -221,16 +249,22 @@ def answer_key(margin, gold_margin, bins=10):
     margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns (figures, table):
     accuracy is the share of labels that the model guesses; expected_accuracy is its expectation over the annotator's
     noise, E P(the model's choice), which is the same thing with less variance, and is what Bayes accuracy bounds. Bayes
-    accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; the annotator's own loss is its
-    entropy, E[-σ log σ - (1-σ) log(1-σ)]; correlation and slope (Δreward = slope · Δgold, least squares) are taken through
-    the origin: a pair counts in both orders, so both means are 0;
+    accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; share_of_bayes and above_chance are
+    expected_accuracy / Bayes and (expected_accuracy - 0.5) / (Bayes - 0.5), because a coin is right half of the time;
+    ..._error are standard errors over the pairs. The annotator's own loss is its entropy, E[-σ log σ - (1-σ) log(1-σ)];
+    correlation and slope (Δreward = slope · Δgold, least squares) are taken through the origin: a pair counts in both
+    orders, so both means are 0;
     table has a row (pairs, predicted, observed) for each bin of predicted preference: a pair counts in both orders.
     """
     p, norms = torch.sigmoid(gold_margin.double()), margin.norm() * gold_margin.norm()
-    figures = dict(accuracy=(margin > 0).double().mean().item(),
-                   expected_accuracy=torch.where(margin > 0, p, 1 - p).mean().item(),
-                   bayes_accuracy=torch.sigmoid(gold_margin.double().abs()).mean().item(),
-                   loss=-F.logsigmoid(margin.double()).mean().item(),
+    agreed, best = torch.where(margin > 0, p, 1 - p), torch.maximum(p, 1 - p)  # P(annotator agrees) with the model, at best
+    figures = dict(accuracy=(margin > 0).double().mean().item(), expected_accuracy=agreed.mean().item(),
+                   expected_accuracy_error=standard_error(agreed), bayes_accuracy=best.mean().item())
+    for name, ours, most in (("share_of_bayes", agreed, best), ("above_chance", agreed - 0.5, best - 0.5)):
+        share = (ours.mean() / most.mean().clamp(min=1e-9)).item()
+        error = standard_error(ours - share * most) / max(most.mean().item(), 1e-9)  # of a ratio of two means
+        figures.update({name: share, f"{name}_error": error})
+    figures.update(loss=-F.logsigmoid(margin.double()).mean().item(),
                    annotator_loss=(torch.special.entr(p) + torch.special.entr(1 - p)).mean().item(),
                    correlation=(margin @ gold_margin / norms.clamp(min=1e-9)).item(),
                    slope=(margin @ gold_margin / (gold_margin @ gold_margin).clamp(min=1e-9)).item())
@@ -242,61 +276,50 @@ def answer_key(margin, gold_margin, bins=10):
     return figures, table
 
 
+def standard_error(x):
+    """The standard error of the mean of x (N,), 0 for a single number."""
+    return (x.std(correction=0) / len(x) ** 0.5).item()
+
+
+def start_from(policy):
+    """A fresh RewardModel: the SFT model with a linear head in place of the language model's."""
+    model = RewardModel(policy.config).to(policy.wte.weight.device)
+    model.trunk.load_state_dict(policy.state_dict())
+    return model
+
+
 def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model/checkpoint.pt."""
-    if config.data:
-        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed, config.data)  # before any training
-    train_if_missing("sft", sft.main, config)
+    split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else None  # before any training
+    train_missing(config, EARLIER, "reward_model")
     folder, device = stage_folder(config, "reward_model"), get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)
-    model = RewardModel(policy.config).to(device)
-    model.trunk.load_state_dict(policy.state_dict())  # the SFT model with a linear head in place of the LM head
+    model = start_from(policy)
     announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
-
-    def encode(rows, held_out_rows):
-        """(pairs, their rows, held-out pairs, their rows, prompts that leave room for a response)."""
-        pairs, rows, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
-        held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
-        print(f"{len(pairs):,} pairs to train on, dropped {counts(dropped)}\n"
-              f"{len(held_out):,} pairs held out, dropped {counts(held_out_dropped)}", flush=True)
-        room = model.config.block_size - config.max_new_tokens
-        fitting = [chosen[:length] for chosen, _, length in pairs if length <= room]
-        if not pairs or not held_out:
-            raise InputError(f"{config.data or 'the collected pairs'}: none is left to "
-                             f"{'hold out' if pairs else 'train on'}")
-        if not fitting:
-            raise InputError(f"{config.data or 'the collected pairs'}: no prompt leaves room for --max_new_tokens "
-                             f"{config.max_new_tokens} in the context of {model.config.block_size}")
-        return pairs, rows, held_out, held_out_rows, fitting
-
     if config.data:
-        encoded = encode(rows, held_out_rows)  # before anything is written
+        data = encode_comparisons(split, config.data, tokenizer, policy.config.block_size)  # before anything is written
     with Run("reward_model", folder, config, config.report, [sft_path]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
-        if not config.data and run.saved["step"]:
-            encoded = encode(read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl"))
-        elif not config.data:
-            start = time.perf_counter()
-            rows, dropped = collect_pairs(policy, tokenizer, config.pairs + config.held_out, config,
-                                          random.Random(f"pairs {config.seed}"))
-            print(f"collected {len(rows):,} comparisons in {time.perf_counter() - start:.0f} s; replaced {counts(dropped)}")
-            encoded = encode(rows[config.held_out:], rows[:config.held_out])
-        pairs, rows, held_out, held_out_rows, fitting = encoded
-        write_jsonl(folder / "pairs.jsonl", rows)
-        write_jsonl(folder / "held_out.jsonl", held_out_rows)
+        if not config.data:
+            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, config)
+            data = encode_comparisons(split, "the collected pairs", tokenizer, policy.config.block_size)
+        print(f"pairs   {data.description}", flush=True)
+        prompts, _ = prompts_with_room([row["prompt"] for row in data.rows], tokenizer, config, policy.config.block_size)
+        write_jsonl(run.folder / "pairs.jsonl", data.rows)
+        write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
 
         # 2. Train by maximum likelihood.
-        run.total = config.epochs * math.ceil(len(pairs) / config.batch)
+        run.total = config.epochs * math.ceil(len(data.pairs) / config.batch)
         order = random.Random(f"pairs' order {config.seed}")
-        for step, row, state in fit(model, pairs, held_out, config, order, run.saved):
+        for step, row, state in fit(model, data.pairs, data.held_out, config, order, run.saved):
             if row:
                 run(step, **row)
             run.end_step(step, **state)
 
         # 3. Shift to mean 0 over the SFT policy's own responses.
         with autocast(device):
-            rollout = generate(policy, random.Random(f"shift {config.seed}").choices(fitting, k=512), config.max_new_tokens,
+            rollout = generate(policy, random.Random(f"shift {config.seed}").choices(prompts, k=512), config.max_new_tokens,
                                tokenizer.end_token, seed=config.seed)
         sequences = [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
         scores = score_all(model, sequences)
@@ -305,29 +328,76 @@ def train(config):
         print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(sequences)} SFT samples, standard deviation "
               f"{scores.std():.3f}")
 
-        # 4. Against the answer key, where there is one.
-        margin = held_out_margins(model, held_out)
+        # 4. Against the answer key, where there is one. Save.
+        margin = held_out_margins(model, data.held_out)
         if config.data:
             print(f"held-out accuracy {(margin > 0).float().mean():.3f}, loss {-F.logsigmoid(margin).mean():.3f}")
         else:
-            figures, table = answer_key(margin, gold_margins(held_out_rows))
+            figures, table = answer_key(margin, gold_margins(data.held_out_rows))
             run.record(run.total, **figures)
-            share = figures["expected_accuracy"] / figures["bayes_accuracy"]
-            print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise "
-                  f"{figures['expected_accuracy']:.3f}; Bayes {figures['bayes_accuracy']:.3f} ({share:.1%} of it)\n"
-                  f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
-                  f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}")
-            print("calibration   pairs  predicted  observed")
-            for count, predicted, observed in table:
-                print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
-        save_checkpoint(folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer)
+            print_answer_key(figures, table)
+        save_checkpoint(run.folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer, metrics=run.rows)
         run.finish()
-    for row in held_out_rows[:3]:
+    for row in data.held_out_rows[:3]:
         ids = [tokenizer.prompt(row["prompt"]) + tokenizer.response(row[name]) for name in ("chosen", "rejected")]
         chosen, rejected = score_all(model, ids).tolist()
-        show(("prompt", row["prompt"]), ("chosen", f"{chosen:+.2f}  {row['chosen']}"),
-             ("rejected", f"{rejected:+.2f}  {row['rejected']}"))
+        show(("prompt", row["prompt"]), ("chosen", annotator.scored(row["prompt"], row["chosen"], chosen)),
+             ("rejected", annotator.scored(row["prompt"], row["rejected"], rejected)))
     print(f"saved {folder / 'checkpoint.pt'}; next: python ppo.py or python dpo.py", flush=True)
+
+
+def collect(policy, tokenizer, config):
+    """(rows to train on, held-out rows), fresh comparisons; says what was replaced. No request is in both."""
+    split = []
+    for held_out, count in ((False, config.pairs), (True, config.held_out)):
+        rng = random.Random(f"pairs {config.seed} {held_out}")
+        rows, dropped = collect_pairs(policy, tokenizer, count, config, rng, held_out)
+        print(f"        replaced {counts(dropped)}")
+        split.append(rows)
+    return split
+
+
+def print_answer_key(figures, table):
+    """Print what answer_key found."""
+    print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f} ± "
+          f"{figures['expected_accuracy_error']:.3f}; Bayes {figures['bayes_accuracy']:.3f}\n"
+          f"        {figures['share_of_bayes']:.1%} ± {figures['share_of_bayes_error']:.1%} of it; above chance "
+          f"{figures['above_chance']:.1%} ± {figures['above_chance_error']:.1%}\n"
+          f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
+          f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}\n"
+          f"calibration   pairs  predicted  observed")
+    for count, predicted, observed in table:
+        print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
+
+
+def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0):
+    """Two policies answer the same prompts (None: 33 held-out requests of the world), with one seed, the second one at the
+    temperature at which it was trained: prints the mean scores of both, and both texts for the prompt whose gain is the
+    median, in gold where it is known, else in reward."""
+    if prompts is None:
+        rng = random.Random("before and after")
+        prompts = [stories.request(rng, held_out=True).text for _ in range(33)]
+    prompts = [prompt for prompt in prompts if has_room(prompt, tokenizer, config, after.config.block_size)][:33]
+    if not prompts:
+        return
+    ids, texts, scores = [tokenizer.prompt(prompt) for prompt in prompts], [], {"reward": [], "gold": []}
+    for policy, at in ((before, 1.0), (after, temperature)):
+        with autocast(get_device()):
+            rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, at, seed=config.seed)
+        texts.append(response_texts(rollout, tokenizer))
+        if reward_model:
+            with torch.inference_mode():
+                scores["reward"].append(reward_model.score(rollout.tokens, rollout.lengths).cpu())
+        if all(map(stories.parse_request, prompts)):
+            scores["gold"].append(gold_rewards(rollout, tokenizer))
+    scores = {name: torch.stack(pair) for name, pair in scores.items() if pair}  # each (2, N)
+    print(f"before and after on {len(prompts)} held-out prompts: " + "; ".join(
+        f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})" for name, (x, y) in scores.items()))
+    gains = next((y - x for x, y in reversed(scores.values())), torch.zeros(len(prompts)))
+    median = gains.argsort(stable=True)[len(gains) // 2].item()
+    rewards = scores.get("reward", [[None] * len(prompts)] * 2)
+    show(("prompt", prompts[median]), *[(label, annotator.scored(prompts[median], texts[i][median], rewards[i][median]))
+                                        for i, label in enumerate(("before", "after"))])
 
 
 def gold_margins(rows):
@@ -337,28 +407,32 @@ def gold_margins(rows):
 
 
 def learning_curve(config):
-    """How many pairs does it take? Train a fresh reward model on 256, 512, ... of the stage's pairs, and print a row for
-    each."""
-    folder, device = stage_folder(config, "reward_model"), get_device()
-    if not (folder / "checkpoint.pt").exists():
-        train(config)
+    """How many pairs does it take? Train a fresh reward model on the first 256, 512, ... pairs of --data, or of those that
+    the stage collected, and print a row for each."""
+    if config.data:
+        split = hold_out(read_pairs(config.data), config.seed, config.data)
+        train_missing(config, EARLIER, "reward_model")
+    else:
+        train_missing(config, {**EARLIER, "reward_model": main}, "the learning curve")
+        split = read_comparisons(stage_folder(config, "reward_model"))
+    device = get_device()
     policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
-    rows, held_out_rows = read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
-    pairs, _, _ = encode_pairs(rows, tokenizer, policy.config.block_size)
-    held_out, held_out_rows, _ = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
-    print(f"{len(pairs):,} pairs of {folder / 'pairs.jsonl'}, {len(held_out):,} held out")
-    world = all(stories.parse_request(row["prompt"]) for row in held_out_rows)  # else nobody knows the true rewards
-    print("   pairs  held-out accuracy" + world * "  share of Bayes accuracy")
-    for count in [2 ** k for k in range(8, len(pairs).bit_length()) if 2 ** k < len(pairs)] + [len(pairs)]:
-        model = RewardModel(policy.config).to(device)
-        model.trunk.load_state_dict(policy.state_dict())
-        for _ in fit(model, pairs[:count], held_out, config, random.Random(f"learning curve {config.seed}")):
+    data = encode_comparisons(split, config.data or stage_folder(config, "reward_model") / "pairs.jsonl", tokenizer,
+                              policy.config.block_size)
+    print(f"pairs   {data.description}", flush=True)
+    world = all(stories.parse_request(row["prompt"]) for row in data.held_out_rows)  # else nobody knows the true rewards
+    print("   pairs  held-out accuracy" + world * "  share of Bayes accuracy  above chance")
+    sizes = [2 ** k for k in range(8, len(data.pairs).bit_length()) if 2 ** k < len(data.pairs)]
+    for count in [*sizes, len(data.pairs)]:
+        model = start_from(policy)
+        for _ in fit(model, data.pairs[:count], data.held_out, config, random.Random(f"learning curve {config.seed}")):
             pass
-        margin = held_out_margins(model, held_out)
+        margin = held_out_margins(model, data.held_out)
         if world:
-            figures, _ = answer_key(margin, gold_margins(held_out_rows))
-            share = figures["expected_accuracy"] / figures["bayes_accuracy"]
-            print(f"{count:8,d}  {figures['expected_accuracy']:17.3f}  {share:23.1%}", flush=True)
+            figures, _ = answer_key(margin, gold_margins(data.held_out_rows))
+            print(f"{count:8,d}  {figures['expected_accuracy']:9.3f} ± {figures['expected_accuracy_error']:.3f}  "
+                  f"{figures['share_of_bayes']:14.1%} ± {figures['share_of_bayes_error']:.1%}  "
+                  f"{figures['above_chance']:.1%} ± {figures['above_chance_error']:.1%}", flush=True)
         else:
             print(f"{count:8,d}  {(margin > 0).float().mean():17.3f}", flush=True)
 
