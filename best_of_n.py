@@ -28,8 +28,8 @@ import dpo
 import ppo
 from data import stories
 from data.files import InputError, hold_out, read_prompts, run_script, write_jsonl
-from gpt import (announce, autocast, generate, get_device, load_checkpoint, parse_config, response_texts, stage_folder,
-                 train_if_missing)
+from data.run import announce, parse_config, stage_folder, train_missing
+from gpt import autocast, generate, get_device, load_checkpoint, response_texts
 from dpo import response_logprobs
 from reward_model import RewardModel, gold_rewards
 from reward_model import main as train_reward_model

@@ -11,6 +11,7 @@ Two models: the policy π_θ and the frozen reference π_ref, both from SFT.
 
     python dpo.py                       on the comparisons that reward_model.py collected
     python dpo.py --data FILE.jsonl     on your own pairs: {"prompt", "chosen", "rejected"}
+    python dpo.py --prompt "…"          answer a prompt with the policy
 
 No departure from the slides: the log-probabilities are sums over the response (means would be SimPO's, another loss).
 """
@@ -18,26 +19,32 @@ No departure from the slides: the log-probabilities are sums over the response (
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-import sft
-from data.files import InputError, hold_out, read_pairs, run_script
-from gpt import (Run, announce, batches_by_length, check_name, counts, get_device, learning_rate, load_checkpoint,
-                 make_optimizer, masked_logprobs, optimizer_step, pad, parse_config, respond, response_mask, restore,
-                 save_checkpoint, show, stage_folder, train_if_missing)
-from reward_model import encode_pairs, pair_lengths
-from reward_model import main as train_reward_model
+import reward_model as reward_model_stage
+from data.files import hold_out, read_pairs, run_script
+from data.run import Run, announce, check_name, parse_config, restore, stage_folder, train_missing
+from gpt import (batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
+                 optimizer_step, pad, response_mask, save_checkpoint)
+from reward_model import RewardModel, encode_comparisons, pair_lengths, read_comparisons, show_before_and_after
+from sft import answer
+
+EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
 
 
 @dataclass
 class Config:
-    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
-    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/dpo
+    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
     name: str = "dpo"           # name of this run's folder: dpo-… keeps an experiment apart
     seed: int = 1               # fixes the order of the pairs and the samples
     data: str = ""              # your own pairs, a .jsonl file, instead of the comparisons of the reward model's stage
+    prompt: str = ""            # answer this prompt with the policy of --name, and stop
+    temperature: float = 1.0    # of the answer to --prompt
+    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens only; 0: from all
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
@@ -55,7 +62,9 @@ GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """Direct preference optimization (Rafailov et al. 2023, eq. 7; CS 224R, ch. 8).
 
-    All four arguments: (B,) log-probabilities in nats, summed over the response. Returns a scalar.
+    All four arguments: (B,) log-probabilities in nats, summed over the response. Returns a scalar. With the implicit
+    reward r̂ = β log π_θ/π_ref and the margin z = r̂(x, y_w) - r̂(x, y_l), the gradient weighs a pair by how wrong it is:
+        ∇L = -β E[ σ(-z) (∇log π_θ(y_w|x) - ∇log π_θ(y_l|x)) ]          (CS 224R, "Understanding the DPO Gradient")
     Worked number of the lecture: dpo_loss(-15.2, -14.8, -16.0, -14.5, beta=0.1) = 0.640.
     """
     chosen = policy_chosen - ref_chosen        # log π_θ(y_w|x) / π_ref(y_w|x)
@@ -63,9 +72,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
-def response_logprobs(model, tokens, prompt_lengths, lengths):
+def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
     """log π(y|x) of every row: (B,), the sum over the response's tokens, <|end|> included; tokens (B, T)."""
-    return masked_logprobs(model, tokens, response_mask(prompt_lengths, lengths, tokens.shape[1])).sum(dim=1)
+    return masked_logprobs(model, tokens, response_mask(prompt_lengths, lengths, tokens.shape[1]), temperature).sum(dim=1)
 
 
 def pair_logprobs(policy, reference, pairs):
@@ -82,30 +91,34 @@ def pair_logprobs(policy, reference, pairs):
 FIGURES = ("loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio")
 
 
-def figures(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """The FIGURES of a batch of pairs, (5,): the loss, accuracy and margin of the implicit reward, both log-ratios."""
+def figures(loss, policy_chosen, policy_rejected, ref_chosen, ref_rejected, config):
+    """The FIGURES of a batch of pairs, (5,): its loss, accuracy and margin of the implicit reward, both log-ratios."""
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    margin = beta * (chosen - rejected)  # r̂(x, y_w) - r̂(x, y_l), with r̂ = β log π_θ/π_ref (CS 224R, ch. 8)
-    loss = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return torch.stack([loss, (margin > 0).float().mean(), margin.mean(), chosen.mean(), rejected.mean()])
+    margin = config.beta * (chosen - rejected)  # r̂(x, y_w) - r̂(x, y_l), with r̂ = β log π_θ/π_ref (CS 224R, ch. 8)
+    return torch.stack([loss, (margin > 0).float().mean(), margin.mean(), chosen.mean(), rejected.mean()]).detach()
 
 
-def backward(policy, reference, pairs, beta, micro_batch):
-    """Accumulate the gradient of the DPO loss of one batch of pairs, micro_batch pairs at a time. Returns its FIGURES."""
-    total = torch.zeros(5, device=policy.wte.weight.device)
-    for start in range(0, len(pairs), micro_batch):
-        part = pairs[start:start + micro_batch]
-        row = figures(*pair_logprobs(policy, reference, part), beta) * len(part) / len(pairs)
-        row[0].backward()
-        total += row.detach()
+def backward(policy, reference, pairs, config):
+    """Accumulate the gradient of the loss of one batch of pairs, config.micro_batch pairs at a time. Returns its FIGURES."""
+    total = torch.zeros(len(FIGURES), device=policy.wte.weight.device)
+    for start in range(0, len(pairs), config.micro_batch):
+        part = pairs[start:start + config.micro_batch]
+        logprobs = pair_logprobs(policy, reference, part)
+        loss = dpo_loss(*logprobs, config.beta)
+        (loss * len(part) / len(pairs)).backward()
+        total += figures(loss, *logprobs, config) * len(part) / len(pairs)
     return total
 
 
 @torch.inference_mode()
-def evaluate(policy, reference, pairs, beta, rows=64):
+def evaluate(policy, reference, pairs, config, rows=64):
     """The FIGURES on held-out pairs."""
-    parts = [pairs[start:start + rows] for start in range(0, len(pairs), rows)]
-    return sum(figures(*pair_logprobs(policy, reference, part), beta) * len(part) / len(pairs) for part in parts)
+    total = torch.zeros(len(FIGURES), device=policy.wte.weight.device)
+    for start in range(0, len(pairs), rows):
+        part = pairs[start:start + rows]
+        logprobs = pair_logprobs(policy, reference, part)
+        total += figures(dpo_loss(*logprobs, config.beta), *logprobs, config) * len(part) / len(pairs)
+    return total
 
 
 def fit(policy, reference, pairs, held_out, config, rng, saved=None):
@@ -120,12 +133,12 @@ def fit(policy, reference, pairs, held_out, config, rng, saved=None):
     steps = len(batches)
     rows = restore(saved, steps, policy=policy, optimizer=optimizer, figures=[])["figures"]
     for step in range(saved["step"], steps):
-        row = backward(policy, reference, [pairs[i] for i in batches[step]], config.beta, config.micro_batch)
+        row = backward(policy, reference, [pairs[i] for i in batches[step]], config)
         optimizer_step(optimizer, policy, learning_rate(step, steps, config.lr, config.warmup), row[0])
         rows, report = [*rows, row.tolist()], None
         if (step + 1) % config.report == 0 or step + 1 == steps:
             report = dict(zip(FIGURES, torch.tensor(rows).mean(dim=0).tolist()))
-            held_out_figures = evaluate(policy, reference, held_out, config.beta).tolist()
+            held_out_figures = evaluate(policy, reference, held_out, config).tolist()
             report.update(held_out_loss=held_out_figures[0], held_out_accuracy=held_out_figures[1])
             rows = []
         yield step + 1, report, dict(policy=policy, optimizer=optimizer, figures=rows)
@@ -134,59 +147,46 @@ def fit(policy, reference, pairs, held_out, config, rng, saved=None):
 def train(config):
     """Fit the SFT policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
-    if config.data:
-        rows, held_out_rows = hold_out(read_pairs(config.data), config.seed, config.data)  # before any training
-        train_if_missing("sft", sft.main, config)
-    else:
-        train_if_missing("reward_model", train_reward_model, config)
+    split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else None  # before any training
+    train_missing(config, reward_model_stage.EARLIER if config.data else EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
-    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
+    sft_path, reward_path = (stage_folder(config, stage) / "checkpoint.pt" for stage in ("sft", "reward_model"))
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
     reference, _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
-    reference.requires_grad_(False).eval()
-    rng = random.Random(f"dpo {config.seed}")
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
-    sources = [sft_path]
-    if config.data:
-        origin = config.data
-    else:
-        origin = stage_folder(config, "reward_model") / "pairs.jsonl"
-        rows, held_out_rows = read_pairs(origin), read_pairs(origin.with_name("held_out.jsonl"))
-        sources += [origin, origin.with_name("held_out.jsonl")]
-    pairs, _, dropped = encode_pairs(rows, tokenizer, policy.config.block_size)
-    held_out, _, held_out_dropped = encode_pairs(held_out_rows, tokenizer, policy.config.block_size)
-    if not pairs or not held_out:
-        raise InputError(f"{origin}: no pair is left to {'train on' if not pairs else 'hold out'}; "
-                         f"dropped {counts(dropped)} and {counts(held_out_dropped)}")
-    announce(config.name, config, device, f"{origin}: {len(pairs):,} pairs, dropped {counts(dropped)}; {len(held_out):,} "
-             f"held out, dropped {counts(held_out_dropped)}", policy)
+    files = [] if config.data else [reward_path.with_name(name) for name in ("pairs.jsonl", "held_out.jsonl")]
+    data = encode_comparisons(split or read_comparisons(reward_path.parent), config.data or files[0], tokenizer,
+                              policy.config.block_size)
+    announce(config.name, config, device, data.description, policy)
 
     # 2. Gradient steps on the loss.
-    with Run(config.name, folder, config, config.report, sources) as run:
-        run.total = config.epochs * math.ceil(len(pairs) / config.batch)
-        for step, row, state in fit(policy, reference, pairs, held_out, config, rng, run.saved):
+    with Run(config.name, folder, config, config.report, [sft_path, *files]) as run:
+        run.total = config.epochs * math.ceil(len(data.pairs) / config.batch)
+        rng = random.Random(f"dpo {config.seed}")
+        for step, row, state in fit(policy, reference, data.pairs, data.held_out, config, rng, run.saved):
             if row:
                 run(step, **row)
             run.end_step(step, **state)
 
         # 3. Save; the same prompts before and after.
-        save_checkpoint(folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta)
+        save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta,
+                        metrics=run.rows)
         run.finish()
-    room = policy.config.block_size - config.max_new_tokens
-    prompts = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
-    prompts = [prompt for prompt in prompts if len(tokenizer.prompt(prompt)) <= room][:3]
-    if prompts:
-        ids = [tokenizer.prompt(prompt) for prompt in prompts]
-        before, _ = respond(reference, tokenizer, ids, config.max_new_tokens, config.seed)
-        after, _ = respond(policy, tokenizer, ids, config.max_new_tokens, config.seed)
-        for prompt, *texts in zip(prompts, before, after):
-            show(("prompt", prompt), ("before", texts[0]), ("after", texts[1]))
+    reward_model = None if config.data else load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)[0]
+    held_out = list(dict.fromkeys(row["prompt"] for row in data.held_out_rows)) if config.data else None
+    show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 
 def main(argv=None):
-    train(parse_config(Config, GPU, argv, "Fit the SFT policy to preference pairs with DPO."))
+    config = parse_config(Config, GPU, argv, "Fit the SFT policy to preference pairs with DPO.",
+                          needs=dict(temperature="prompt", top_k="prompt"))
+    if config.prompt:
+        check_name(config.name, "dpo")
+        answer(config, "dpo", config.name)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":
