@@ -1,0 +1,154 @@
+"""How fast is it? The benchmarks: they print, train nothing that stays and save nothing.
+
+    python -m tests.bench gpt [flags of gpt.py]     training and sampling, beside what the machine's matrix products and memory give
+    python -m tests.bench ppo [flags of ppo.py]     the seconds of a PPO iteration, the bound of its matrix products, how they grow
+"""
+
+import random
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+import gpt
+import ppo
+from data import stories
+from data.files import run_script
+from data.run import announce, parse_config, peak_memory
+from data.tokenizer import Tokenizer, train as train_vocabulary
+from gpt import GPT, GPTConfig, autocast, generate, get_device, make_optimizer, masked_logprobs, optimizer_step
+from reward_model import RewardModel
+
+
+def forward_flops(config, tokens, context, places, outputs):
+    """Floating-point operations of a forward pass: 2 for every weight and token, 4 C a layer for every token attended to.
+
+    tokens: how many pass through the blocks, each seeing `context` tokens on average; places: how many of them pass through
+    a head of so many outputs.
+    """
+    C = config.n_embd
+    return tokens * config.n_layer * (24 * C * C + 4 * C * context) + places * 2 * C * outputs
+
+
+def median_seconds(call, repeats=7):
+    """The median time of a call, after one that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def matrix_rate(device):
+    """Floating-point operations a second of a large matrix product, in the precision of autocast: the most there can be."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    return 10 * 2 * n ** 3 / median_seconds(lambda: [a @ a for _ in range(10)])
+
+
+def memory_line(device):
+    """The peak memory, in words."""
+    return "".join(f"peak memory {mb:,.0f} MB" for mb in peak_memory(device).values()) or "peak memory unknown on this system"
+
+
+def bench_gpt(config):
+    """Print how fast this machine trains and samples, beside how fast it multiplies matrices and moves memory."""
+    device = get_device()
+    shape = GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    model = GPT(shape).to(device)
+    optimizer = make_optimizer(model, config.weight_decay)
+    announce("gpt", config, device, "random tokens; nothing is saved", model)
+    rate = matrix_rate(device)
+    block, copy = torch.ones(2, 2 ** 28 if device.type == "cuda" else 2 ** 25, device=device)
+    bandwidth = 2 * 4 * len(block) / median_seconds(lambda: copy.copy_(block))  # read and written
+    print(f"matrix product {rate / 1e9:,.0f} GFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s")
+
+    tokens = torch.randint(config.vocab_size, (config.batch, config.block_size), device=device)
+    mask = torch.ones(config.batch, config.block_size - 1, dtype=torch.bool, device=device)
+
+    def step():
+        loss = -masked_logprobs(model, tokens, mask).mean()
+        loss.backward()
+        optimizer_step(optimizer, model, config.lr, loss)
+
+    seconds = median_seconds(step)
+    forward = forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel(), config.vocab_size)
+    flops = 3 * forward  # the backward pass costs twice as much as the forward pass
+    print(f"training       {config.batch} x {config.block_size} tokens a step: {tokens.numel() / seconds:,.0f} tokens/s, "
+          f"{flops / seconds / rate:.0%} of the matrix product's rate")
+
+    prompt, new = config.block_size // 4, config.block_size // 2
+    parameters = sum(p.numel() for p in model.parameters())
+    for rows in (64, 256):
+        prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
+        with autocast(device):
+            seconds = median_seconds(lambda: generate(model, prompts, new))
+        flops = forward_flops(shape, rows * (prompt + new), (prompt + new) / 2, rows * new, config.vocab_size)
+        # Every step reads all weights, and the keys and values of the tokens before.
+        size = 2 if device.type == "cuda" else 4
+        bytes_read = new * (4 * parameters + size * 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2))
+        bound = max(flops / rate, bytes_read / bandwidth)
+        kind = "FLOP" if flops / rate > bytes_read / bandwidth else "memory"
+        print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} tokens/s, "
+              f"{bound / seconds:.0%} of the {kind} bound")
+
+    rng = random.Random(config.seed)
+    texts = [stories.document(rng).text for _ in range(2000)]
+    tokenizer = Tokenizer(train_vocabulary("\n".join(texts), config.vocab_size))
+    seconds = median_seconds(lambda: tokenizer.encode_batch((stories.document(rng).text for _ in texts), num_threads=1))
+    print(f"world's text   {sum(map(len, texts)) / 1e6 / seconds:.1f} MB/s drawn and encoded on one core\n"
+          f"{memory_line(device)}")
+
+
+def bench_ppo(config):
+    """Print the seconds of a PPO iteration, beside the least that its matrix products take, and how the cost grows."""
+    base = parse_config(gpt.Config, gpt.GPU, ["--size", config.size], "")
+    shape = GPTConfig(base.vocab_size, base.block_size, base.n_layer, base.n_head, base.n_embd)
+    device, prompt = get_device(), base.block_size // 4
+    policy, reference = GPT(shape).to(device), GPT(shape).to(device)
+    reward_model, value_model = RewardModel(shape).to(device), RewardModel(shape).to(device)
+    announce("ppo", config, device, f"random prompts of {prompt} tokens; nothing is saved", policy)
+    rate = matrix_rate(device)
+    print(f"matrix product {rate / 1e9:,.0f} GFLOP/s\n"
+          f"rollouts  response   rollout   scoring    update     total     bound    tokens/s")
+
+    def draw_prompts(count, rng):
+        return [rng.choices(range(shape.vocab_size), k=prompt) for _ in range(count)]
+
+    n, longest = config.rollouts, config.max_new_tokens
+    few, half, quarter = max(1, n // 4), max(1, longest // 2), max(1, longest // 4)
+    for rollouts, response in ((few, half), (n, half), (4 * n, half), (n, quarter), (n, longest)):
+        one = replace(config, rollouts=rollouts, max_new_tokens=response, iterations=4)
+        # The end token -1 never comes: all responses have full length.
+        loop = ppo.optimize(policy, reference, reward_model, value_model, draw_prompts, -1, one)
+        rows = [[figures[name] for name in ("rollout_s", "scoring_s", "update_s")] for _, figures, _ in loop]
+        parts = [statistics.median(column) for column in zip(*rows[1:])]
+        total = statistics.median(map(sum, rows[1:]))
+        tokens, emitted, seen = rollouts * (prompt + response), rollouts * response, (prompt + response) / 2
+        language, scalar = (forward_flops(shape, tokens, seen, emitted, outputs) for outputs in (shape.vocab_size, 1))
+        # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its cost) of two models.
+        bound = (language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)) / rate
+        print(f"{rollouts:8d}{response:10d}" + "".join(f"{seconds:10.2f}" for seconds in (*parts, total, bound))
+              + f"{emitted / total:12,.0f}")
+    weights = sum(p.numel() for p in policy.parameters())
+    print(f"{memory_line(device)}, of which weights, gradients and AdamW's moments of the four models "
+          f"{(4 + 4 + 1 + 1) * 4 * weights / 2 ** 20:,.0f} MB")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpt"]:
+        bench_gpt(parse_config(gpt.Config, gpt.GPU, argv[1:], "Benchmark training and sampling."))
+    elif argv[:1] == ["ppo"]:
+        bench_ppo(parse_config(ppo.Config, ppo.GPU, argv[1:], "Benchmark a PPO iteration."))
+    else:
+        sys.exit("bench: say gpt or ppo, and flags of that script after it")
+
+
+if __name__ == "__main__":
+    run_script(main)
