@@ -183,7 +183,6 @@ def main(argv=None):
     config = parse_config(Config, GPU, argv, "Fit the SFT policy to preference pairs with DPO.",
                           needs=dict(temperature="prompt", top_k="prompt"))
     if config.prompt:
-        check_name(config.name, "dpo")
         answer(config, "dpo", config.name)
     else:
         train(config)

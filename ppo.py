@@ -142,10 +142,8 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip):
-    """½ (V(s_t) - G_t)², the worse of the plain and the clipped one (ECE 7115, "Value Function"; Ziegler et al. 2019).
-
-    All (B, T-1) -> scalar, a token mean.
-    """
+    """½ (V(s_t) - G_t)², the worse of the plain and the clipped one (ECE 7115, "Value Function"; Ziegler et al. 2019): all
+    (B, T-1) -> scalar, a token mean."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -213,11 +211,9 @@ def estimate_advantages(rewards, values, mask, config):
 
 
 def backward(policy, value_model, batch, config):
-    """Accumulate the gradient of both losses over one minibatch (an Experience), config.micro_batch rows at a time.
-
-    Every micro-batch counts by its share of the minibatch's response tokens, so the gradient is the minibatch's token
-    mean, however it is cut. Returns figures (policy_loss, value_loss, clip_fraction, approx_kl), token means too.
-    """
+    """Step 4. Accumulate the gradient of both losses over one minibatch (an Experience), config.micro_batch rows at a time,
+    each counting by its share of the response tokens: the gradient is the minibatch's token mean, however it is cut.
+    Returns figures (policy_loss, value_loss, clip_fraction, approx_kl), token means too."""
     total = torch.zeros(4, device=batch.tokens.device)
     for rows in batch.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
         part = batch.pick(rows)
@@ -229,9 +225,8 @@ def backward(policy, value_model, batch, config):
             value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
         share = part.mask.sum() / batch.mask.sum()
         (share * (loss + value_loss)).backward()  # two models, no shared parameter: the sum needs no coefficient
-        _, _, k3 = kl_estimators((part.old_logprobs - logprobs).detach())
-        approx_kl = masked_mean(k3, part.mask)  # KL(π_old || π_θ): the samples are π_old's
-        total += share * torch.stack([loss.detach(), value_loss.detach(), clip_fraction, approx_kl])
+        _, _, k3 = kl_estimators((part.old_logprobs - logprobs).detach())  # of KL(π_old || π_θ): the samples are π_old's
+        total += share * torch.stack([loss.detach(), value_loss.detach(), clip_fraction, masked_mean(k3, part.mask)])
     return total
 
 
@@ -243,21 +238,17 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
     number of iterations done, to go on from there.
     """
     device, saved = policy.wte.weight.device, saved or {"step": 0}
-    trained = [(policy, make_optimizer(policy, weight_decay=0.0), config.lr)]
-    if value_model:
-        trained.append((value_model, make_optimizer(value_model, weight_decay=0.0), config.value_lr))
-    state = dict(beta=config.beta)
-    for name, (model, optimizer, _) in zip(("policy", "value_model"), trained):
-        state.update({name: model, f"{name}_optimizer": optimizer})
+    models = dict(policy=policy, value_model=value_model) if value_model else dict(policy=policy)
+    optimizers = {f"{name}_optimizer": make_optimizer(model, weight_decay=0.0) for name, model in models.items()}
+    state = dict(**models, **optimizers, beta=config.beta)
     state.update(restore(saved, config.iterations, **state))
     for iteration in range(saved["step"], config.iterations):
         started, rng, beta = time.perf_counter(), random.Random(f"ppo {config.seed} {iteration}"), state["beta"]
 
         # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
-        prompts = draw_prompts(config.rollouts, rng)
         with autocast(device):
-            rollout = generate(policy, prompts, config.max_new_tokens, end_token, config.temperature,
-                               seed=rng.getrandbits(48))
+            rollout = generate(policy, draw_prompts(config.rollouts, rng), config.max_new_tokens, end_token,
+                               config.temperature, seed=rng.getrandbits(48))
         tokens, lengths, ended = rollout.tokens, rollout.lengths, rollout.ended(end_token)
         mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
         generated = time.perf_counter()
@@ -276,13 +267,13 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
         # 4. Update: K epochs of minibatches on the same rollouts.
         falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
-        losses = []
+        rates, losses = (falling * config.lr, falling * config.value_lr), []
         for epoch in range(config.epochs):
             order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
             for rows in order.split(config.minibatch):
                 losses.append(backward(policy, value_model, experience.pick(rows), config))
-                for (model, optimizer, lr), loss in zip(trained, losses[-1]):
-                    optimizer_step(optimizer, model, falling * lr, loss)
+                for model, optimizer, lr, loss in zip(models.values(), optimizers.values(), rates, losses[-1]):
+                    optimizer_step(optimizer, model, lr, loss)
         policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
         updated = time.perf_counter()
 
@@ -316,23 +307,18 @@ def load_models(config, device):
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "ppo")
-    if config.temperature <= 0:
-        raise InputError(f"--temperature {config.temperature}: must be positive")
     if config.kl_target and not config.beta:
         raise InputError(f"--kl_target {config.kl_target}: multiplies beta, and --beta 0 stays 0; give a --beta above 0")
     own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)  # before minutes of training
     train_missing(config, EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
     policy, reference, reward_model, value_model, tokenizer, sources = load_models(config, device)
-    data = "fresh requests of the little world"
-    if own:
-        fitting, data = prompts_with_room(own, tokenizer, config, policy.config.block_size)
+    fitting, data = (prompts_with_room(own, tokenizer, config, policy.config.block_size) if own else
+                     (None, "fresh requests of the little world"))
     announce(config.name, config, device, data, policy)
 
     def draw_prompts(count, rng):
-        if own:
-            return rng.choices(fitting, k=count)
-        return [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
+        return rng.choices(fitting, k=count) if own else [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
     unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
     with Run(config.name, folder, config, config.save, sources, unprinted) as run:
@@ -355,7 +341,6 @@ def main(argv=None):
     config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.",
                           needs=dict(top_k="prompt"))
     if config.prompt:
-        check_name(config.name, "ppo")
         answer(config, "ppo", config.name)
     else:
         train(config)

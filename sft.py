@@ -24,7 +24,7 @@ import gpt
 from data import stories
 from data.annotator import answers, scored
 from data.files import InputError, hold_out, read_demonstrations, run_script
-from data.run import Run, announce, complete, parse_config, restore, show, stage_folder, train_missing, with_error
+from data.run import Run, announce, check_name, complete, parse_config, restore, show, stage_folder, train_missing, with_error
 from gpt import (batches_by_length, excess, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
                  masked_logprobs, optimizer_step, pad, respond, response_mask, save_checkpoint)
 
@@ -207,6 +207,7 @@ def answer(config, stage, name):
 
     config.temperature counts from the policy as it was trained: 1 is the policy itself, 0.5 sharpens it.
     """
+    check_name(name, stage)
     complete(stage_folder(config, name))
     policy, tokenizer, checkpoint = load_checkpoint(stage_folder(config, name) / "checkpoint.pt", stage, config.size,
                                                     get_device())
