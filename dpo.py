@@ -171,7 +171,7 @@ def train(config):
 
         # 3. Save; the same prompts before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta,
-                        metrics=run.rows)
+                        metrics=run.figures())
         run.finish()
     reward_model = None if config.data else load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)[0]
     held_out = list(dict.fromkeys(row["prompt"] for row in data.held_out_rows)) if config.data else None

@@ -560,7 +560,7 @@ def train(config):
 
         # 3. Save; the same beginning before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "gpt", config.size, model, tokenizer, text=config.text,
-                        metrics=run.rows)
+                        metrics=run.figures())
         run.finish()
     after, _ = respond(model, tokenizer, beginning, room, config.seed)
     opening = tokenizer.decode(beginning[0][len(start):])

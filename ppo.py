@@ -330,7 +330,7 @@ def train(config):
             run.end_step(iteration, **state)
         save_checkpoint(run.folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer,
                         beta=state.get("beta", config.beta), temperature=config.temperature,
-                        missing_end_score=config.missing_end_score, metrics=run.rows)
+                        missing_end_score=config.missing_end_score, metrics=run.figures())
         run.finish()
 
     show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model, config.temperature)

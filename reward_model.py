@@ -336,7 +336,7 @@ def train(config):
             figures, table = answer_key(margin, gold_margins(data.held_out_rows))
             run.record(run.total, **figures)
             print_answer_key(figures, table)
-        save_checkpoint(run.folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer, metrics=run.rows)
+        save_checkpoint(run.folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer, metrics=run.figures())
         run.finish()
     for row in data.held_out_rows[:3]:
         ids = [tokenizer.prompt(row["prompt"]) + tokenizer.response(row[name]) for name in ("chosen", "rejected")]

@@ -195,7 +195,7 @@ def train(config):
             print(f"answers {len(chat)} held-out requests with a story: base model {with_error(base_told, len(chat))}, SFT "
                   f"{with_error(told, len(chat))}; with a flawless one: {with_error(base_flawless, len(chat))}, "
                   f"{with_error(flawless, len(chat))}")
-        save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer, metrics=run.rows)
+        save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer, metrics=run.figures())
         run.finish()
     for question, base_text, text in list(zip(data.questions, before[0], after[0]))[:3]:
         show(("prompt", question), ("before", scored(question, base_text)), ("after", scored(question, text)))

@@ -327,6 +327,11 @@ class Run:
         self.rows.append({"step": step, **row, "seconds": round(time.perf_counter() - self.start, 2)})
         self.write_metrics()
 
+    def figures(self):
+        """The rows without what hangs on the machine: what a checkpoint keeps, so that one seed gives one file."""
+        machine = ("seconds", "rollout_s", "scoring_s", "update_s", "memory_mb")
+        return [{name: value for name, value in row.items() if name not in machine} for row in self.rows]
+
     def write_metrics(self):
         """Write all rows so far, atomically: a killed run leaves no half line, and a resumed one repeats none."""
         write_jsonl(self.folder / "metrics.jsonl", self.rows)
