@@ -15,7 +15,6 @@ w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w] and Z(x) = E_π[exp w
 β KL(π || π*) >= 0: samples of a policy give its objective and its distance from the optimum.
 """
 
-import json
 import math
 import random
 import time
@@ -27,7 +26,7 @@ import torch
 import dpo
 import ppo
 from data import stories
-from data.files import InputError, hold_out, read_prompts, run_script, write_jsonl
+from data.files import InputError, hold_out, objects, read_prompts, run_script, write_jsonl
 from data.run import announce, parse_config, stage_folder, train_missing
 from gpt import autocast, generate, get_device, load_checkpoint, response_texts
 from dpo import response_logprobs
@@ -45,7 +44,7 @@ class Config:
     data: str = ""              # yardstick over the prompts of a .jsonl file instead of the little world's
     policies: str = "ppo,dpo"   # the folders of the policies to compare, with commas between
     prompts: int = 32           # held-out prompts of the yardstick
-    samples: int = 64           # samples a prompt and policy; best-of-N for N up to this
+    samples: int = 64           # samples a prompt and policy, twice as many from SFT; best-of-N for N up to this
     sample_batch: int = 256     # responses in one batch of sampling or scoring
     beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
@@ -84,13 +83,24 @@ def top_k_overall(rewards, k):
     return torch.stack([best // rewards.shape[1], best % rewards.shape[1]], dim=1)
 
 
+def subset_weights(rewards, n):
+    """Of all subsets of n out of a prompt's N samples, the share in which each sample is the best: (M, N) -> (M, N).
+
+    So Σ_i weight_i x_i is the mean of x over all best-of-n's. Equal rewards share what they win; n = 1: 1/N each.
+
+    >>> (6 * subset_weights(torch.tensor([[0.7, 0.3, 0.5, 0.2], [0.4, 0.8, 0.8, 0.5]]), 2)).round(decimals=1).tolist()
+    [[3.0, 1.0, 2.0, 0.0], [0.0, 2.5, 2.5, 1.0]]
+    """
+    N, ordered = rewards.shape[1], rewards.sort(dim=1).values
+    worse = torch.searchsorted(ordered, rewards)                    # (M, N): how many samples are worse
+    not_better = torch.searchsorted(ordered, rewards, right=True)   # ... worse or equal
+    # P(all n are among k given ones) = C(k, n) / C(N, n)
+    among = torch.tensor([math.comb(k, n) / math.comb(N, n) for k in range(N + 1)], dtype=torch.float64)
+    return ((among[not_better] - among[worse]) / (not_better - worse)).to(rewards.dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The answer key
-
-
-def log_mean_exp(x, dim):
-    """log of the mean of exp(x) along dim, without overflow."""
-    return x.logsumexp(dim) - math.log(x.shape[dim])
 
 
 def optimality_gap(rewards, log_ratios, beta):
@@ -102,19 +112,21 @@ def optimality_gap(rewards, log_ratios, beta):
     own estimate (log_ratios = 0), or use pooled_optimum.
     """
     w = rewards / beta - log_ratios
-    return beta * w.mean(dim=1), beta * log_mean_exp(w, dim=1)
+    return beta * w.mean(dim=1), beta * (w.logsumexp(dim=1) - math.log(w.shape[1]))
 
 
-def pooled_optimum(rewards, log_ratios, beta):
+def pooled_optimum(rewards, log_ratios, beta, counts=None):
     """J* = β log Z(x) and KL(π* || π_ref) from samples of several policies (balance heuristic; Veach & Guibas 1995).
 
-    rewards (M, S): S samples a prompt, the same number from each of K policies, the reference among them; log_ratios
-    (M, S, K): log π_k(y|x)/π_ref(y|x) of every sample under every policy. The samples come from the mixture of the K
-    policies, so Z = E_mixture[exp(r/β) π_ref / mixture]: no sample can weigh more than K exp(r/β). Returns (M,), (M,).
+    rewards (M, S): S samples a prompt, n_k of them from policy k of K, the reference among them; counts: the n_k (None:
+    as many from each); log_ratios (M, S, K): log π_k(y|x)/π_ref(y|x) of every sample under every policy. They come from
+    the mixture Σ_k n_k/S π_k, so Z = E_mixture[exp(r/β) π_ref/mixture]: no sample can weigh more than S/n_ref exp(r/β).
+    Returns (M,), (M,).
     """
-    log_mixture = log_mean_exp(log_ratios, dim=2)  # log mixture(y|x)/π_ref(y|x)
-    log_weights = rewards / beta - log_mixture
-    log_z = log_mean_exp(log_weights, dim=1)
+    S, K = log_ratios.shape[1:]
+    counts = torch.tensor(counts or [S / K] * K, dtype=log_ratios.dtype)
+    log_weights = rewards / beta - (log_ratios + counts.log()).logsumexp(dim=2)  # log of 1/S exp(r/β) π_ref/mixture
+    log_z = log_weights.logsumexp(dim=1)
     kl = (log_weights.softmax(dim=1) * rewards / beta).sum(dim=1) - log_z  # E_π*[log π*/π_ref] = E_π*[r]/β - log Z
     return beta * log_z, kl
 
@@ -124,22 +136,32 @@ def mean_and_error(x):
     return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
 
 
+def share_and_error(part, way):
+    """mean(part) / mean(way) over prompts, both (M,), and the standard error of this ratio of two means (delta method).
+    An estimate: it may exceed 1. (None, None) if there is no way to go."""
+    if not way.mean() > 0:
+        return None, None
+    share = part.mean() / way.mean()
+    _, error = mean_and_error((part - share * way) / way.mean())
+    return share.item(), error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The yardstick
 
 
 class Samples(NamedTuple):
-    """N responses to each of M prompts: rollouts (batches) and texts prompt by prompt, the rest float (M, N); gold may be
-    None."""
+    """N responses to each of M prompts: rollouts (batches) and texts prompt by prompt, the rest float (M, N) (gold: or
+    None)."""
     rollouts: list
     texts: list
-    rewards: torch.Tensor
+    reward: torch.Tensor
     gold: torch.Tensor
-    lengths: torch.Tensor
+    length: torch.Tensor
     ended: torch.Tensor
 
 
-def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng):
+def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature=1.0):
     """`count` responses to every prompt, with their scores; gold: whether to ask the annotator too."""
     device, shape = policy.wte.weight.device, (len(prompts), count)
     ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(count)]
@@ -147,7 +169,7 @@ def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng):
     for start in range(0, len(ids), config.sample_batch):
         with autocast(device), torch.no_grad():
             rollout = generate(policy, ids[start:start + config.sample_batch], config.max_new_tokens,
-                               tokenizer.end_token, seed=rng.getrandbits(48))
+                               tokenizer.end_token, temperature, seed=rng.getrandbits(48))
             scores = reward_model.score(rollout.tokens, rollout.lengths)
         ended = rollout.ended(tokenizer.end_token)
         golds = gold_rewards(rollout, tokenizer) if gold else torch.zeros(len(scores))
@@ -160,16 +182,34 @@ def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng):
 
 
 @torch.no_grad()
-def sequence_logprobs(policy, rollouts):
+def sequence_logprobs(policy, temperature, rollouts):
     """log π(y|x) of every sampled response under a policy: (M·N,)."""
-    return torch.cat([response_logprobs(policy, rollout.tokens, rollout.prompt_lengths, rollout.lengths).cpu()
-                      for rollout in rollouts])
+    logprobs = []
+    for tokens, prompt_lengths, lengths in rollouts:
+        logprobs.append(torch.empty(len(lengths), device=lengths.device))
+        for rows in lengths.argsort().split(128):  # rows of one length together: little padding
+            part = tokens[rows, :int(lengths[rows].max())]
+            logprobs[-1][rows] = response_logprobs(policy, part, prompt_lengths[rows], lengths[rows], temperature)
+    return torch.cat(logprobs).cpu()
 
 
 def win_rate(gold, opponents):
-    """P(gold of ours > gold of theirs) + ½ P(equal), all against all of one prompt: (M, N), (M, K) -> (M,)."""
+    """P(gold of ours > gold of theirs) + ½ P(equal) of each sample against all opponents: (M, N), (M, K) -> (M, N)."""
     ours, theirs = gold[:, :, None], opponents[:, None, :]
-    return ((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean(dim=(1, 2))
+    return ((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean(dim=2)
+
+
+def best_of_n_win_rate(rewards, gold, n):
+    """Best-of-n's win rate against one more sample of the policy it draws from: rewards, gold (M, N), N > n -> (M,).
+
+    The mean over every sample as the opponent and every subset of n of the others: none plays against itself, and none
+    is spent on one side only. Best of 1 has exactly ½, since every pair meets both ways round.
+    """
+    rates = []
+    for j in range(gold.shape[1]):
+        others = torch.arange(gold.shape[1]) != j
+        rates.append((subset_weights(rewards[:, others], n) * win_rate(gold[:, others], gold[:, j:j + 1])).sum(dim=1))
+    return torch.stack(rates).mean(dim=0)
 
 
 def distinct_2(texts):
@@ -187,151 +227,173 @@ def yardstick(config):
         if name in names:
             train_if_missing(name, main, config)
     policies, reward_model, tokenizer = load_policies(config, names)
+    gold, (reference, _) = not config.data, policies["sft"]
+    stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
 
     # 1. Held-out prompts: the world's, or those that every stage held out of the user's own.
-    room = policies["sft"].config.block_size - config.max_new_tokens
+    room = reference.config.block_size - config.max_new_tokens
     rng = random.Random("yardstick prompts")
     if config.data:
         fitting = [row["prompt"] for row in rows if len(tokenizer.prompt(row["prompt"])) <= room]
         prompts = fitting[:config.prompts]
         if not prompts:
             raise InputError(f"{config.data}: no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "
-                             f"in the context of {policies['sft'].config.block_size}")
+                             f"in the context of {reference.config.block_size}")
         data = (f"{config.data}: {len(prompts)} of {len(fitting)} held-out prompts, dropped {len(rows) - len(fitting)} that "
                 f"leave no room for {config.max_new_tokens} new tokens")
     else:
         prompts = [stories.request(rng).text for _ in range(config.prompts)]
         data = f"the little world: {len(prompts)} held-out prompts"
-    gold = not config.data
-    announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each", policies["sft"])
+    announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each, {2 * config.samples} of SFT",
+             reference)
 
-    # 2. The same number of samples from every policy; other samples of SFT, to win against.
+    # 2. The same number of samples from every policy, twice as many from SFT: its samples are everybody's opponents and
+    # best-of-N's candidates, and best-of-N plays against those that it did not choose from.
     rng, samples = random.Random(f"yardstick {config.seed}"), {}
-    for name, policy in policies.items():
-        start = time.perf_counter()
-        samples[name] = draw(policy, reward_model, tokenizer, prompts, config.samples, config, gold, rng)
+    for name, (policy, temperature) in policies.items():
+        start, count = time.perf_counter(), config.samples * (2 if name == "sft" else 1)
+        samples[name] = draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature)
         print(f"sampled {name} in {time.perf_counter() - start:.0f} s", flush=True)
-    opponents = draw(policies["sft"], reward_model, tokenizer, prompts, 16, config, gold, rng).gold if gold else None
 
-    # 3. log π_k/π_ref of every sample under every policy: (M, S, K), with S = K · config.samples.
-    logprobs = [torch.stack([sequence_logprobs(policy, one.rollouts) for policy in policies.values()], dim=1)
-                for one in samples.values()]
-    log_ratios = [(x - x[:, :1]).view(len(prompts), config.samples, len(policies)) for x in logprobs]  # SFT comes first
+    # 3. log π_k/π_ref of every sample under every policy: (M, N, K) for the N samples of each.
+    log_ratios = {}
+    for name, one in samples.items():
+        x = torch.stack([sequence_logprobs(*policy, one.rollouts) for policy in policies.values()], dim=1)
+        log_ratios[name] = (x - x[:, :1]).view(*one.reward.shape, len(policies))  # SFT comes first
 
-    # 4. Best-of-N picks among SFT's samples by the reward model. Then the tables.
-    rows = {}
-    for i, (name, one) in enumerate(samples.items()):
-        rows[name] = Row(one.rewards, one.gold, log_ratios[i][:, :, i], one.lengths, one.ended,
-                         one.texts[::config.samples])
-        if name == "sft":
-            rows.update({f"best of {n}": best_of_n_row(one, n) for n in (4, 16, 64) if n <= config.samples})
+    # 4. Best-of-N picks among SFT's samples by the reward model; best of 1 is SFT. Then the tables.
+    rows, sft = {}, samples["sft"]
+    for n in [n for n in (1, 4, 16, 64) if n <= config.samples]:
+        wins = dict(win_rate=best_of_n_win_rate(sft.reward, sft.gold, n)) if gold else {}
+        kl = torch.full((len(prompts),), best_of_n_kl(n))
+        rows["sft" if n == 1 else f"best of {n}"] = make_row(sft, n, **wins, kl=kl)
+    for i, name in list(enumerate(policies))[1:]:
+        wins = dict(win_rate=win_rate(samples[name].gold, sft.gold).mean(dim=1)) if gold else {}
+        rows[name] = make_row(samples[name], 1, **wins, kl=log_ratios[name][:, :, i].mean(dim=1))
     folder = stage_folder(config, "best_of_n")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = [compare(name, row, opponents) for name, row in rows.items()]
+    figures = [dict(policy=name, **with_errors(row)) for name, row in rows.items()]
     print()
-    print_table(figures)
-    kinds = [("reward model", "rewards")] + [("gold", "gold")] * gold
-    for kind, field in kinds:
-        figures += optimum(kind, {name: (getattr(row, field), row.log_ratios) for name, row in rows.items()},
-                           torch.cat([getattr(one, field) for one in samples.values()], dim=1),
-                           torch.cat(log_ratios, dim=1), list(policies), config.beta)
+    print_table(figures, FORMATS)
+    for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
+        figures += optimum(kind, field, rows, samples, log_ratios, config.beta)
     if gold:
-        close_to_the_best(config, figures)
+        close_to_the_best(stages, figures)
     write_jsonl(folder / "metrics.jsonl", figures)
     print(f"\nsaved {folder / 'metrics.jsonl'}")
 
 
-class Row(NamedTuple):
-    """What the tables need of a policy: (M, N) tensors (log_ratios of best-of-N: the bound), one text a prompt."""
-    rewards: torch.Tensor
-    gold: torch.Tensor
-    log_ratios: torch.Tensor
-    lengths: torch.Tensor
-    ended: torch.Tensor
-    texts: list
+def make_row(one, n, **given):
+    """The figures of best-of-n over a policy's Samples, prompt by prompt: name -> (M,); n = 1: of the policy itself.
+
+    Means over all subsets of n of a prompt's samples; distinct_2, of the best of each prompt's first n, is one number,
+    (1,). given: figures that are known already.
+    """
+    weights, N = subset_weights(one.reward, n), one.reward.shape[1]
+    means = {key: (weights * getattr(one, key)).sum(dim=1)  # E[x of the best of n] = Σ_i weight_i x_i
+             for key in ("reward", "gold", "length", "ended") if getattr(one, key) is not None}
+    winners = [one.texts[N * prompt + j] for prompt, j in enumerate(top_per_prompt(one.reward[:, :n]).tolist())]
+    return dict(**means, **given, distinct_2=torch.tensor([distinct_2(winners)]))
 
 
-def best_of_n_row(one, n):
-    """Best-of-n out of SFT's samples (M, N): every n of them are a draw of their own, so there are N // n a prompt."""
-    M, N = one.rewards.shape
-    groups = N // n
-    best = one.rewards[:, :groups * n].view(M, groups, n).argmax(dim=2) + n * torch.arange(groups)  # (M, groups)
-    gold = None if one.gold is None else one.gold.gather(1, best)
-    texts = [one.texts[N * prompt + j] for prompt, j in enumerate(best[:, 0].tolist())]
-    return Row(one.rewards.gather(1, best), gold, torch.full(best.shape, best_of_n_kl(n)), one.lengths.gather(1, best),
-               one.ended.gather(1, best), texts)
+def with_errors(row):
+    """name -> (M,) becomes name -> its mean and name_error -> its standard error over prompts."""
+    return {key: value for name, x in row.items() for key, value in zip((name, f"{name}_error"), mean_and_error(x))}
 
 
-def compare(name, row, opponents):
-    """The yardstick's figures of one policy."""
-    figures = dict(policy=name, reward=row.rewards.mean().item())
-    if row.gold is not None:
-        figures.update(gold=row.gold.mean().item(), win_rate=win_rate(row.gold, opponents).mean().item())
-    return dict(**figures, kl=row.log_ratios.mean().item(), length=row.lengths.float().mean().item(),
-                distinct_2=distinct_2(row.texts), ended=row.ended.float().mean().item())
+FORMATS = dict(reward=".2f", gold=".2f", win_rate=".1%", kl=".2f", length=".0f", distinct_2=".2f", ended=".0%")
 
 
-def print_table(rows):
-    """Dicts with the same keys, a name and then numbers (None where there is none), as a table with headings."""
-    print("  ".join([f"{'':14s}"] + [f"{key:>12s}" for key in list(rows[0])[1:]]))
-    for first, *values in (row.values() for row in rows):
-        print("  ".join([f"{first:14s}"] + [f"{'-':>12s}" if value is None else f"{value:12.3f}" for value in values]))
+def cell(x, error=None, form=".3f"):
+    """A figure and its standard error: "1.205 ± 0.021", "89.3 ± 0.9 %"; a whole number goes without, None is "-"."""
+    if x is None:
+        return "-"
+    text = f"{x:{form}}" if error is None or ".0" in form else f"{x:{form}} ± {error:{form}}"
+    return text.replace("%", "") + " %" if form.endswith("%") else text
 
 
-def optimum(kind, rows, rewards, log_ratios, names, beta):
+def print_table(rows, formats):
+    """Print rows, dicts with a "policy" and figures, in columns: those of formats, each with its figure_error."""
+    columns = [key for key in formats if key in rows[0]]
+    table = [["", *columns]]
+    for row in rows:
+        table.append([row["policy"], *(cell(row[key], row.get(f"{key}_error"), formats[key]) for key in columns)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for name, *cells in table:
+        print("  ".join([name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))]))
+
+
+def optimum(kind, field, rows, samples, log_ratios, beta):
     """Print and return how far each policy went from SFT to the optimum of the objective under one reward.
 
-    rows: name -> (rewards, log_ratios) of its samples; rewards (M, S), log_ratios (M, S, K): all policies' samples pooled.
+    field: "reward" or "gold"; rows: name -> make_row's; samples: name -> Samples; log_ratios: name -> (M, N, K).
     """
-    J_stars, kls = pooled_optimum(rewards, log_ratios, beta)
-    best, best_error = mean_and_error(J_stars)
-    gaps = {name: optimality_gap(*pair, beta) for name, pair in rows.items()}
-    starts, _ = gaps["sft"]
-    way = J_stars - starts  # (M,): from SFT to the optimum
-    error = "" if best_error is None else f" ± {best_error:.3f}"
-    print(f"\nunder the {kind}, beta {beta}: J* = beta log Z = {best:.3f}{error}, {kls.mean():.2f} nats from the "
-          f"reference, from the samples of {', '.join(names)} pooled")
-    figures = []
-    for name, (J, J_star) in gaps.items():
-        share, share_error = None, None
-        if way.mean() > 0:
-            share = ((J - starts).mean() / way.mean()).item()
-            _, share_error = mean_and_error((J - starts - share * way) / way.mean())  # of a ratio of two means
-        J, error = mean_and_error(J)
-        own = J_star.mean().item() if name in names else None  # best-of-N's density is not known, only its KL's bound
-        figures.append(dict(policy=name, J=J, error=error, share=share, share_error=share_error, own_J_star=own))
-    print_table(figures)
-    estimates = [best, *(row["own_J_star"] for row in figures if row["own_J_star"] is not None)]
+    names, counts = list(samples), [x.shape[1] for x in log_ratios.values()]
+    pooled = torch.cat([getattr(one, field) for one in samples.values()], dim=1)  # (M, S)
+    J_stars, kls = pooled_optimum(pooled, torch.cat(list(log_ratios.values()), dim=1), beta, counts)
+    best = with_errors(dict(J_star=J_stars, J_star_kl=kls))
+    print(f"\nunder the {kind}, beta {beta}: J* = {cell(best['J_star'], best['J_star_error'])}, "
+          f"{cell(best['J_star_kl'], best['J_star_kl_error'], '.2f')} nats from the reference\n"
+          f"(J* = beta log Z, from the samples of {', '.join(names)} pooled)")
+    figures, starts = [], rows["sft"][field]  # (M,): J of SFT, whose KL is 0
+    for name, row in rows.items():
+        J = row[field] - beta * row["kl"]  # (M,): J = E[r] - β KL(π || π_ref)
+        share, share_error = share_and_error(J - starts, J_stars - starts)
+        own = None  # best-of-N's density is not known, only its KL's bound
+        if name in samples:
+            _, own = optimality_gap(getattr(samples[name], field), log_ratios[name][:, :, names.index(name)], beta)
+            own = own.mean().item()
+        figures.append(dict(under=kind, **best, policy=name, **with_errors(dict(J=J)), share=share,
+                            share_error=share_error, own_J_star=own))
+    print_table(figures, dict(J=".3f", share=".1%", own_J_star=".3f"))
+    estimates = [best["J_star"], *(row["own_J_star"] for row in figures if row["own_J_star"] is not None)]
     print(f"the estimates of J*, pooled and from each policy's own samples, lie within "
           f"{max(estimates) - min(estimates):.3f}")
-    optimum_kl = kls.mean().item()
-    return [dict(under=kind, J_star=best, J_star_error=best_error, J_star_kl=optimum_kl, **row) for row in figures]
+    return figures
 
 
-def close_to_the_best(config, figures):
-    """Print the table of all stages: what was measured, what is possible, and the share."""
+def stage_metrics(config, stage):
+    """The figures that a stage has written down: a list of dicts, empty if there are none. InputError if damaged."""
+    path = stage_folder(config, stage) / "metrics.jsonl"
+    rows = list(objects(path)) if path.exists() else []
+    for row, where in rows:
+        if not all(isinstance(value, (int, float)) for value in row.values()):
+            raise InputError(f"{where}: its values are not figures; train the stage {stage} again")
+    return [row for row, _ in rows]
+
+
+def close_to_the_best(stages, figures):
+    """Print the table of all stages: what was measured, what is possible, and the share.
+
+    stages: name -> its stage_metrics. Where these hold the error of a measured figure, the share gets one: what is
+    possible then counts as exact.
+    """
     rows = []
-    for stage, what, measured, possible in (("gpt", "pretraining, nats per token", "held_out", "entropy"),
-                                            ("sft", "SFT, nats per token", "held_out", "entropy"),
-                                            ("reward_model", "reward model, accuracy", "expected_accuracy",
-                                             "bayes_accuracy"),
-                                            ("reward_model", "reward model, loss", "loss", "annotator_loss")):
-        path = stage_folder(config, stage) / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        lines = [line for line in lines if measured in line and possible in line]
-        if lines:
-            x, best = lines[-1][measured], lines[-1][possible]
-            rows.append((what, x, best, x / best if measured == "expected_accuracy" else best / x))
+    for stage, what, measured, possible, chance in (
+            ("gpt", "pretraining, nats per token", "held_out", "entropy", 0),
+            ("sft", "SFT, nats per token", "held_out", "entropy", 0),
+            ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy", 0),
+            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", 0.5),
+            ("reward_model", "reward model, loss", "loss", "annotator_loss", 0)):
+        for line in [line for line in stages[stage] if measured in line and possible in line][-1:]:
+            x, best, error = line[measured] - chance, line[possible] - chance, line.get(f"{measured}_error")
+            share = None if min(x, best) <= 0 else x / best if "accuracy" in what else best / x
+            rows.append(dict(policy=what, measured=x, measured_error=error, possible=best, share=share,
+                             share_error=None if None in (share, error) else share * error / x))
     for row in figures:
         if row.get("share") is not None and row["policy"] != "sft":
-            rows.append((f"{row['policy']}, J under {row['under']}", row["J"], row["J_star"], row["share"]))
-    print(f"\nHow close to the best\n{'':36s}{'measured':>10s}{'possible':>10s}{'share':>8s}")
-    for what, measured, possible, share in rows:
-        print(f"{what:36s}{measured:10.3f}{possible:10.3f}{share:8.1%}")
+            rows.append(dict(row, policy=f"{row['policy']}, J under {row['under']}", measured=row["J"],
+                             measured_error=row["J_error"], possible=row["J_star"], possible_error=row["J_star_error"]))
+    if rows:
+        print("\nHow close to the best")
+        print_table(rows, dict(measured=".3f", possible=".3f", share=".1%"))
 
 
 def load_policies(config, names):
-    """({"sft": GPT, name: GPT, ...}, reward model, tokenizer); InputError if their vocabularies differ."""
+    """({"sft": (GPT, 1.0), name: (GPT, the temperature it was trained at), ...}, reward model, tokenizer).
+
+    InputError if their vocabularies differ.
+    """
     train_if_missing("reward_model", train_reward_model, config)
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
@@ -341,9 +403,13 @@ def load_policies(config, names):
         if stage is None:
             raise InputError(f"--policies {name}: must begin with ppo or dpo")
         policy_path = stage_folder(config, name) / "checkpoint.pt"
-        policies[name], policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
-        if checkpoint.get("beta", config.beta) != config.beta:
-            print(f"{name} was trained with beta {checkpoint['beta']}; J and J* below are those of beta {config.beta}")
+        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
+        policies[name] = policy, checkpoint.get("temperature", 1.0)
+        for setting in ("beta", "missing_end_score"):
+            ours = getattr(config, setting)
+            if checkpoint.get(setting, ours) != ours:
+                print(f"{name} was trained with {setting} {checkpoint[setting]}; J and J* below are those of {setting} "
+                      f"{ours}")
         if policy_tokenizer.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{policy_path}: its vocabulary is not that of {path}; train the stages again")
     return policies, reward_model, tokenizer
@@ -354,10 +420,11 @@ def answer(config):
     policies, reward_model, tokenizer = load_policies(config, [])
     gold = stories.parse_request(config.prompt) is not None  # the annotator judges the world's own requests only
     rng = random.Random(f"candidates {config.seed}")
-    one = draw(policies["sft"], reward_model, tokenizer, [config.prompt], config.n, config, gold, rng)
-    for _, j in top_k_overall(one.rewards, config.n).tolist():
-        print(f"{one.rewards[0, j]:+7.3f}" + (f"  gold {one.gold[0, j]:+7.3f}" if gold else "") + f"  {one.texts[j]}")
-    print(f"\nwinner of {config.n}: {one.texts[top_per_prompt(one.rewards)[0]]}")
+    policy, _ = policies["sft"]
+    one = draw(policy, reward_model, tokenizer, [config.prompt], config.n, config, gold, rng)
+    for _, j in top_k_overall(one.reward, config.n).tolist():
+        print(f"{one.reward[0, j]:+7.3f}" + (f"  gold {one.gold[0, j]:+7.3f}" if gold else "") + f"  {one.texts[j]}")
+    print(f"\nwinner of {config.n}: {one.texts[top_per_prompt(one.reward)[0]]}")
 
 
 def main(argv=None):

@@ -74,7 +74,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
     """log π(y|x) of every row: (B,), the sum over the response's tokens, <|end|> included; tokens (B, T)."""
-    return masked_logprobs(model, tokens, response_mask(prompt_lengths, lengths, tokens.shape[1]), temperature).sum(dim=1)
+    mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
+    return masked_logprobs(model, tokens, mask, temperature).sum(dim=1)
 
 
 def pair_logprobs(policy, reference, pairs):

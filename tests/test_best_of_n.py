@@ -15,10 +15,12 @@ import dpo
 import ppo
 import reward_model
 import sft
-from best_of_n import best_of_n_kl, distinct_2, optimality_gap, pooled_optimum, top_k_overall, top_per_prompt, win_rate
+from best_of_n import (best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2, make_row, mean_and_error,
+                       optimality_gap, pooled_optimum, sequence_logprobs, share_and_error, subset_weights,
+                       top_k_overall, top_per_prompt, win_rate, with_errors)
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer
-from gpt import load_checkpoint, save_checkpoint
+from gpt import GPT, GPTConfig, Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
 from reward_model import RewardModel
 from test_ppo import metrics, noise, snapshot
 
@@ -72,6 +74,38 @@ def test_top_overall_of_the_lecture():
     assert {tuple(pair) for pair in best.tolist()} == {(2, 0), (1, 1), (3, 2), (0, 0), (2, 3)}
     assert len(top_k_overall(MATRIX, 20)) == 20  # all of them, each once
     assert len({tuple(pair) for pair in top_k_overall(MATRIX, 20).tolist()}) == 20
+
+
+def coarse(seed, *shape):
+    """Whole numbers with many ties among them."""
+    return torch.randint(4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
+def test_subset_weights_go_through_all_subsets(n):
+    """C(i, n) for C(i, n-1), ranks from the wrong end, or a tie that goes to whichever sample happens to come first."""
+    for rewards in (noise(n, 4, 7), coarse(n, 4, 7), torch.full((1, 7), -5.0)):
+        subsets = list(itertools.combinations(range(7), n))
+        expected = torch.zeros(rewards.shape)
+        for row, weights in zip(rewards.tolist(), expected):
+            for subset in subsets:
+                best = [i for i in subset if row[i] == max(row[j] for j in subset)]
+                weights[best] += 1 / (len(best) * len(subsets))
+        found = subset_weights(rewards, n)
+        assert found.dtype == rewards.dtype and torch.allclose(found, expected, atol=1e-6)
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(n))
+        assert torch.equal(subset_weights(rewards[:, order], n), found[:, order])
+
+
+def test_subset_weights_of_many_samples():
+    """C(128, 64) = 2.4e37: a product in float32, or a difference of two of them, and the weights no longer sum to 1."""
+    rewards = noise(0, 3, 128)
+    for n in (1, 16, 64, 128):
+        weights = subset_weights(rewards, n)
+        assert (weights >= 0).all() and weights.sum(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-5)
+        rank = rewards.argsort(dim=1).argsort(dim=1)  # from 0: the i-th smallest is the best of C(i, n-1) subsets
+        expected = [[math.comb(i, n - 1) / math.comb(128, n) for i in row] for row in rank.tolist()]
+        assert torch.allclose(weights, torch.tensor(expected), atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,20 +225,108 @@ def test_pooled_optimum_is_unbiased_for_z(policies):
     J_star, divergence = pooled_optimum(rewards[samples], log_ratios, beta)
     assert J_star.item() == pytest.approx(exact)
     assert divergence.item() == pytest.approx(kl(boltzmann(reference, rewards, beta), reference))
+    # Three times as many samples of the reference: they must weigh a third each.
+    more, own = torch.cat([samples[:, :16]] * 2 + [samples], dim=1), log_ratios[:, :16]
+    counts = [48] + [16] * (policies - 1)
+    again = pooled_optimum(rewards[more], torch.cat([own, own, log_ratios], dim=1), beta, counts)
+    assert again[0].item() == pytest.approx(exact) and again[1].item() == pytest.approx(divergence.item())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The yardstick's figures
 
 
+def test_mean_and_error_of_prompts():
+    """The spread for the standard error, or nan for a single prompt, which is no JSON."""
+    x = noise(3, 50)
+    mean, error = np.mean(x.numpy()), np.std(x.numpy(), ddof=1) / math.sqrt(50)
+    assert mean_and_error(x) == pytest.approx((mean, error))
+    assert mean_and_error(x[:1]) == (x[0].item(), None)
+    found = with_errors({"a": x[:1], "b": x})
+    assert found == dict(a=x[0].item(), a_error=None, b=pytest.approx(mean), b_error=pytest.approx(error))
+
+
+def test_error_of_a_share_is_its_spread():
+    """An error that takes the way for exact, or for independent of the part: compare with the share's spread over many
+    yardsticks. A share above 1 stays, and no way to go is no division by zero."""
+    way = 2 + noise(0, 4000, 40)                       # (yardsticks, prompts)
+    part = 0.8 * way + 0.3 * noise(1, 4000, 40) + 0.5  # most of the noise is shared
+    found = [share_and_error(*pair) for pair in zip(part, way)]
+    shares, errors = (np.array(column) for column in zip(*found))
+    assert shares.mean() == pytest.approx(0.8 + 0.5 / 2, abs=0.01) and (shares > 1).any()
+    assert errors.mean() == pytest.approx(shares.std(), rel=0.05)
+    assert share_and_error(way[0], way[0]) == (1, pytest.approx(0, abs=1e-6))
+    assert share_and_error(way[0], -way[0]) == share_and_error(way[0], 0 * way[0]) == (None, None)
+    assert share_and_error(way[0, :1], way[0, :1]) == (1, None)
+
+
+def test_win_rate_of_best_of_n_goes_through_all_games():
+    """A candidate that is its own opponent, one that best-of-n also chose from, or a winner picked by gold."""
+    N = 6
+    for gold in (noise(1, 3, N), coarse(1, 3, N)):
+        rewards = coarse(0, 3, N) + 0.5 * noise(2, 3, N).round()
+        for n in (1, 2, 5):
+            expected = []
+            for r, g in zip(rewards.tolist(), gold.tolist()):
+                games = []
+                for subset in itertools.combinations(range(N), n):
+                    best = [i for i in subset if r[i] == max(r[j] for j in subset)]
+                    for j in set(range(N)) - set(subset):
+                        games.append(np.mean([(g[i] > g[j]) + 0.5 * (g[i] == g[j]) for i in best]))
+                expected.append(np.mean(games))
+            assert best_of_n_win_rate(rewards, gold, n).tolist() == pytest.approx(expected, abs=1e-6)
+        assert best_of_n_win_rate(rewards, gold, 1).tolist() == pytest.approx([0.5] * 3)  # SFT against itself
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 9])
+def test_win_rate_of_best_of_n_where_gold_is_the_reward(n):
+    """Best-of-n that plays against the candidates it was chosen from looks better than it is. The largest of n+1 draws
+    is any of them with equal chances, so the best of n wins n/(n+1)."""
+    gold = noise(0, 5, 10)
+    assert best_of_n_win_rate(gold, gold, n).tolist() == pytest.approx([n / (n + 1)] * 5)
+    against_its_own = (subset_weights(gold, n) * win_rate(gold, gold)).sum(dim=1)
+    assert n == 1 or (against_its_own > n / (n + 1) + 0.01).all()
+
+
+@pytest.mark.parametrize("figure, text", [
+    ((1.2054, 0.0212), "1.205 ± 0.021"), ((1.2054,), "1.205"), ((None,), "-"), ((None, None, ".1%"), "-"),
+    ((0.8931, 0.0092, ".1%"), "89.3 ± 0.9 %"), ((1.004, None, ".1%"), "100.4 %"), ((49.8, 1.3, ".0f"), "50"),
+    ((0.9996, 0.01, ".0%"), "100 %"), ((-0.5, 0.25, ".2f"), "-0.50 ± 0.25")])
+def test_cell(figure, text):
+    """An error in other units than its figure, a share cut off at 100 %, or a traceback where there is no figure."""
+    assert cell(*figure) == text
+
+
+def test_sequence_logprobs_keep_the_order_of_the_samples():
+    """Rows sorted by length and not put back, or a temperature left out: log π of another response or policy."""
+    torch.manual_seed(0)
+    model, rollouts, expected = GPT(GPTConfig(11, 32, 1, 2, 16)), [], []
+    with torch.no_grad():
+        model.wte.weight *= 10  # so that a temperature matters
+        for seed, size in ((0, 300), (1, 7)):
+            rng = random.Random(seed)
+            rows = [[rng.randrange(11) for _ in range(rng.randint(4, 32))] for _ in range(size)]
+            prompt_lengths = [rng.randint(1, 3) for _ in rows]
+            tokens, lengths = pad(rows)
+            rollouts.append(Rollout(tokens, torch.tensor(prompt_lengths), lengths))
+            for row, start in zip(rows, prompt_lengths):
+                tokens = torch.tensor([row])
+                expected.append([token_logprobs(model(tokens), tokens, temperature)[0, start - 1:].sum().item()
+                                 for temperature in (1.0, 0.5)])
+    expected = torch.tensor(expected)
+    assert ((expected[:, 0] - expected[:, 1]).abs() > 0.01).float().mean() > 0.95
+    for column, temperature in enumerate((1.0, 0.5)):
+        assert torch.allclose(sequence_logprobs(model, temperature, rollouts), expected[:, column], rtol=1e-4)
+
+
+
 def test_win_rate_counts_ties_half():
     """Ties as losses: SFT against itself then loses, most of all where the annotator's rewards are coarse."""
-    generator = torch.Generator().manual_seed(0)
-    gold, opponents = (torch.randint(4, (3, n), generator=generator).float() for n in (5, 7))
-    expected = [np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in ours for b in theirs])
+    gold, opponents = coarse(0, 3, 5), coarse(1, 3, 7)
+    expected = [[np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for b in theirs]) for a in ours]
                 for ours, theirs in zip(gold.tolist(), opponents.tolist())]
-    assert win_rate(gold, opponents).tolist() == pytest.approx(expected)
-    assert win_rate(gold, gold).tolist() == pytest.approx([0.5] * 3)
+    assert torch.allclose(win_rate(gold, opponents), torch.tensor(expected).float())
+    assert win_rate(gold, gold).mean(dim=1).tolist() == pytest.approx([0.5] * 3)
 
 
 @pytest.mark.parametrize("texts, share", [
@@ -215,23 +337,61 @@ def test_distinct_2_by_hand(texts, share):
     assert distinct_2(texts) == pytest.approx(share)
 
 
-def test_best_of_n_row_keeps_the_pieces_together():
-    """The reward of one sample beside the gold or text of another; groups that overlap, or best chosen by gold."""
-    M, N = 3, 10
-    names = [f"text {i} {j}" for i in range(M) for j in range(N)]
-    one = best_of_n.Samples([], names, noise(0, M, N), noise(1, M, N), torch.arange(M * N).view(M, N).float(),
-                            (noise(2, M, N) > 0).float())
-    for n in (1, 3, 4, 10):
-        row = best_of_n.best_of_n_row(one, n)
-        assert row.rewards.shape == (M, N // n)
+def test_row_keeps_the_pieces_together():
+    """The reward of one sample beside the gold or text of another, or the best chosen by gold."""
+    M, N = 3, 8
+    one = best_of_n.Samples([], ["a text"] * M * N, noise(0, M, N), noise(1, M, N),
+                            torch.arange(M * N).view(M, N).float(), (noise(2, M, N) > 0).float())
+    for n in (1, 3, 8):
+        row = make_row(one, n, kl=torch.full((M,), 0.25), win_rate=torch.tensor([0.1, 0.2, 0.3]))
+        assert list(row) == ["reward", "gold", "length", "ended", "kl", "win_rate", "distinct_2"]
         for i in range(M):
-            for g in range(N // n):
-                j = max(range(g * n, (g + 1) * n), key=lambda j: one.rewards[i, j].item())
-                assert row.rewards[i, g] == one.rewards[i, j] and row.gold[i, g] == one.gold[i, j]
-                assert row.lengths[i, g] == one.lengths[i, j] and row.ended[i, g] == one.ended[i, j]
-                assert g > 0 or row.texts[i] == f"text {i} {j}"
-        assert row.log_ratios.flatten().tolist() == pytest.approx([best_of_n_kl(n)] * (M * (N // n)))
-    assert best_of_n.best_of_n_row(one._replace(gold=None), 4).gold is None
+            subsets = itertools.combinations(range(N), n)
+            best = [max(subset, key=one.reward[i].tolist().__getitem__) for subset in subsets]
+            for key in ("reward", "gold", "length", "ended"):
+                assert row[key][i].item() == pytest.approx(np.mean([getattr(one, key)[i, j] for j in best]), abs=1e-4)
+        assert row["kl"].tolist() == [0.25] * M and row["win_rate"].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert "gold" not in make_row(one._replace(gold=None), 4)
+
+    winners = [max(range(3), key=one.reward[i].tolist().__getitem__) for i in range(M)]  # the best of the first three
+    places = [(i, j) for i in range(M) for j in range(N)]
+    for texts, share in (([f"a{i} b{i}" if j == winners[i] else "a a a a" for i, j in places], 1),
+                         (["a a a a" if j == winners[i] else f"a{i} b{j}" for i, j in places], 1 / 9)):
+        assert make_row(one._replace(texts=texts), 3)["distinct_2"].tolist() == pytest.approx([share])
+
+
+def table_of(printed, heading):
+    """The lines of the table under the first line that holds `heading`, up to a blank one."""
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if heading in line)
+    return list(itertools.takewhile(str.strip, lines[start + 1:]))
+
+
+def test_close_to_the_best(capsys):
+    """A share upside down (a loss should be small, an accuracy large), an accuracy measured from 0 where guessing has
+    0.5, an error in other units, or a stage without figures that ends the table in a traceback."""
+    accuracy = dict(expected_accuracy=0.75, bayes_accuracy=0.8, expected_accuracy_error=0.012)
+    stages = {"gpt": [dict(held_out=0.5, entropy=0.5), dict(held_out=0.8, entropy=0.6), dict(loss=1.0)],
+              "sft": [dict(held_out=0.5, entropy=0.4, held_out_error=0.01)],
+              "reward_model": [dict(loss=0.7), dict(accuracy, loss=0.5, annotator_loss=0.4)]}
+    row = dict(under="gold", J=3.5, J_error=0.05, J_star=3.4, J_star_error=0.04, share=1.05, share_error=0.031)
+    close_to_the_best(stages, [dict(policy="ppo", reward=1.0), dict(row, policy="sft"), dict(row, policy="ppo"),
+                               dict(row, policy="dpo", share=None, share_error=None)])
+    rows = [re.split(r"  +", line) for line in table_of(capsys.readouterr().out, "How close to the best")]
+    assert rows == [
+        ["", "measured", "possible", "share"],
+        ["pretraining, nats per token", "0.800", "0.600", "75.0 %"],
+        ["SFT, nats per token", "0.500 ± 0.010", "0.400", "80.0 ± 1.6 %"],                      # 0.4/0.5 · 0.01/0.5
+        ["reward model, accuracy", "0.750 ± 0.012", "0.800", "93.8 ± 1.5 %"],                   # 0.012/0.8
+        ["reward model, accuracy above chance", "0.250 ± 0.012", "0.300", "83.3 ± 4.0 %"],      # 0.012/0.3
+        ["reward model, loss", "0.500", "0.400", "80.0 %"],
+        ["ppo, J under gold", "3.500 ± 0.050", "3.400 ± 0.040", "105.0 ± 3.1 %"]]               # not cut off at 100 %
+    guessing = dict(expected_accuracy=0.5, bayes_accuracy=0.5, loss=0.0, annotator_loss=0.0)  # nothing above chance
+    close_to_the_best({"gpt": [], "sft": [], "reward_model": [guessing]}, [])
+    rows = [re.split(r"  +", line) for line in table_of(capsys.readouterr().out, "How close to the best")]
+    assert [row[-1] for row in rows] == ["share", "100.0 %", "-", "-"]
+    close_to_the_best({"gpt": [], "sft": [], "reward_model": []}, [])
+    assert capsys.readouterr().out == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,7 +441,9 @@ def test_yardstick(trained, capsys):
     assert table["sft"]["kl"] == 0 and table["best of 4"]["kl"] == pytest.approx(best_of_n_kl(4))
     assert table["best of 4"]["reward"] > table["sft"]["reward"]
     for row in table.values():
-        assert set(row) == {"policy", "reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"}
+        figures = {"reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"}
+        assert set(row) == {"policy"} | figures | {f"{name}_error" for name in figures}
+        assert (row["distinct_2_error"] is None) and all(row[f"{name}_error"] >= 0 for name in figures - {"distinct_2"})
         assert 0 <= row["win_rate"] <= 1 and 0 <= row["ended"] <= 1 and 1 <= row["length"] <= 16
     optima = [row for row in rows if "under" in row]
     assert [(row["under"], row["policy"]) for row in optima] == [
@@ -289,8 +451,16 @@ def test_yardstick(trained, capsys):
     for row in optima:
         figure = table[row["policy"]]["reward" if row["under"] == "reward model" else "gold"]
         assert row["J"] == pytest.approx(figure - 0.2 * table[row["policy"]]["kl"], abs=1e-4)  # the README's beta
+        assert all(row[f"{name}_error"] >= 0 for name in ("J", "J_star", "J_star_kl", "share"))
+    sft_row = table["sft"]
+    assert (sft_row["win_rate"], sft_row["win_rate_error"]) == (pytest.approx(0.5), pytest.approx(0, abs=1e-6))
     assert "How close to the best" in printed and all(name in printed for name in table)
-    assert "the little world: 3 held-out prompts; 8 samples each" in printed
+    assert "the little world: 3 held-out prompts; 8 samples each, 16 of SFT" in printed
+    tables = printed[printed.index("sampled dpo"):printed.index("\nsaved ")]
+    assert max(map(len, tables.splitlines())) <= 100
+    assert re.search(r"^ +reward +gold +win_rate +kl +length +distinct_2 +ended$", tables, re.M)
+    assert re.search(r"^sft +-?\d\.\d\d ± \d\.\d\d .* 50\.0 ± 0\.0 %  0\.00 ± 0\.00 +\d+ +[01]\.\d\d +\d+ %$", tables,
+                     re.M)
     assert re.findall(r"^sampled (.*) in \d+ s$", printed, re.M) == ["sft", "ppo", "dpo"]
     after = snapshot(trained)
     assert {path: after[path] for path in before} == before
@@ -392,6 +562,49 @@ def test_draws_come_from_the_given_generator(trained, monkeypatch):
     assert first[:4] != first[4:8] and first != second
     random.seed()
     assert texts(random.Random(0)) == first and seeds[6:] == seeds[:3]
+
+
+def test_policies_are_compared_at_their_own_temperature(trained, tmp_path, capsys, monkeypatch):
+    """A policy that was trained at one temperature, sampled or scored at another: its J is that of a policy nobody
+    trained. And shares that were reached under another price or penalty, with no word about it."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    for name, settings in (("ppo", {}), ("ppo-hot", dict(temperature=1.5, missing_end_score=-2.0, beta=0.3))):
+        (out / "cpu" / name).mkdir(exist_ok=True)
+        save_checkpoint(out / "cpu" / name / "checkpoint.pt", "ppo", "cpu", model, tokenizer, **settings)
+    asked, generate = [], best_of_n.generate
+    monkeypatch.setattr(best_of_n, "generate",
+                        lambda *arguments, seed: asked.append(arguments[4]) or generate(*arguments, seed=seed))
+    printed = run(out, capsys, "--prompts", "4", "--samples", "16", "--policies", "ppo,ppo-hot")
+    assert asked == [1.0, 1.0, 1.5]
+    rows = {row["policy"]: row for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if "under" not in row}
+    hot = rows["ppo-hot"]
+    assert rows["ppo"]["kl"] == 0 and hot["kl"] > 5 * hot["kl_error"] > 0  # both have SFT's weights
+    assert re.findall(r"^.* was trained with .*$", printed, re.M) == [
+        "ppo-hot was trained with beta 0.3; J and J* below are those of beta 0.2",
+        "ppo-hot was trained with missing_end_score -2.0; J and J* below are those of missing_end_score -5.0"]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "held_out": 0.7', '{"held_out": "0.7", "entropy": 0.6}', "[1, 2]",
+                                  '{"held_out": null, "entropy": 0.6}', "\udcff", ""])
+def test_damaged_figures_of_a_stage(trained, tmp_path, capsys, line):
+    """A line that was cut off ends the yardstick in a traceback, after its minutes of sampling, with nothing saved."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    path = out / "cpu/sft/metrics.jsonl"
+    path.write_bytes((line or " ").encode("utf-8", "surrogateescape"))
+    before = snapshot(out)
+    with pytest.raises(InputError, match="sft.metrics.jsonl") as error:
+        run(out, capsys, "--prompts", "2", "--samples", "4")
+    assert "\n" not in str(error.value) and "sampled" not in capsys.readouterr().out and snapshot(out) == before
+
+
+def test_missing_figures_of_a_stage(trained, tmp_path, capsys):
+    """A stage whose metrics.jsonl was removed, or whose checkpoint came from elsewhere, ends the yardstick."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    (out / "cpu/gpt/metrics.jsonl").unlink()
+    printed = run(out, capsys, *"--prompts 2 --samples 4 --policies ppo,ppo".split())  # a policy named twice is one
+    assert "pretraining" not in printed and "reward model, accuracy above chance" in printed
+    assert re.findall(r"^sampled (.*) in \d+ s$", printed, re.M) == ["sft", "ppo"]
 
 
 def test_policy_of_another_vocabulary(trained, tmp_path, capsys):
