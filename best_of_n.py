@@ -95,8 +95,8 @@ def subset_weights(rewards, n):
     worse = torch.searchsorted(ordered, rewards)                    # (M, N): how many samples are worse
     not_better = torch.searchsorted(ordered, rewards, right=True)   # ... worse or equal
     # P(all n are among k given ones) = C(k, n) / C(N, n)
-    among = torch.tensor([math.comb(k, n) / math.comb(N, n) for k in range(N + 1)], dtype=torch.float64)
-    return ((among[not_better] - among[worse]) / (not_better - worse)).to(rewards.dtype)
+    among = torch.tensor([math.comb(k, n) / math.comb(N, n) for k in range(N + 1)], dtype=rewards.dtype)
+    return (among[not_better] - among[worse]) / (not_better - worse)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,20 +115,35 @@ def optimality_gap(rewards, log_ratios, beta):
     return beta * w.mean(dim=1), beta * (w.logsumexp(dim=1) - math.log(w.shape[1]))
 
 
-def pooled_optimum(rewards, log_ratios, beta, counts=None):
-    """J* = β log Z(x) and KL(π* || π_ref) from samples of several policies (balance heuristic; Veach & Guibas 1995).
+def pooled_log_weights(rewards, log_ratios, beta, counts=None):
+    """log w of samples from several policies, such that Z(x) = Σ_i w_i and E_π*[f] = Σ_i w_i f(y_i) / Σ_i w_i: (M, S).
 
-    rewards (M, S): S samples a prompt, n_k of them from policy k of K, the reference among them; counts: the n_k (None:
-    as many from each); log_ratios (M, S, K): log π_k(y|x)/π_ref(y|x) of every sample under every policy. They come from
-    the mixture Σ_k n_k/S π_k, so Z = E_mixture[exp(r/β) π_ref/mixture]: no sample can weigh more than S/n_ref exp(r/β).
-    Returns (M,), (M,).
+    The balance heuristic (Veach & Guibas 1995). rewards (M, S): S samples a prompt, n_k of them from policy k of K, the
+    reference among them; counts: the n_k (None: as many from each); log_ratios (M, S, K): log π_k(y|x)/π_ref(y|x) of
+    every sample under every policy. All come from the mixture Σ_k n_k/S π_k, so Z = E_mixture[exp(r/β) π_ref/mixture]:
+    no sample can weigh more than exp(r/β)/n_ref.
     """
     S, K = log_ratios.shape[1:]
     counts = torch.tensor(counts or [S / K] * K, dtype=log_ratios.dtype)
-    log_weights = rewards / beta - (log_ratios + counts.log()).logsumexp(dim=2)  # log of 1/S exp(r/β) π_ref/mixture
+    return rewards / beta - (log_ratios + counts.log()).logsumexp(dim=2)  # w = 1/S exp(r/β) π_ref/mixture
+
+
+def pooled_optimum(rewards, log_ratios, beta, counts=None):
+    """J* = β log Z(x) and KL(π* || π_ref), each (M,), from samples of several policies: see pooled_log_weights."""
+    log_weights = pooled_log_weights(rewards, log_ratios, beta, counts)
     log_z = log_weights.logsumexp(dim=1)
     kl = (log_weights.softmax(dim=1) * rewards / beta).sum(dim=1) - log_z  # E_π*[log π*/π_ref] = E_π*[r]/β - log Z
     return beta * log_z, kl
+
+
+def judged_optimum(gold, rewards, log_ratios, beta, counts=None):
+    """The exact optimum π* of one reward, judged by another: J under gold = E_π*[gold] - β KL(π* || π_ref).
+
+    gold (M, S); the rest: pooled_log_weights. Returns (J, the weights' effective sample size out of S), each (M,).
+    """
+    weights = pooled_log_weights(rewards, log_ratios, beta, counts).softmax(dim=1)
+    _, kl = pooled_optimum(rewards, log_ratios, beta, counts)
+    return (weights * gold).sum(dim=1) - beta * kl, 1 / (weights ** 2).sum(dim=1)  # (Σw)²/Σw², Σw = 1
 
 
 def mean_and_error(x):
@@ -151,8 +166,7 @@ def share_and_error(part, way):
 
 
 class Samples(NamedTuple):
-    """N responses to each of M prompts: rollouts (batches) and texts prompt by prompt, the rest float (M, N) (gold: or
-    None)."""
+    """N responses to each of M prompts: rollouts (batches), texts prompt by prompt, the rest (M, N); gold or None."""
     rollouts: list
     texts: list
     reward: torch.Tensor
@@ -278,6 +292,7 @@ def yardstick(config):
     for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
         figures += optimum(kind, field, rows, samples, log_ratios, config.beta)
     if gold:
+        where_gold_is_lost([row for row in figures if row.get("under") == "gold"])
         close_to_the_best(stages, figures)
     write_jsonl(folder / "metrics.jsonl", figures)
     print(f"\nsaved {folder / 'metrics.jsonl'}")
@@ -326,30 +341,43 @@ def print_table(rows, formats):
 def optimum(kind, field, rows, samples, log_ratios, beta):
     """Print and return how far each policy went from SFT to the optimum of the objective under one reward.
 
-    field: "reward" or "gold"; rows: name -> make_row's; samples: name -> Samples; log_ratios: name -> (M, N, K).
+    field: "reward" or "gold"; rows: name -> make_row's; samples: name -> Samples; log_ratios: name -> (M, N, K). With
+    each share come the rest of the way to the reward model's exact optimum, and from there to J*.
     """
-    names, counts = list(samples), [x.shape[1] for x in log_ratios.values()]
-    pooled = torch.cat([getattr(one, field) for one in samples.values()], dim=1)  # (M, S)
-    J_stars, kls = pooled_optimum(pooled, torch.cat(list(log_ratios.values()), dim=1), beta, counts)
-    best = with_errors(dict(J_star=J_stars, J_star_kl=kls))
+    pool = torch.cat(list(log_ratios.values()), dim=1), beta, [x.shape[1] for x in log_ratios.values()]
+    rewards, judged = (torch.cat([getattr(one, key) for one in samples.values()], dim=1) for key in ("reward", field))
+    J_stars, kls = pooled_optimum(judged, *pool)
+    J_models, effective = judged_optimum(judged, rewards, *pool)
+    best = with_errors(dict(J_star=J_stars, J_star_kl=kls, reward_model_J=J_models, effective_samples=effective))
     print(f"\nunder the {kind}, beta {beta}: J* = {cell(best['J_star'], best['J_star_error'])}, "
           f"{cell(best['J_star_kl'], best['J_star_kl_error'], '.2f')} nats from the reference\n"
-          f"(J* = beta log Z, from the samples of {', '.join(names)} pooled)")
+          f"(J* = beta log Z, from the {judged.shape[1]} samples a prompt of {', '.join(samples)} pooled)")
+    own = {name: optimality_gap(getattr(one, field), log_ratios[name][:, :, i], beta)[1].mean().item()
+           for i, (name, one) in enumerate(samples.items())}  # not of best-of-N: its density is not known
     figures, starts = [], rows["sft"][field]  # (M,): J of SFT, whose KL is 0
     for name, row in rows.items():
         J = row[field] - beta * row["kl"]  # (M,): J = E[r] - β KL(π || π_ref)
-        share, share_error = share_and_error(J - starts, J_stars - starts)
-        own = None  # best-of-N's density is not known, only its KL's bound
-        if name in samples:
-            _, own = optimality_gap(getattr(samples[name], field), log_ratios[name][:, :, names.index(name)], beta)
-            own = own.mean().item()
-        figures.append(dict(under=kind, **best, policy=name, **with_errors(dict(J=J)), share=share,
-                            share_error=share_error, own_J_star=own))
+        figures.append(dict(under=kind, **best, policy=name, **with_errors(dict(J=J))))
+        for part, x in (("share", J - starts), ("left_by_policy", J_models - J),
+                        ("lost_to_reward_model", J_stars - J_models)):
+            figures[-1][part], figures[-1][f"{part}_error"] = share_and_error(x, J_stars - starts)
+        figures[-1]["own_J_star"] = own.get(name)
     print_table(figures, dict(J=".3f", share=".1%", own_J_star=".3f"))
-    estimates = [best["J_star"], *(row["own_J_star"] for row in figures if row["own_J_star"] is not None)]
-    print(f"the estimates of J*, pooled and from each policy's own samples, lie within "
-          f"{max(estimates) - min(estimates):.3f}")
+    estimates = best["J_star"], *own.values()
+    print(f"the estimates of J*, pooled and of each policy's own, lie within {max(estimates) - min(estimates):.3f}")
     return figures
+
+
+def where_gold_is_lost(figures):
+    """Print the parts of the way from SFT to J* under gold: what a policy got, what it left of that which the reward
+    model's exact optimum gets, and what no optimizer of this reward model can get. figures: optimum's, SFT first, which
+    left all of it. Best-of-N's J is a lower bound; DPO optimizes the labels, not this reward model."""
+    sft = figures[0]
+    print(f"\nwhere gold is lost, of the way from SFT to J*: the reward model's exact optimum gets "
+          f"{cell(sft['left_by_policy'], sft['left_by_policy_error'], '.1%')}\n"
+          f"(J = {cell(sft['reward_model_J'], sft['reward_model_J_error'])} under gold; effective sample size of its "
+          f"weights: {sft['effective_samples']:.0f} a prompt)")
+    print_table(figures, dict(share=".1%", left_by_policy=".1%", lost_to_reward_model=".1%"))
 
 
 def stage_metrics(config, stage):
@@ -363,11 +391,8 @@ def stage_metrics(config, stage):
 
 
 def close_to_the_best(stages, figures):
-    """Print the table of all stages: what was measured, what is possible, and the share.
-
-    stages: name -> its stage_metrics. Where these hold the error of a measured figure, the share gets one: what is
-    possible then counts as exact.
-    """
+    """Print the table of all stages: what was measured, what is possible, and the share. stages: name -> stage_metrics;
+    where these hold the error of a measured figure, it becomes the share's, with what is possible taken as exact."""
     rows = []
     for stage, what, measured, possible, chance in (
             ("gpt", "pretraining, nats per token", "held_out", "entropy", 0),
@@ -390,10 +415,7 @@ def close_to_the_best(stages, figures):
 
 
 def load_policies(config, names):
-    """({"sft": (GPT, 1.0), name: (GPT, the temperature it was trained at), ...}, reward model, tokenizer).
-
-    InputError if their vocabularies differ.
-    """
+    """({name: (GPT, temperature of its training)}, reward model, tokenizer); InputError if the vocabularies differ."""
     train_if_missing("reward_model", train_reward_model, config)
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"

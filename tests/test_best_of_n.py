@@ -15,9 +15,9 @@ import dpo
 import ppo
 import reward_model
 import sft
-from best_of_n import (best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2, make_row, mean_and_error,
-                       optimality_gap, pooled_optimum, sequence_logprobs, share_and_error, subset_weights,
-                       top_k_overall, top_per_prompt, win_rate, with_errors)
+from best_of_n import (best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2, judged_optimum, make_row,
+                       mean_and_error, optimality_gap, pooled_optimum, sequence_logprobs, share_and_error,
+                       subset_weights, top_k_overall, top_per_prompt, win_rate, with_errors)
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer
 from gpt import GPT, GPTConfig, Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
@@ -230,6 +230,45 @@ def test_pooled_optimum_is_unbiased_for_z(policies):
     counts = [48] + [16] * (policies - 1)
     again = pooled_optimum(rewards[more], torch.cat([own, own, log_ratios], dim=1), beta, counts)
     assert again[0].item() == pytest.approx(exact) and again[1].item() == pytest.approx(divergence.item())
+
+
+def test_judged_optimum_of_the_lecture():
+    """Weights that aren't normalized, made of the judge's reward, or a KL of the judge's own optimum. By hand: rewards
+    1 and 3 with beta 2 turn 0.6/0.4 into 0.3555/0.6445, which a judge of 2 and -1 dislikes."""
+    rewards, gold = double(1.0, 3.0), double(2.0, -1.0)
+    samples, log_ratios = torch.tensor([[0] * 6 + [1] * 4]), torch.zeros(1, 10, 1, dtype=torch.float64)  # exactly π_ref
+    J, effective = judged_optimum(gold[samples], rewards[samples], log_ratios, beta=2.0)
+    divergence = 0.3555 * math.log(0.3555 / 0.6) + 0.6445 * math.log(0.6445 / 0.4)
+    assert J.item() == pytest.approx(0.3555 * 2 - 0.6445 * 1 - 2 * divergence, abs=1e-3)
+    small, large = math.exp(1 / 2), math.exp(3 / 2)
+    assert effective.item() == pytest.approx((6 * small + 4 * large) ** 2 / (6 * small ** 2 + 4 * large ** 2))
+    J, effective = judged_optimum(gold[samples], 0 * rewards[samples], log_ratios, beta=2.0)
+    assert J.item() == pytest.approx(0.6 * 2 - 0.4) and effective.item() == pytest.approx(10)  # no reward: π_ref itself
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_judged_optimum_against_the_list_of_all_responses(seed):
+    """What gold loses to the reward model taken for what the optimizer left: here the optimum is known exactly."""
+    reference, rewards = world(seed)
+    gold, beta, M = rewards + noise(seed + 200, 8).double(), 0.7, 200  # the reward model errs
+    policy = noise(seed + 50, 8).double().softmax(0)
+    best = boltzmann(reference, rewards, beta)
+    exact = ((best * gold).sum() - beta * kl(best, reference)).item()
+    J_star = beta * (reference * (gold / beta).exp()).sum().log().item()
+    assert exact < J_star - 0.05
+    draws = [draw(p, M * n, seed).view(M, n) for p, n, seed in ((reference, 160, seed), (policy, 80, seed + 10))]
+    samples = torch.cat(draws, dim=1)
+    log_ratios = torch.stack([torch.zeros(8, dtype=torch.float64), (policy / reference).log()], dim=1)[samples]
+    J, effective = judged_optimum(gold[samples], rewards[samples], log_ratios, beta, [160, 80])
+    error = J.std().item() / math.sqrt(M)
+    assert J.mean().item() == pytest.approx(exact, abs=4 * error + 0.01) and error < 0.03
+    weights = ((rewards / beta).exp() * reference / (2 / 3 * reference + 1 / 3 * policy))[samples].numpy()
+    assert effective.numpy() == pytest.approx(weights.sum(1) ** 2 / (weights ** 2).sum(1))
+    # On the very same samples it is never above J*, and reaches it where the reward model is gold, up to a constant.
+    J_stars, _ = pooled_optimum(gold[samples], log_ratios, beta, [160, 80])
+    assert (J <= J_stars + 1e-9).all()
+    agreed, _ = judged_optimum(gold[samples], gold[samples] - 3, log_ratios, beta, [160, 80])
+    assert torch.allclose(agreed, J_stars)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -451,7 +490,18 @@ def test_yardstick(trained, capsys):
     for row in optima:
         figure = table[row["policy"]]["reward" if row["under"] == "reward model" else "gold"]
         assert row["J"] == pytest.approx(figure - 0.2 * table[row["policy"]]["kl"], abs=1e-4)  # the README's beta
-        assert all(row[f"{name}_error"] >= 0 for name in ("J", "J_star", "J_star_kl", "share"))
+        assert all(row[f"{name}_error"] >= 0 for name in ("J", "J_star", "J_star_kl", "share", "left_by_policy",
+                                                          "lost_to_reward_model", "reward_model_J"))
+        assert row["share"] + row["left_by_policy"] + row["lost_to_reward_model"] == pytest.approx(1, abs=1e-4)
+        assert row["lost_to_reward_model"] > -1e-6 and 1 <= row["effective_samples"] <= 32
+        if row["under"] == "reward model":
+            assert row["reward_model_J"] == pytest.approx(row["J_star"], abs=1e-5)
+        else:
+            block = re.search(r"where gold is lost(.|\n)*?\n\n", printed).group()
+            assert f"J = {cell(row['reward_model_J'], row['reward_model_J_error'])} under gold" in block
+            parts = [cell(row[name], row[f"{name}_error"], ".1%")
+                     for name in ("share", "left_by_policy", "lost_to_reward_model")]
+            assert re.search(rf"^{row['policy']} +{' +'.join(parts)}$", block, re.M)
     sft_row = table["sft"]
     assert (sft_row["win_rate"], sft_row["win_rate_error"]) == (pytest.approx(0.5), pytest.approx(0, abs=1e-6))
     assert "How close to the best" in printed and all(name in printed for name in table)
@@ -467,6 +517,34 @@ def test_yardstick(trained, capsys):
     again = run(trained, capsys, *flags)
     assert re.sub(r" in \d+ s\n", "\n", again) == re.sub(r" in \d+ s\n", "\n", printed)
     assert snapshot(trained) == after
+
+
+def test_yardstick_figures_are_of_the_samples(trained, tmp_path, monkeypatch):
+    """One policy's gold beside another's, ours and theirs swapped in the win rate, all rows of best-of-N with the same
+    N, or an own J* with the log-ratios of another policy."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    drawn, draw_samples = [], best_of_n.draw
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: drawn.append(draw_samples(*arguments)) or drawn[-1])
+    monkeypatch.setattr(best_of_n, "gold_rewards",  # the annotator likes none of these models: let it have a taste
+                        lambda rollout, tokenizer: torch.tensor([sum(row) % 17 / 4 for row in rollout.responses()]))
+    best_of_n.main(["--out", str(out), "--size", "cpu", *"--max_new_tokens 16 --prompts 3 --samples 16".split()])
+    rows = metrics(out / "cpu/best_of_n/metrics.jsonl")
+    found = {(row.get("under"), row["policy"]): row for row in rows}
+    models = [load_checkpoint(out / "cpu" / name / "checkpoint.pt", name, "cpu")[0] for name in ("sft", "ppo", "dpo")]
+    one, *others = drawn
+    assert [samples.gold.shape for samples in drawn] == [(3, 32), (3, 16), (3, 16)] and one.gold.std() > 0.5
+    for name, n in (("sft", 1), ("best of 4", 4), ("best of 16", 16)):
+        expected = best_of_n_win_rate(one.reward, one.gold, n).mean().item()
+        assert found[None, name]["win_rate"] == pytest.approx(expected)
+        expected = (subset_weights(one.reward, n) * one.gold).sum(dim=1).mean().item() - 0.2 * best_of_n_kl(n)
+        assert found["gold", name]["J"] == pytest.approx(expected)
+    for name, model, other in zip(("ppo", "dpo"), models[1:], others):
+        assert found[None, name]["win_rate"] == pytest.approx(win_rate(other.gold, one.gold).mean().item())
+        log_ratios = sequence_logprobs(model, 1.0, other.rollouts) - sequence_logprobs(models[0], 1.0, other.rollouts)
+        for kind, rewards in (("gold", other.gold), ("reward model", other.reward)):
+            J, J_star = optimality_gap(rewards, log_ratios.view(3, 16), 0.2)
+            assert found[kind, name]["J"] == pytest.approx(J.mean().item(), abs=1e-5)
+            assert found[kind, name]["own_J_star"] == pytest.approx(J_star.mean().item(), abs=1e-5)
 
 
 def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypatch):
