@@ -17,26 +17,26 @@ w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w] and Z(x) = E_π[exp w
 
 import math
 import random
-import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 import dpo
 import ppo
 from data import stories
-from data.files import InputError, hold_out, objects, read_prompts, run_script, write_jsonl
-from data.run import announce, parse_config, stage_folder, train_missing
-from gpt import autocast, generate, get_device, load_checkpoint, response_texts
+from data.files import InputError, run_script, split_prompts, write_jsonl
+from data.run import (announce, complete, parse_config, progress, read_torch, refused_if_broken, stage_folder,
+                      train_missing)
 from dpo import response_logprobs
+from gpt import autocast, generate, get_device, load_checkpoint, response_texts
 from reward_model import RewardModel, gold_rewards
-from reward_model import main as train_reward_model
+from sft import has_room, prompts_with_room
 
 
 @dataclass
 class Config:
-    size: str = "auto"          # cpu or gpu; auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/best_of_n
     seed: int = 1               # fixes the samples; a missing stage is trained with it
     prompt: str = ""            # answer this prompt with best-of-N, and stop
@@ -175,11 +175,11 @@ class Samples(NamedTuple):
     ended: torch.Tensor
 
 
-def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature=1.0):
+def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature=1.0):
     """`count` responses to every prompt, with their scores; gold: whether to ask the annotator too."""
     device, shape = policy.wte.weight.device, (len(prompts), count)
     ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(count)]
-    rollouts, texts, columns = [], [], []
+    rollouts, texts, columns, report = [], [], [], progress(f"sampled {name}", len(ids))
     for start in range(0, len(ids), config.sample_batch):
         with autocast(device), torch.no_grad():
             rollout = generate(policy, ids[start:start + config.sample_batch], config.max_new_tokens,
@@ -191,6 +191,7 @@ def draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng, tem
                                     (rollout.lengths - rollout.prompt_lengths).cpu()]))
         rollouts.append(rollout)
         texts += response_texts(rollout, tokenizer)
+        report(len(texts))
     rewards, golds, ended, lengths = torch.cat(columns, dim=1).view(4, *shape)
     return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended)
 
@@ -234,30 +235,24 @@ def distinct_2(texts):
 
 def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
-    if config.data:  # first: a wrong file is found before minutes of training
-        _, rows = hold_out([{"prompt": prompt} for prompt in read_prompts(config.data)], config.seed, config.data)
-    names = [name for name in config.policies.split(",") if name]
+    held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
+    names = list(dict.fromkeys(name for name in config.policies.split(",") if name))
     for name, main in (("ppo", ppo.main), ("dpo", dpo.main)):
         if name in names:
-            train_if_missing(name, main, config)
+            train_missing(config, {**ppo.EARLIER, name: main}, "best_of_n")
     policies, reward_model, tokenizer = load_policies(config, names)
     gold, (reference, _) = not config.data, policies["sft"]
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
 
     # 1. Held-out prompts: the world's, or those that every stage held out of the user's own.
-    room = reference.config.block_size - config.max_new_tokens
-    rng = random.Random("yardstick prompts")
-    if config.data:
-        fitting = [row["prompt"] for row in rows if len(tokenizer.prompt(row["prompt"])) <= room]
-        prompts = fitting[:config.prompts]
-        if not prompts:
-            raise InputError(f"{config.data}: no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "
-                             f"in the context of {reference.config.block_size}")
-        data = (f"{config.data}: {len(prompts)} of {len(fitting)} held-out prompts, dropped {len(rows) - len(fitting)} that "
-                f"leave no room for {config.max_new_tokens} new tokens")
-    else:
-        prompts = [stories.request(rng).text for _ in range(config.prompts)]
+    if gold:
+        rng = random.Random("yardstick prompts")
+        prompts = [stories.request(rng, held_out=True).text for _ in range(config.prompts)]
         data = f"the little world: {len(prompts)} held-out prompts"
+    else:
+        _, data = prompts_with_room(held_out, tokenizer, config, reference.config.block_size)
+        prompts = [text for text in held_out if has_room(text, tokenizer, config, reference.config.block_size)]
+        prompts, data = prompts[:config.prompts], f"{data}; {min(config.prompts, len(prompts))} of them"
     announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each, {2 * config.samples} of SFT",
              reference)
 
@@ -265,14 +260,17 @@ def yardstick(config):
     # best-of-N's candidates, and best-of-N plays against those that it did not choose from.
     rng, samples = random.Random(f"yardstick {config.seed}"), {}
     for name, (policy, temperature) in policies.items():
-        start, count = time.perf_counter(), config.samples * (2 if name == "sft" else 1)
-        samples[name] = draw(policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature)
-        print(f"sampled {name} in {time.perf_counter() - start:.0f} s", flush=True)
+        count = config.samples * (2 if name == "sft" else 1)
+        samples[name] = draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature)
 
     # 3. log π_k/π_ref of every sample under every policy: (M, N, K) for the N samples of each.
-    log_ratios = {}
+    log_ratios, report = {}, progress("log-probabilities under every policy", len(samples) * len(policies))
     for name, one in samples.items():
-        x = torch.stack([sequence_logprobs(*policy, one.rollouts) for policy in policies.values()], dim=1)
+        x = []
+        for policy, temperature in policies.values():
+            x.append(sequence_logprobs(policy, temperature, one.rollouts))
+            report(len(log_ratios) * len(policies) + len(x))
+        x = torch.stack(x, dim=1)
         log_ratios[name] = (x - x[:, :1]).view(*one.reward.shape, len(policies))  # SFT comes first
 
     # 4. Best-of-N picks among SFT's samples by the reward model; best of 1 is SFT. Then the tables.
@@ -381,30 +379,27 @@ def where_gold_is_lost(figures):
 
 
 def stage_metrics(config, stage):
-    """The figures that a stage has written down: a list of dicts, empty if there are none. InputError if damaged."""
-    path = stage_folder(config, stage) / "metrics.jsonl"
-    rows = list(objects(path)) if path.exists() else []
-    for row, where in rows:
-        if not all(isinstance(value, (int, float)) for value in row.values()):
-            raise InputError(f"{where}: its values are not figures; train the stage {stage} again")
-    return [row for row, _ in rows]
+    """The figures that stand in a stage's checkpoint: a list of dicts, empty if there is none. InputError if damaged."""
+    path = stage_folder(config, stage) / "checkpoint.pt"
+    if not path.exists():
+        return []
+    with refused_if_broken(path, "train the stage again"):
+        return read_torch(path)["metrics"]
 
 
 def close_to_the_best(stages, figures):
-    """Print the table of all stages: what was measured, what is possible, and the share. stages: name -> stage_metrics;
-    where these hold the error of a measured figure, it becomes the share's, with what is possible taken as exact."""
+    """Print the table of all stages: what was measured, what is possible, and the share. stages: name -> stage_metrics."""
     rows = []
-    for stage, what, measured, possible, chance in (
-            ("gpt", "pretraining, nats per token", "held_out", "entropy", 0),
-            ("sft", "SFT, nats per token", "held_out", "entropy", 0),
-            ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy", 0),
-            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", 0.5),
-            ("reward_model", "reward model, loss", "loss", "annotator_loss", 0)):
+    for stage, what, measured, possible, share, chance in (
+            ("gpt", "pretraining, nats per token", "held_out", "entropy", None, 0),
+            ("sft", "SFT, nats per token", "held_out", "entropy", None, 0),
+            ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy", "share_of_bayes", 0),
+            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", "above_chance", 0.5),
+            ("reward_model", "reward model, loss", "loss", "annotator_loss", None, 0)):
         for line in [line for line in stages[stage] if measured in line and possible in line][-1:]:
-            x, best, error = line[measured] - chance, line[possible] - chance, line.get(f"{measured}_error")
-            share = None if min(x, best) <= 0 else x / best if "accuracy" in what else best / x
-            rows.append(dict(policy=what, measured=x, measured_error=error, possible=best, share=share,
-                             share_error=None if None in (share, error) else share * error / x))
+            x, best = line[measured] - chance, line[possible] - chance
+            rows.append(dict(policy=what, measured=x, measured_error=line.get(f"{measured}_error"), possible=best,
+                             share=line.get(share, best / x), share_error=line.get(f"{share}_error")))
     for row in figures:
         if row.get("share") is not None and row["policy"] != "sft":
             rows.append(dict(row, policy=f"{row['policy']}, J under {row['under']}", measured=row["J"],
@@ -416,7 +411,7 @@ def close_to_the_best(stages, figures):
 
 def load_policies(config, names):
     """({name: (GPT, temperature of its training)}, reward model, tokenizer); InputError if the vocabularies differ."""
-    train_if_missing("reward_model", train_reward_model, config)
+    train_missing(config, ppo.EARLIER, "best_of_n")
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
@@ -424,6 +419,7 @@ def load_policies(config, names):
         stage = next((stage for stage in ("sft", "ppo", "dpo") if name.startswith(stage)), None)
         if stage is None:
             raise InputError(f"--policies {name}: must begin with ppo or dpo")
+        complete(stage_folder(config, name))
         policy_path = stage_folder(config, name) / "checkpoint.pt"
         policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
         policies[name] = policy, checkpoint.get("temperature", 1.0)
@@ -443,14 +439,15 @@ def answer(config):
     gold = stories.parse_request(config.prompt) is not None  # the annotator judges the world's own requests only
     rng = random.Random(f"candidates {config.seed}")
     policy, _ = policies["sft"]
-    one = draw(policy, reward_model, tokenizer, [config.prompt], config.n, config, gold, rng)
+    one = draw("sft", policy, reward_model, tokenizer, [config.prompt], config.n, config, gold, rng)
     for _, j in top_k_overall(one.reward, config.n).tolist():
         print(f"{one.reward[0, j]:+7.3f}" + (f"  gold {one.gold[0, j]:+7.3f}" if gold else "") + f"  {one.texts[j]}")
     print(f"\nwinner of {config.n}: {one.texts[top_per_prompt(one.reward)[0]]}")
 
 
 def main(argv=None):
-    config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.")
+    config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.",
+                          needs=dict(n="prompt"))
     if config.prompt:
         answer(config)
     else:
