@@ -152,7 +152,7 @@ def with_error(share, count):
     >>> with_error(0.8, 100)
     '80.0 ± 4.0 %'
     """
-    return f"{share:.1%} ± {math.sqrt(share * (1 - share) / count):.1%}".replace("% ±", "±").replace("%", " %")
+    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / count):.1f} %"
 
 
 def progress(what, total):
