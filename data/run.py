@@ -310,15 +310,15 @@ class Run:
         self.record(step, **row)
         row = {name: value for name, value in row.items() if name not in self.unprinted}
         heads = [name.rpartition("_")[::2] for name in row]
-        widths = [max(6, *map(len, head)) for head in heads]
+        widths = [max(7, *map(len, head)) for head in heads]  # -123.45 and 1.5e-05 fit
         if not self.header:
             self.header = True
             print(9 * " " + "".join(f"  {first:>{width}s}" for (first, _), width in zip(heads, widths)).rstrip() + "\n"
-                  + "     step" + "".join(f"  {last:>{width}s}" for (_, last), width in zip(heads, widths)) + "    left")
+                  + "     step" + "".join(f"  {last:>{width}s}" for (_, last), width in zip(heads, widths)) + "   left")
         first, since = self.pace or (0, self.start)
         left = clock((time.perf_counter() - since) / max(1, step - first) * (self.total - step))
         columns = "".join(f"  {value:{width}{FORMATS.get(name, '.3f')}}" for (name, value), width in zip(row.items(), widths))
-        print(f"{step:4d}/{self.total:<4d}{columns}  {left:>6s}", flush=True)
+        print(f"{step:4d}/{self.total:<4d}{columns}  {left:>5s}", flush=True)
 
     def record(self, step, **row):
         """Keep a row without printing it. seconds: since the run began, pauses not counted."""
