@@ -421,20 +421,18 @@ def refused_if_broken(path, advice):
 def memory_mapped(path, draw):
     """The lists of ids that draw() returns, as views of a memory-mapped file; where the file is, draw is not called.
 
-    The file is an int32 array: a checksum of all that follows, how many sequences, their lengths, then all their tokens.
-    Atomic.
+    The file is int32s and nothing else (a header such as numpy's .npy is a text to be parsed, which no checksum covers): a
+    checksum of all that follows, how many sequences, their lengths, then all their tokens. Atomic.
     """
     if not path.exists():
         sequences = draw()
         path.parent.mkdir(parents=True, exist_ok=True)
         data = np.array([0, len(sequences), *map(len, sequences), *itertools.chain(*sequences)], dtype=np.int32)
         data[0] = np.uint32(zlib.crc32(data[1:])).astype(np.int32)
-        buffer = io.BytesIO()
-        np.save(buffer, data)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(path, data.tobytes())
     with refused_if_broken(path, "run the stage again"):
-        data = np.load(path, mmap_mode="c")  # copy on write: torch wants memory that may be written
-        if data.dtype != np.int32 or data.ndim != 1 or zlib.crc32(data[1:]) != int(data[0].astype(np.uint32)):
+        data = np.memmap(path, np.int32, mode="c")  # copy on write: torch wants memory that may be written
+        if zlib.crc32(data[1:]) != int(data[0].astype(np.uint32)):
             raise ValueError("checksum error")
         tokens = 2 + data[1]
         ends = tokens + np.cumsum(data[2:tokens])
