@@ -114,7 +114,7 @@ def train_missing(config, earlier, stage):
     missing = list(itertools.takewhile(lambda name: not (stage_folder(config, name) / "checkpoint.pt").exists(),
                                        reversed(earlier)))[::-1]
     if missing:
-        minutes = sum(MINUTES.get(name, 0) for name in [*missing, stage])
+        minutes = sum(MINUTES[name] for name in MINUTES if name in missing or stage.startswith(name))
         time_needed = f", about {minutes:.0f} minutes on two cores" if config.size == "cpu" else ""
         print(f"plan    {' → '.join([*missing, stage])}{time_needed}", flush=True)
     for name in missing:
