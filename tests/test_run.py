@@ -280,6 +280,14 @@ def test_what_is_missing_is_announced_and_trained(there, stage, asked, plan, tmp
         assert capsys.readouterr().out.startswith(f"plan    gpt → sft → reward_model → {stage}\n")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_can_train_what_is_missing(name, tmp_path):
+    """A script without --resume, in an empty folder, ended in an AttributeError instead of training what was missing."""
+    calls = []
+    train_missing(importlib.import_module(name).Config(size="cpu", out=str(tmp_path), seed=7), {"sft": calls.append}, name)
+    assert calls == [["--size", "cpu", "--out", str(tmp_path), "--seed", "7"]]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The screen
 
@@ -426,10 +434,12 @@ def test_files_change_together_when_a_run_has_finished(tmp_path):
     small_run(tmp_path, "first")
     assert files_in(tmp_path) == left_by("first") and sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt", "lock", "metrics.jsonl"]
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for resume in (False, True, False):     # given up, gone on with and stopped again, given up for another one
+    for resume in (False, True, False):     # stopped, gone on with and stopped again, given up for another one
         with pytest.raises(KeyboardInterrupt):
             small_run(tmp_path, "second", fail_at=1 + resume, resume=resume)
         assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+        if resume:
+            (tmp_path / "unfinished/c.txt").write_text("of the run that is then given up")
     small_run(tmp_path, "second", resume=True)
     assert files_in(tmp_path) == left_by("second") and len(os.listdir(tmp_path)) == 4
 
