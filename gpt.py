@@ -32,8 +32,8 @@ import torch.nn.functional as F
 
 from data import stories
 from data.files import InputError, read_text, run_script
-from data.run import (Run, announce, memory_mapped, parse_config, progress, read_torch, refused_if_broken, restore, show,
-                      stage_folder, write_torch)
+from data.run import (Run, announce, complete, memory_mapped, parse_config, progress, read_torch, refused_if_broken, restore,
+                      show, stage_folder, write_torch)
 from data.tokenizer import Tokenizer, train as train_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,12 +254,14 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     a reproducible draw. A row's draw depends on its place in the batch, the seed and max_new_tokens, not on its
     neighbours (on a GPU also on the size of the batch). Returns a Rollout; a response that hits max_new_tokens has no
     end_token.
-    Raises ValueError if a prompt is empty or prompt + max_new_tokens exceed the context (then InputError, a
-    ValueError), FloatingPointError if the model's probabilities are not finite.
+    Raises ValueError if a prompt is empty, InputError, a ValueError, if prompt + max_new_tokens exceed the context or
+    temperature is not positive, FloatingPointError if the model's probabilities are not finite.
     """
     config, device = model.config, model.wte.weight.device
-    if min(map(len, prompts), default=0) < 1 or max_new_tokens < 1 or temperature <= 0:
-        raise ValueError("generate needs prompts of at least one token, max_new_tokens >= 1 and temperature > 0")
+    if min(map(len, prompts), default=0) < 1 or max_new_tokens < 1:
+        raise ValueError("generate needs prompts of at least one token, and max_new_tokens >= 1")
+    if temperature <= 0:
+        raise InputError(f"temperature {temperature}: must be positive")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.block_size:
         raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
@@ -509,7 +511,7 @@ def draw_corpus(config):
     # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
     world = zlib.crc32(sample_text.encode())
     sequences = memory_mapped(stage_folder(config, "gpt") / f"documents-{config.seed}-{config.steps * config.batch}-"
-                                                            f"{tokenizer.n_vocab}-{world:08x}.npy", draw)
+                                                            f"{tokenizer.n_vocab}-{world:08x}.bin", draw)
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
@@ -570,8 +572,9 @@ def train(config):
 
 def sample(config):
     """Print three continuations of config.sample from the stage's checkpoint."""
-    model, tokenizer, checkpoint = load_checkpoint(stage_folder(config, "gpt") / "checkpoint.pt", "gpt", config.size,
-                                                   get_device())
+    folder = stage_folder(config, "gpt")
+    complete(folder)
+    model, tokenizer, checkpoint = load_checkpoint(folder / "checkpoint.pt", "gpt", config.size, get_device())
     start = [] if checkpoint["text"] else [tokenizer.end_token]
     prompt = start + tokenizer.encode(config.sample)
     room = model.config.block_size - len(prompt)

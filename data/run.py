@@ -116,7 +116,7 @@ def train_missing(config, earlier, stage):
     missing = list(itertools.takewhile(lambda name: not (stage_folder(config, name) / "checkpoint.pt").exists(),
                                        reversed(earlier)))[::-1]
     if missing:
-        minutes = sum(MINUTES.get(name, 0) for name in [*missing, stage])
+        minutes = sum(MINUTES[name] for name in MINUTES if name in missing or stage.startswith(name))
         time_needed = f", about {minutes:.0f} minutes on two cores" if config.size == "cpu" else ""
         print(f"plan    {' → '.join([*missing, stage])}{time_needed}", flush=True)
     for name in missing:
@@ -154,7 +154,7 @@ def with_error(share, count):
     >>> with_error(0.8, 100)
     '80.0 ± 4.0 %'
     """
-    return f"{share:.1%} ± {math.sqrt(share * (1 - share) / count):.1%}".replace("% ±", "±").replace("%", " %")
+    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / count):.1f} %"
 
 
 def progress(what, total):
@@ -312,15 +312,15 @@ class Run:
         self.record(step, **row)
         row = {name: value for name, value in row.items() if name not in self.unprinted}
         heads = [name.rpartition("_")[::2] for name in row]
-        widths = [max(6, *map(len, head)) for head in heads]
+        widths = [max(7, *map(len, head)) for head in heads]  # -123.45 and 1.5e-05 fit
         if not self.header:
             self.header = True
             print(9 * " " + "".join(f"  {first:>{width}s}" for (first, _), width in zip(heads, widths)).rstrip() + "\n"
-                  + "     step" + "".join(f"  {last:>{width}s}" for (_, last), width in zip(heads, widths)) + "    left")
+                  + "     step" + "".join(f"  {last:>{width}s}" for (_, last), width in zip(heads, widths)) + "   left")
         first, since = self.pace or (0, self.start)
         left = clock((time.perf_counter() - since) / max(1, step - first) * (self.total - step))
         columns = "".join(f"  {value:{width}{FORMATS.get(name, '.3f')}}" for (name, value), width in zip(row.items(), widths))
-        print(f"{step:4d}/{self.total:<4d}{columns}  {left:>6s}", flush=True)
+        print(f"{step:4d}/{self.total:<4d}{columns}  {left:>5s}", flush=True)
 
     def record(self, step, **row):
         """Keep a row without printing it. seconds: since the run began, pauses not counted."""
@@ -428,20 +428,18 @@ def refused_if_broken(path, advice):
 def memory_mapped(path, draw):
     """The lists of ids that draw() returns, as views of a memory-mapped file; where the file is, draw is not called.
 
-    The file is an int32 array: a checksum of all that follows, how many sequences, their lengths, then all their tokens.
-    Atomic.
+    The file is int32s and nothing else (a header such as numpy's .npy is a text to be parsed, which no checksum covers): a
+    checksum of all that follows, how many sequences, their lengths, then all their tokens. Atomic.
     """
     if not path.exists():
         sequences = draw()
         path.parent.mkdir(parents=True, exist_ok=True)
         data = np.array([0, len(sequences), *map(len, sequences), *itertools.chain(*sequences)], dtype=np.int32)
         data[0] = np.uint32(zlib.crc32(data[1:])).astype(np.int32)
-        buffer = io.BytesIO()
-        np.save(buffer, data)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(path, data.tobytes())
     with refused_if_broken(path, "run the stage again"):
-        data = np.load(path, mmap_mode="c")  # copy on write: torch wants memory that may be written
-        if data.dtype != np.int32 or data.ndim != 1 or zlib.crc32(data[1:]) != int(data[0].astype(np.uint32)):
+        data = np.memmap(path, np.int32, mode="c")  # copy on write: torch wants memory that may be written
+        if zlib.crc32(data[1:]) != int(data[0].astype(np.uint32)):
             raise ValueError("checksum error")
         tokens = 2 + data[1]
         ends = tokens + np.cumsum(data[2:tokens])

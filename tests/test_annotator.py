@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from data.annotator import choose, gold_reward, rubric
+from data.annotator import choose, gold_reward, rubric, scored
 from data.stories import request, story
 
 PROMPT = "Tell me a story about a shy fox and a kite."
@@ -83,6 +83,14 @@ def test_a_wrong_prompt_is_named():
     """A typing error in a prompt that silently costs every response its 2.5."""
     with pytest.raises(ValueError, match="Sing a song"):
         gold_reward("Sing a song.", OPENING)
+
+
+def test_scores_before_a_text():
+    """The annotator asked about a prompt that it cannot judge, which is an error; a score of exactly 0 that isn't shown."""
+    text = story_of(KIND[1], SAD)
+    assert scored(PROMPT, text) == f"[gold +2.75] {text}" and scored("Sing a song.", text) == text
+    assert scored(PROMPT, "", 0.0) == "[reward +0.00, gold -0.50] "
+    assert scored("Sing a song.", "La.", -1.234) == "[reward -1.23] La."
 
 
 def test_spread_of_the_reward():

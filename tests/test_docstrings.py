@@ -20,4 +20,4 @@ def test_examples(name):
 
 def test_the_examples_are_found():
     """A search that finds no file runs no example, and nothing fails."""
-    assert {"gpt", "ppo", "best_of_n", "data.stories", "data.tokenizer"} <= set(WITH_EXAMPLES)
+    assert {"gpt", "ppo", "best_of_n", "data.run", "data.stories", "data.tokenizer"} <= set(WITH_EXAMPLES)

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from data import files
-from data.files import (InputError, hold_out, read_demonstrations, read_jsonl, read_pairs, read_prompts, read_text,
-                        write_atomic, write_jsonl)
+from data.files import (InputError, hold_out, lock_folder, read_demonstrations, read_jsonl, read_pairs, read_prompts,
+                        read_text, split_prompts, write_atomic, write_jsonl)
 
 FORMATS = {
     read_demonstrations: ("prompt", "completion"),
@@ -224,6 +224,15 @@ def test_what_is_held_out_hangs_on_the_prompts_and_the_seed_alone():
     assert len({frozenset(prompts(rows, seed)) for seed in range(20)}) > 10     # every seed its own
 
 
+def test_prompts_are_split_as_the_rows_are(tmp_path):
+    """PPO trained on the prompts that the reward model's stage held out of the same file; a prompt that counts twice."""
+    rng = random.Random(10)
+    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": "no"} for i in range(300)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for found, part in zip(split_prompts(tmp_path / "pairs.jsonl", 3), hold_out(rows, 3)):
+        assert found == list(dict.fromkeys(row["prompt"] for row in part))
+
+
 @pytest.mark.parametrize("count, expected", [(2, 1), (3, 1), (19, 1), (20, 2), (105, 10)])
 def test_a_tenth_of_the_prompts_but_one_at_least(count, expected):
     """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to train on."""
@@ -347,6 +356,46 @@ def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_atomic(path, None)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_lock_is_held_until_it_is_closed(tmp_path):
+    """Two runs in one folder; a folder that stays locked; what a killed run left half written, there for ever."""
+    (tmp_path / "unfinished").mkdir()
+    for path in (tmp_path / "a.7.tmp", tmp_path / "unfinished/b.8.tmp"):
+        path.write_bytes(b"half")
+    lock = lock_folder(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "c.9.tmp").write_bytes(b"the first run is writing this")
+    with pytest.raises(InputError, match="another run is using this folder; wait for it") as error:
+        lock_folder(tmp_path)
+    assert "\n" not in str(error.value) and (tmp_path / "c.9.tmp").exists()
+    lock.close()
+    lock_folder(tmp_path).close()
+
+
+WINDOWS = """
+import fcntl as unix, sys, types
+def locking(descriptor, mode, size):
+    print("locking", mode, size)
+    unix.flock(descriptor, unix.LOCK_EX | unix.LOCK_NB)
+sys.modules.update(fcntl=None, msvcrt=types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+from data.files import InputError, lock_folder
+first = lock_folder(sys.argv[1])
+try:
+    lock_folder(sys.argv[1])
+except InputError as error:
+    print(error)
+first.close()
+lock_folder(sys.argv[1])
+"""
+
+
+def test_windows_locks_too(tmp_path):
+    """Where there is no fcntl: an ImportError in every script, or two runs in one folder that never see each other."""
+    done = subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines() == [
+        "locking 2 1", "locking 2 1", f"{tmp_path}: another run is using this folder; wait for it, or choose another one",
+        "locking 2 1"]
 
 
 def run(body, tmp_path, shell="{}"):

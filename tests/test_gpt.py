@@ -1,14 +1,11 @@
-"""The model, its log-probabilities, masks, sampling, checkpoints and command line, and pretraining."""
+"""The model, its log-probabilities, masks, sampling and checkpoints, and pretraining."""
 
-import importlib
-import json
 import math
 import os
+import pickle
 import random
-import subprocess
-import sys
-from dataclasses import fields
-from pathlib import Path
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import gpt
+from data import stories
 from data.files import InputError
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, Rollout, generate, masked_logprobs, response_mask, token_logprobs
+from helpers import metrics, untimed
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("gpt", "sft", "reward_model", "ppo", "dpo", "best_of_n")
 V, END = 11, 3      # the tiny vocabulary, and the token that ends a response in it
 
 
@@ -210,6 +207,18 @@ def test_logits_are_float32_under_autocast(monkeypatch):
             assert logits.dtype == torch.float32 and torch.equal(logits, F.linear(x.float(), model.wte.weight))
 
 
+def test_cudnns_attention_is_off():
+    """On a Hopper GPU torch's first choice is cuDNN's attention, which makes a plan for every new shape: sampling, where
+    every step has one, takes many times as long."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert gpt.get_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_response_mask_is_exactly_the_response_and_its_end():
     """A mask one column late trains on padding and drops the first token; one that forgets <|end|> never teaches to stop."""
     assert response_mask(torch.tensor([2]), torch.tensor([4]), T=6).int().tolist() == [[0, 1, 1, 0, 0]]
@@ -268,61 +277,40 @@ def test_masked_logprobs_equal_the_full_ones(temperature):
         assert (found[~mask] == 0).all() and full.abs().min() > 1e-3      # a 0 is no log-probability here
 
 
-def test_masked_logprobs_have_the_full_ones_gradient():
-    """A place whose gradient is lost, counted twice, or comes from another token than its value does."""
+@pytest.mark.parametrize("scale", [1, 40])
+def test_masked_logprobs_have_the_full_ones_gradient(scale):
+    """A place whose gradient is lost, counted twice, or comes from another token than its value does. At a scale of 40
+    some tokens have all of the probability, and others none to speak of."""
     tokens, masks = some_places(31)
     weights = torch.randn(masks[0].shape, generator=torch.Generator().manual_seed(31))
     for mask in masks:
         model, twin = tiny_model(seed=31).float(), tiny_model(seed=31).float()
+        with torch.no_grad():
+            model.wte.weight *= scale
+            twin.wte.weight *= scale
         (weights * masked_logprobs(model, tokens, mask, 0.7)).sum().backward()
-        plain = -F.cross_entropy(twin(tokens)[:, :-1].transpose(1, 2) / 0.7, tokens[:, 1:], reduction="none")
-        (weights * plain)[mask].sum().backward()
+        full = token_logprobs(twin(tokens), tokens, 0.7)
+        assert scale == 1 or full.min() < -80 and full.max() > -1e-6
+        (weights * full)[mask].sum().backward()
         for (name, ours), theirs in zip(model.named_parameters(), twin.parameters()):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
             assert ours.grad.any() == mask.any() or name.endswith("c_attn.bias")
-
-
-def test_the_gradient_of_a_log_probability():
-    """A gradient by hand with the wrong sign, without the token's own 1, or for another token of the row; a token that has
-    no probability to speak of, and one that has it all."""
-    generator = torch.Generator().manual_seed(32)
-    logits = 3 * torch.randn(4, 6, 11, dtype=torch.float64, generator=generator)
-    logits[0, 0, 3], logits[0, 1, 3] = 200.0, -200.0
-    logits.requires_grad_(True)
-    chosen = torch.randint(11, (4, 6), generator=generator)
-    chosen[0, :2] = 3
-    assert torch.autograd.gradcheck(gpt.LogSoftmaxGather.apply, (logits, chosen))
-    weights = torch.randn(4, 6, dtype=torch.float64, generator=generator)
-    (weights * gpt.LogSoftmaxGather.apply(logits, chosen)).sum().backward()
-    oracle, = torch.autograd.grad(-(weights * F.cross_entropy(logits.transpose(1, 2), chosen, reduction="none")).sum(), logits)
-    torch.testing.assert_close(logits.grad, oracle)
-    torch.testing.assert_close(logits.grad.sum(dim=2), torch.zeros(4, 6, dtype=torch.float64))    # of softmax: always 0
-
-
-def test_the_last_layer_at_some_places_only():
-    """Places picked before the last attention, which then does not see the others; out of order; without the final norm."""
-    model = tiny_model(seed=33)
-    tokens, masks = some_places(33)
-    full = model.hidden(tokens)
-    for mask in (F.pad(mask, (1, 0)) for mask in masks):
-        picked = model.hidden(tokens, mask)
-        assert picked.shape == (mask.sum(), 32)
-        torch.testing.assert_close(picked, full[mask], atol=1e-12, rtol=1e-12)
 
 
 def test_held_out_loss_against_cross_entropy_row_by_row():
     """A mean of batch means, which weighs a token of a short text more; prompts that are counted."""
     model, rng = tiny_model(seed=8).float(), random.Random(8)
     sequences = [[rng.randrange(V) for _ in range(rng.randint(4, 40))] for _ in range(13)]
-    prompts = [rng.randint(1, 3) for _ in sequences]
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for ids, prompt in zip(sequences, prompts):
-            logits = model(torch.tensor([ids]))[0, prompt - 1:-1]
-            total += F.cross_entropy(logits, torch.tensor(ids[prompt:]), reduction="sum").item()
-            count += len(ids) - prompt
-    for rows in (1, 5, 64):
-        assert gpt.held_out_loss(model, sequences, prompts, rows) == pytest.approx(total / count, rel=1e-5)
+    for prompts in ([rng.randint(1, 3) for _ in sequences], 1):
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for i, ids in enumerate(sequences):
+                prompt = prompts if prompts == 1 else prompts[i]
+                logits = model(torch.tensor([ids]))[0, prompt - 1:-1]
+                total += F.cross_entropy(logits, torch.tensor(ids[prompt:]), reduction="sum").item()
+                count += len(ids) - prompt
+        for rows in (1, 5, 64):
+            assert gpt.held_out_loss(model, sequences, prompts, rows) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_batches_by_length_holds_every_index_once():
@@ -395,8 +383,8 @@ def test_ended_reads_the_last_real_token():
 
 
 def test_the_sampled_distribution_is_the_scored_one():
-    """PPO's first ratio isn't 1: the sampler's and the scorer's log-probabilities differ (another temperature, position,
-    dropout). Here every draw lies between the scorer's own cumulative probabilities of the token and the one before."""
+    """PPO's first ratio isn't 1: the sampler's and the scorer's log-probabilities differ (another temperature, another
+    position). Here every draw lies between the scorer's own cumulative probabilities of the token and the one before."""
     model, prompts, temperature = tiny_model(seed=13), random_prompts(13, 8), 0.8
     rollout = generate(model, prompts, 20, END, temperature, seed=3)
     uniforms = torch.rand(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -500,16 +488,6 @@ def test_an_impossible_token_is_never_sampled(monkeypatch, u):
     assert set(generate(model, [[0], [1, 2]], 4).responses()[1]) == {2 if u < 0.1 else 6 - 1 if u > 0.9 else 4}
 
 
-def test_dropout_is_off_while_sampling_and_the_mode_is_restored():
-    """A model left in eval mode trains without dropout from then on; one left in train mode samples with it."""
-    torch.manual_seed(18)
-    model = GPT(GPTConfig(V, 64, 2, 2, 32, dropout=0.5))
-    for mode in (True, False):
-        model.train(mode)
-        responses = generate(model, [[1, 2]], 20, seed=1).responses()
-        assert model.training is mode and responses == generate(model.eval(), [[1, 2]], 20, seed=1).responses()
-
-
 def test_sampling_draws_nothing_from_the_global_generator():
     """A report in the middle of training that changes the training after it."""
     model, state = tiny_model(seed=19), torch.get_rng_state()
@@ -539,8 +517,8 @@ def test_generate_refuses(arguments):
 
 @pytest.mark.parametrize("temperature", [0, -1.0])
 def test_generate_refuses_a_temperature(temperature):
-    """Division by zero gives NaN, a negative temperature the unlikeliest tokens."""
-    with pytest.raises(ValueError, match="temperature"):
+    """Division by zero gives NaN, a negative temperature the unlikeliest tokens; a traceback for `--temperature 0`."""
+    with pytest.raises(InputError, match=f"^temperature {temperature}: must be positive$"):
         generate(tiny_model(), [[1]], 4, temperature=temperature)
 
 
@@ -563,196 +541,6 @@ def test_respond_gives_texts_without_the_end_token():
     assert set(ended) == {True, False}
     for text, end in zip(texts, ended):
         assert text in ("", "a", "aa") if end else text == "aaa"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-RUN_ALL = """
-import runpy, sys
-for name in sys.argv[1:]:
-    sys.argv = [name + ".py", "--help"]
-    try:
-        runpy.run_path(name + ".py", run_name="__main__")
-    except SystemExit as stop:
-        print("exit status", stop.code, flush=True)
-"""
-
-
-def run_python(*arguments):
-    environment = {**os.environ, "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8",
-                          timeout=120)
-
-
-@pytest.fixture(scope="module")
-def helps():
-    """What `python X.py --help` prints, for each script X; one process runs them all, because torch takes its time to load."""
-    process = run_python("-c", RUN_ALL, *SCRIPTS)
-    assert process.returncode == 0 and process.stderr == ""
-    texts = process.stdout.split("exit status 0\n")
-    assert len(texts) == len(SCRIPTS) + 1
-    return dict(zip(SCRIPTS, texts))
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_explains_every_flag(helps, name):
-    """A flag without a word of help; a help that states another default than the one in force."""
-    module = importlib.import_module(name)
-    source = (ROOT / f"{name}.py").read_text(encoding="utf-8").split("class Config:")[1].split("\n\n")[0]
-    comments = {line.split(":")[0].strip(): line.split("  # ")[-1].split(" # ")[-1].strip() for line in source.splitlines()[1:]}
-    assert set(comments) == {field.name for field in fields(module.Config)} and len(comments) > 5
-    assert set(module.GPU) <= set(comments) and helps[name].startswith(f"usage: {name}.py")
-    for field in fields(module.Config):
-        default = repr(field.default) + (f"; gpu: {module.GPU[field.name]!r}" if field.name in module.GPU else "")
-        assert f"--{field.name} " in helps[name]
-        assert f" {comments[field.name]} (default: {default})\n" in helps[name]
-
-
-def test_an_unknown_flag_is_one_line_and_status_2():
-    """A screenful of usage in which the one wrong word is hard to find."""
-    process = run_python("gpt.py", "--nonsense", "1")
-    assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.count("\n") == 1 and "--nonsense" in process.stderr
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("argv", [["--see", "3"], ["--seed", "three"], ["--seed"], ["file.txt"]])
-def test_a_wrong_command_line_is_one_line(name, argv, capsys):
-    """An abbreviation that is taken for one flag today and for another when a flag is added."""
-    module = importlib.import_module(name)
-    with pytest.raises(SystemExit) as stop:
-        gpt.parse_config(module.Config, module.GPU, argv, "")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and argv[0].split()[0] in error
-
-
-def parse(*argv):
-    return gpt.parse_config(gpt.Config, gpt.GPU, list(argv), "")
-
-
-def test_defaults_sizes_and_flags():
-    """--size gpu that wins over what the user typed, or that changes nothing; a flag equal to the default that is lost."""
-    assert parse("--size", "cpu") == gpt.Config(size="cpu")
-    assert parse("--size", "gpu") == gpt.Config(**{"size": "gpu", **gpt.GPU})
-    typed = parse("--size", "gpu", "--n_embd", "64", "--lr", "0.1", "--n_layer", str(gpt.Config.n_layer), "--text", "a.txt")
-    assert (typed.n_embd, typed.lr, typed.n_layer, typed.text) == (64, 0.1, gpt.Config.n_layer, "a.txt")
-    assert typed.n_head == gpt.GPU["n_head"] != gpt.Config.n_head
-    assert parse().size == ("gpu" if torch.cuda.is_available() else "cpu")
-    import reward_model
-    assert gpt.parse_config(reward_model.Config, {}, ["--learning_curve"], "").learning_curve is True
-
-
-@pytest.mark.parametrize("argv", [["--steps", "0"], ["--batch", "-3"], ["--n_layer", "-1"], ["--seed", "-1"],
-                                  ["--report", "0"], ["--size", "tpu"]])
-def test_impossible_values_are_refused(argv):
-    """--report 0 divides by zero after an hour; --batch -3 trains on nothing and saves it."""
-    with pytest.raises(InputError, match=f"{argv[0]} {argv[1]}"):
-        parse(*argv)
-    assert parse("--seed", "0").seed == 0
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-0.001", "1e999"])
-@pytest.mark.parametrize("name, flag", [("gpt", "lr"), ("gpt", "weight_decay"), ("sft", "lr"), ("reward_model", "lr"),
-                                        ("ppo", "beta"), ("ppo", "value_lr"), ("ppo", "temperature"), ("dpo", "beta"),
-                                        ("best_of_n", "beta")])
-def test_numbers_that_are_none_are_refused(name, flag, value):
-    """--lr nan makes every weight nan; a negative --beta pays the policy for leaving the reference."""
-    module = importlib.import_module(name)
-    with pytest.raises(InputError, match=f"--{flag} {float(value)}: must be a number, and not negative"):
-        gpt.parse_config(module.Config, module.GPU, [f"--{flag}={value}"], "")
-    config = gpt.parse_config(module.Config, module.GPU, ["--size", "cpu", f"--{flag}=0"], "")
-    assert getattr(config, flag) == 0      # beta 0 is the README's experiment
-
-
-def test_only_a_score_may_be_negative():
-    """The default of --missing_end_score refused, or nan let in through it."""
-    for name in ("ppo", "best_of_n"):
-        module = importlib.import_module(name)
-        config = gpt.parse_config(module.Config, module.GPU, ["--missing_end_score", "-7.5"], "")
-        assert config.missing_end_score == -7.5
-        for value in ("nan", "-inf"):
-            with pytest.raises(InputError, match="--missing_end_score .*must be a number"):
-                gpt.parse_config(module.Config, module.GPU, [f"--missing_end_score={value}"], "")
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_empty_texts_are_refused(name):
-    """`ppo.py --data $FILE` with FILE unset trains on the little world, and best_of_n.py --prompt "" runs the yardstick."""
-    module = importlib.import_module(name)
-    texts = [field.name for field in fields(module.Config) if field.type is str]
-    assert {"size", "out"} < set(texts)
-    for flag in texts:
-        for argv in (["--" + flag, ""], [f"--{flag}="]):
-            with pytest.raises(InputError, match=f"--{flag} ?:") as error:
-                gpt.parse_config(module.Config, module.GPU, argv, "")
-            assert "\n" not in str(error.value)
-    assert gpt.parse_config(module.Config, module.GPU, ["--out", " "], "").out == " "
-
-
-@pytest.mark.parametrize("stage, other", [("ppo", "dpo"), ("dpo", "ppo")])
-def test_a_runs_name_begins_with_its_stage(stage, other):
-    """--name sft puts the policy where the reference was; --name ../x leaves the folder of the outputs."""
-    for name in (stage, stage + "2", stage + "-beta0", stage + "_a.b-1"):
-        gpt.check_name(name, stage)
-    for name in ("", other, "sft", "gpt", "reward_model", "best_of_n", "my-" + stage, stage.upper(), " " + stage, stage + " ",
-                 stage + "\n", f"../{stage}", f"{stage}/../sft", f"{stage}/x", f"{stage}\\x", stage + "\0", f"/{stage}"):
-        with pytest.raises(InputError, match="(?s)--name .*must be " + stage):
-            gpt.check_name(name, stage)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run's figures. How it is interrupted and goes on: tests/test_resume.py.
-
-
-def test_counts_are_words():
-    """A dict with braces and quotes in a line for people."""
-    assert gpt.counts({"equal texts": 0, "longer than the context": 3}) == "0 equal texts, 3 longer than the context"
-
-
-def test_a_runs_figures(tmp_path, monkeypatch, capsys):
-    """A figure that is neither printed nor written; columns that slip; "0:60" left, or time that was never left."""
-    now = [100.0]
-    monkeypatch.setattr(gpt.time, "perf_counter", lambda: now[0])
-    folder = tmp_path / "new" / "stage"
-    with gpt.Run("gpt", folder, gpt.Config(), every=100, unprinted=("hidden", "absent")) as run:
-        run.total = 8
-        now[0] = 119.9
-        run(2, loss=0.5, hidden=7.0, tiny=1.5e-5, a_long_name=-12.0)        # 19.9 s for 2 of 8: 59.7 left
-        now[0] = 180.0
-        run(8, loss=0.25, hidden=8.0, tiny=0.0, a_long_name=3.0)
-        run.record(8, unseen=1.0)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 2, "loss": 0.5, "hidden": 7.0, "tiny": 1.5e-5, "a_long_name": -12.0, "seconds": 19.9},
-                    {"step": 8, "loss": 0.25, "hidden": 8.0, "tiny": 0.0, "a_long_name": 3.0, "seconds": 80.0},
-                    {"step": 8, "unseen": 1.0, "seconds": 80.0}]
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "loss", "tiny", "a_long_name", "left"]
-    assert [line.split() for line in lines] == [["2/8", "0.5000", "1.5e-05", "-12.0000", "1:00"],
-                                                ["8/8", "0.2500", "0.0000", "3.0000", "0:00"]]
-    for line in lines:      # right-aligned below their names
-        assert all(line[header.index(name) + len(name) - 1].strip() and line[header.index(name) + len(name)] == " "
-                   for name in ("loss", "tiny", "a_long_name")) and len(line) == len(header)
-    with gpt.Run("gpt", folder, gpt.Config(), every=100):
-        assert (folder / "metrics.jsonl").read_text() == ""     # a new run's figures, not two runs in one file
-
-
-def test_metrics_are_whole_lines_at_any_time(tmp_path, monkeypatch):
-    """Half a line, because the disk was full or the power went: json.loads fails on the night's figures."""
-    path = tmp_path / "metrics.jsonl"
-    with gpt.Run("gpt", tmp_path, gpt.Config(), every=100) as run:
-        run.record(1, loss=3.0)
-        before = path.read_bytes()
-        assert before.endswith(b"}\n")
-
-        def full(*arguments):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(OSError):
-            run.record(2, loss=2.0)
-        assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -856,7 +644,6 @@ def test_weights_that_are_missing(saved):
 
 def test_a_flipped_byte_in_the_content(saved):
     """A bad disk: one weight of 10^30, and a model that is nearly right. torch.load itself doesn't look at the checksums."""
-    import zipfile
     path, whole = saved[0], saved[0].read_bytes()
     with zipfile.ZipFile(path) as archive:
         records = [(record.header_offset, record.filename, record.file_size) for record in archive.infolist()]
@@ -904,8 +691,6 @@ def test_a_flipped_byte_in_the_archives_directory(saved):
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
     """pickle.load runs whatever the file says: a model from a stranger could delete your home."""
-    import pickle
-
     class Evil:
         def __reduce__(self):
             return os.system, (f"echo ran > {tmp_path / 'marker'}",)
@@ -1005,76 +790,6 @@ def test_a_broken_gradient_or_loss_takes_no_step(value, loss):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The file of documents
-
-
-def some_documents():
-    """(path-independent) lists of ids, of lengths 0 to 40."""
-    rng = random.Random(24)
-    return [[rng.randrange(1472) for _ in range(rng.randint(0, 40))] for _ in range(50)] + [[7]]
-
-
-def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
-    """A second run that draws for minutes again, or that reads documents cut at the wrong places."""
-    path, drawn = tmp_path / "new" / "documents.npy", []
-
-    def draw():
-        drawn.append(some_documents())
-        return drawn[-1]
-
-    first, second = (gpt.memory_mapped(path, draw) for _ in range(2))
-    assert len(drawn) == 1 and drawn[0] == some_documents()
-    assert [ids.tolist() for ids in first] == [ids.tolist() for ids in second] == some_documents()
-    assert os.listdir(path.parent) == [path.name]
-    batch = [i for i, ids in enumerate(second) if len(ids)][:9]      # what training does with them
-    for ours, theirs in zip(gpt.pad([second[i] for i in batch]), gpt.pad([some_documents()[i] for i in batch])):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.filterwarnings("error")
-def test_nobody_writes_through_the_views(tmp_path):
-    """A batch changed in place that changes the file too, or torch's warning of memory that must not be written."""
-    path = tmp_path / "documents.npy"
-    ids = gpt.memory_mapped(path, some_documents)[-1]
-    before = path.read_bytes()
-    torch.as_tensor(ids)[0] = 9
-    assert ids.tolist() == [9] and path.read_bytes() == before
-
-
-def test_a_file_of_documents_that_is_not_whole(tmp_path):
-    """A disk that was full: training on the documents that are left, or on the next document's tokens."""
-    path = tmp_path / "documents.npy"
-    gpt.memory_mapped(path, some_documents)
-    whole = path.read_bytes()
-    other = np.load(path)
-    contents = [whole[:n] for n in (0, 1, 64, 128, 132, len(whole) // 2, -4, -1)] + [bytes(5000)]
-    for wrong in (other[:-1], other[:30], np.append(other, 5), other[:0], other + 1, other.astype(object)):
-        np.save(path, wrong)        # a whole file of numpy's, but not of ours
-        contents.append(path.read_bytes())
-    for content in contents:
-        path.write_bytes(content)
-        with pytest.raises(InputError) as error:
-            gpt.memory_mapped(path, some_documents)
-        assert BROKEN in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-        assert path.read_bytes() == content     # the user is told; nothing is thrown away
-
-
-def test_an_interrupted_draw_leaves_no_file_of_documents(tmp_path, monkeypatch):
-    """Ctrl-C while the documents are written: the next run takes half of them for all."""
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    path = tmp_path / "documents.npy"
-    with pytest.raises(KeyboardInterrupt):
-        gpt.memory_mapped(path, interrupt)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            gpt.memory_mapped(path, some_documents)
-    assert not os.listdir(tmp_path) and len(gpt.memory_mapped(path, some_documents)) == 51
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Pretraining
 
 SMALL = ["--size", "cpu", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--warmup", "5"]
@@ -1083,8 +798,7 @@ TEXT = "The fox had a kite. The hen had a drum. The fox and the hen sang, and th
 
 def pretrain(folder, *flags):
     gpt.main([*SMALL, "--out", str(folder), *flags])
-    rows = [json.loads(line) for line in (folder / "cpu/gpt/metrics.jsonl").read_text().splitlines()]
-    return rows, gpt.load_checkpoint(folder / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    return metrics(folder / "cpu/gpt/metrics.jsonl"), gpt.load_checkpoint(folder / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -1100,8 +814,8 @@ def text_run(tmp_path_factory):
 
 def test_pretraining_on_a_text_learns(text_run):
     """A loss that falls because the model sees the answer, or that doesn't fall: both end far from this text's."""
-    _, _, rows, (model, tokenizer, _) = text_run
-    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    _, _, rows, (model, tokenizer, checkpoint) = text_run
+    assert [row["step"] for row in rows] == [10, 20, 30, 40] and checkpoint["metrics"] == rows
     assert rows[0]["held_out"] > rows[-1]["held_out"] + 1 and rows[-1]["held_out"] < 0.6 * math.log(tokenizer.n_vocab)
     # the reported number is that of the saved weights on the last tenth of the text
     tokens = tokenizer.encode(TEXT)
@@ -1119,8 +833,7 @@ def test_one_seed_one_result_bit_for_bit(text_run, tmp_path):
     torch.rand(17)      # a global generator in another state
     random.seed(5)
     again, (twin, _, _) = pretrain(tmp_path, *flags)
-    drop_seconds = [[{key: value for key, value in row.items() if key != "seconds"} for row in run] for run in (rows, again)]
-    assert drop_seconds[0] == drop_seconds[1]
+    assert untimed(rows) == untimed(again)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values()))
     other, _ = pretrain(tmp_path, *flags, "--seed", "2")
     assert other[0]["loss"] != rows[0]["loss"]
@@ -1132,7 +845,6 @@ def test_pretraining_on_the_world_learns(tmp_path):
     assert rows[-1]["held_out"] < rows[0]["held_out"] - 0.2 and rows[-1]["held_out"] < 4.8    # log V = 7.3
     assert 0.5 < rows[-1]["entropy"] < 1.1 and checkpoint["text"] == ""
     assert rows[-1]["excess"] == pytest.approx(rows[-1]["held_out"] / rows[-1]["entropy"] - 1)
-    from data import stories
     rng = random.Random("held-out documents")
     documents = [stories.document(rng) for _ in range(500)]
     tokens = sum(len(tokenizer.encode(document.text)) + 1 for document in documents)     # each text and its <|end|>
@@ -1153,6 +865,56 @@ def test_sample_prints_three_continuations(text_run, capsys):
     assert (folder / "cpu/gpt/checkpoint.pt").read_bytes() == before
     with pytest.raises(InputError, match="no room"):
         gpt.main(["--size", "cpu", "--out", str(folder), "--sample", "Zyx " * 64])
+
+
+def test_temperature_and_top_k_of_the_samples(text_run, capsys, monkeypatch):
+    """A --temperature that is read and forgotten, or that reaches the cut of --top_k."""
+    def printed(*flags):
+        gpt.main(["--size", "cpu", "--out", str(text_run[0]), "--sample", "The", *flags])
+        return capsys.readouterr().out.strip().split("\n\n")
+
+    calls, real = [], gpt.generate
+    monkeypatch.setattr(gpt, "generate", lambda *arguments, **named: calls.append(arguments[4:6]) or real(*arguments, **named))
+    greedy = printed("--top_k", "1")
+    assert len(greedy) > 1 and len(set(greedy)) == 1
+    assert printed("--temperature", "1e-4") == greedy       # nearly greedy, with all tokens to draw from
+    assert len(set(printed("--temperature", "3"))) > 1
+    printed("--temperature", "0.5", "--top_k", "7")
+    printed()
+    assert calls == [(1.0, 1), (1e-4, None), (3.0, None), (0.5, 7), (1.0, None)]
+
+
+def test_sampling_after_a_run_that_was_killed_in_its_last_moment(text_run, tmp_path, capsys):
+    """A run that is over, but whose checkpoint has not taken its place: --sample finds none, or the one of the run before."""
+    folder = tmp_path / "cpu/gpt"
+    shutil.copytree(text_run[0] / "cpu/gpt", folder)
+    (folder / "finished").mkdir()
+    (folder / "checkpoint.pt").rename(folder / "finished/checkpoint.pt")
+    gpt.main(["--size", "cpu", "--out", str(tmp_path), "--sample", "The fox"])
+    assert capsys.readouterr().out.startswith("The fox")
+
+
+def test_every_token_of_pretraining_counts_alike(tmp_path, monkeypatch):
+    """A loss divided by its own batch's tokens: documents of one length stand in one batch, so a token of a short document
+    would weigh many times more. With no step taken, the gradients of an epoch add up to that of the mean over all tokens."""
+    tokenizer, rng = Tokenizer(train_vocabulary("", 259)), random.Random(34)
+    sequences = [[rng.randrange(259) for _ in range(n)] for n in [2] * 20 + [3] * 20 + [60] * 20 + [15, 31, 45]]
+    monkeypatch.setattr(gpt, "draw_corpus", lambda config: gpt.Corpus(tokenizer, sequences, sequences[:9], [0], None, ""))
+    models, losses = [], []
+
+    def no_step(optimizer, model, lr, loss):
+        models.append(model)
+        losses.append(loss.item())
+        return 0.0
+
+    monkeypatch.setattr(gpt, "optimizer_step", no_step)
+    rows, (model, _, _) = pretrain(tmp_path, "--steps", "8", "--report", "8", "--block_size", "64")
+    assert len(models) == 8 and max(losses) > 8 * min(losses)
+    (-sum(token_logprobs(model(torch.tensor([ids])), torch.tensor([ids])).sum() for ids in sequences)
+     / sum(len(ids) - 1 for ids in sequences)).backward()
+    for ours, theirs in zip(models[0].parameters(), model.parameters()):
+        torch.testing.assert_close(ours.grad / 8, theirs.grad, atol=1e-5, rtol=1e-3)
+    assert rows[0]["loss"] == pytest.approx(gpt.held_out_loss(model, sequences, 1), rel=1e-4)
 
 
 def test_a_short_context(text_run, tmp_path, capsys):

@@ -4,19 +4,19 @@ Every test says which bug it is for. The scripts run in processes of their own, 
 already: each starts in milliseconds, and may kill itself, run out of disk, or lose its rights.
 """
 
+import contextlib
 import copy
 import ctypes
 import errno
 import functools
-import importlib
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -40,7 +40,9 @@ import reward_model
 import sft
 from data import stories
 from data.files import InputError, write_jsonl
+from data.run import Run, read_torch, restore, train_missing, write_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
+from helpers import metrics, snapshot, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {"gpt": gpt, "sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
@@ -62,7 +64,8 @@ def on_the_cpu(monkeypatch):
 # A script in a process of its own
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"), "finish": (Path, "unlink")}
+CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"), "move": (os, "replace"),
+         "rename": (os, "rename"), "unlink": (Path, "unlink"), "rmdir": (Path, "rmdir")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,12 +78,13 @@ def server():
 
 
 def at_call(what, n, *signals):
-    """The n-th call of what in this process sends it the signals. "write" dies with half of the file written."""
+    """The n-th call of what in this process sends it the signals. "write" dies with half of the file written; "move" counts
+    the files only that take their places when a run is over."""
     (owner, name), calls = CALLS[what], itertools.count(1)
     original = getattr(owner, name)
 
     def patched(*arguments, **keywords):
-        if next(calls) == n:
+        if (what != "move" or Path(arguments[0]).parent.name == "finished") and next(calls) == n:
             if what == "write":
                 os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
             for number in signals:
@@ -142,7 +146,7 @@ def arguments(stage, out, data):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A folder in which every stage ran without a stop; nobody may write to it."""
+    """A folder in which every stage ran without a stop, with what each has printed; nobody may write to it."""
     out = tmp_path_factory.mktemp("chain")
     rng, rows = random.Random(0), []
     for _ in range(600):  # half a sentence each: the SFT model learns to end its answers
@@ -150,7 +154,8 @@ def chain(tmp_path_factory):
         rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
     write_jsonl(out / "demonstrations.jsonl", rows)
     for stage, module in MODULES.items():
-        module.main(arguments(stage, out, out / "demonstrations.jsonl"))
+        with open(out / f"{stage}.txt", "w") as screen, contextlib.redirect_stdout(screen):
+            module.main(arguments(stage, out, out / "demonstrations.jsonl"))
     return out
 
 
@@ -164,10 +169,9 @@ def before(stage, chain, tmp_path):
 
 
 def read_metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(folder / "metrics.jsonl")
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
-    costs = ("seconds", "memory_mb", "rollout_s", "scoring_s", "update_s")
-    return [{key: x for key, x in row.items() if key not in costs} for row in rows]
+    return untimed(rows)
 
 
 def same(a, b):
@@ -183,22 +187,53 @@ def same(a, b):
     return a == b
 
 
+OLD = b"of an earlier run"
+
+
+def an_earlier_run(folder, reference):
+    """Put the files into a folder that a finished run leaves there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in left_behind(reference):
+        (folder / name).write_bytes(OLD)
+
+
+def left_behind(folder):
+    """The files of a finished run: not its lock, and not the documents, which every run of these settings may read."""
+    return [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(("lock", "documents-"))]
+
+
 def check_finished(folder, reference):
-    """The checkpoint and the figures of both folders are the same, and nothing else is left behind."""
-    assert same(gpt.read_torch(folder / "checkpoint.pt"), gpt.read_torch(reference / "checkpoint.pt"))
-    assert read_metrics(folder) == read_metrics(reference)
+    """The files of both folders are the same, all of one run, and nothing else is left behind."""
+    found, expected = (read_torch(path / "checkpoint.pt") for path in (folder, reference))
+    assert found.pop("metrics") == metrics(folder / "metrics.jsonl") and expected.pop("metrics")
+    assert same(found, expected) and read_metrics(folder) == read_metrics(reference)
+    for name in set(left_behind(reference)) - {"checkpoint.pt", "metrics.jsonl"}:
+        assert (folder / name).read_bytes() == (reference / name).read_bytes()
     assert sorted(os.listdir(folder)) == sorted(os.listdir(reference))
 
 
 def check_unfinished(folder, reference):
-    """What a killed run leaves is whole: a state that loads, figures that are the first ones of the unbroken run."""
-    if (folder / "state.pt").exists():
-        state, rows = gpt.read_torch(folder / "state.pt"), read_metrics(folder)
+    """What a killed run leaves is whole: the files of the run before it; a state that loads, figures that are the first ones
+    of the unbroken run."""
+    for name in left_behind(folder):
+        assert (folder / name).read_bytes() == OLD
+    unfinished = folder / "unfinished"
+    if (unfinished / "state.pt").exists():
+        state, rows = read_torch(unfinished / "state.pt"), read_metrics(unfinished)
         assert rows == read_metrics(reference)[:len(rows)]
         assert len(state["rows"]) <= len(rows) <= len(state["rows"]) + 2
-    if (folder / "checkpoint.pt").exists():
-        assert same(gpt.read_torch(folder / "checkpoint.pt"), gpt.read_torch(reference / "checkpoint.pt"))
-    assert len(list(folder.glob("*.tmp"))) <= 1
+    if (unfinished / "checkpoint.pt").exists():
+        found, expected = (read_torch(path / "checkpoint.pt") for path in (unfinished, reference))
+        assert untimed(found.pop("metrics")) == untimed(expected.pop("metrics")) and same(found, expected)
+    assert len(list(folder.rglob("*.tmp"))) <= 1
+
+
+def check_over(folder, reference):
+    """A run that was killed while its files took their places: the next stage finds them in their places."""
+    assert (folder / "finished").exists() and not (folder / "unfinished").exists()
+    earlier = {folder.name: lambda argv: pytest.fail("is trained again")}
+    train_missing(gpt.Config(size="cpu", out=str(folder.parent.parent)), earlier, "the next stage")
+    check_finished(folder, reference)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,41 +242,51 @@ def check_unfinished(folder, reference):
 
 @pytest.mark.parametrize("stage", MODULES)
 def test_killed_anywhere_it_goes_on_bit_for_bit(stage, chain, tmp_path):
-    """A momentum, a half-averaged loss, an adapted beta or a generator's state that nobody saved: resumed runs differ."""
-    (out, argv), rng, kills, resume = before(stage, chain, tmp_path), random.Random(f"kills of {stage}"), 0, []
+    """A momentum, a half-averaged loss, an adapted beta or a generator's state that nobody saved: resumed runs differ. A
+    finished run that is lost, or half of it, to one that is not yet over."""
+    (out, argv), rng = before(stage, chain, tmp_path), random.Random(f"kills of {stage}")
     folder, reference = out / "cpu" / stage, chain / "cpu" / stage
-    for what, most in (("step", 7), ("write", 3), ("step", 9), ("replace", 5), ("step", 11), ("write", 6), ("step", 30)):
+    an_earlier_run(folder, reference)
+    resume = []
+    for what, most in (("step", 7), ("write", 3), ("step", 9), ("replace", 5), ("step", 3), ("rename", 1)):
         status, _, stderr = run(stage, argv + resume, out, at_call, what, rng.randint(1, most), signal.SIGKILL)
-        assert status in (0, -signal.SIGKILL) and stderr == ""
-        if status == 0:
-            break
+        assert status == -signal.SIGKILL and stderr == ""
         check_unfinished(folder, reference)
-        kills, resume = kills + 1, ["--resume"]
-    else:
-        assert run(stage, argv + resume, out)[0] == 0
-    assert kills >= 4
-    check_finished(folder, reference)
+        resume = ["--resume"]
+    n = rng.randint(1, len(left_behind(reference)))
+    assert run(stage, argv + resume, out, at_call, "move", n, signal.SIGKILL)[0] == -signal.SIGKILL
+    check_over(folder, reference)
 
 
 def test_killed_in_the_middle_of_every_write(chain, tmp_path):
-    """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays for ever."""
+    """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays for ever; a checkpoint
+    beside the figures of another run."""
     (out, argv), folder, reference = before("dpo", chain, tmp_path), tmp_path / "out/cpu/dpo", chain / "cpu/dpo"
-    for what, last in (("write", 99), ("replace", 99), ("finish", 1)):
-        for n in range(1, last + 1):
+    counts = {}
+    for what in ("write", "replace", "rename", "unlink", "rmdir"):
+        for n in itertools.count(1):
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            (folder / "checkpoint.pt").write_bytes(b"of an earlier run")
+            an_earlier_run(folder, reference)
             status, _, stderr = run("dpo", argv, out, at_call, what, n, signal.SIGKILL)
             if status == 0:
                 break
-            assert status == -signal.SIGKILL and stderr == "" and len(list(folder.glob("*.tmp"))) == (what != "finish")
-            if what != "finish":
-                assert (folder / "checkpoint.pt").read_bytes() == b"of an earlier run"
-                (folder / "checkpoint.pt").unlink()
+            assert status == -signal.SIGKILL and stderr == ""
+            counts[what] = n
+            if (folder / "finished").exists():
+                check_over(folder, reference)
+                continue
+            assert len(list(folder.rglob("*.tmp"))) == (what in ("write", "replace"))
             check_unfinished(folder, reference)
-            dpo.main([*argv, "--resume"])
+            if n <= 2 and what in ("write", "replace"):    # no state is there yet
+                with pytest.raises(InputError, match="is finished, nothing to resume"):
+                    dpo.main([*argv, "--resume"])
+                dpo.main(argv)
+            else:
+                dpo.main([*argv, "--resume"])
             check_finished(folder, reference)
-        assert n == (1 if what == "finish" else 10)  # 2 writes at the start, 2 a report, the checkpoint; then none
+        check_finished(folder, reference)
+    # 2 writes at the start, 2 a report, the checkpoint; 2 files that take their places.
+    assert counts == {"write": 9, "replace": 11, "rename": 1, "unlink": 1, "rmdir": 1}
 
 
 LONG = "--vocab_size 280 --block_size 32 --n_layer 1 --n_head 2 --n_embd 32 --steps 800 --batch 8 --report 10".split()
@@ -292,7 +337,7 @@ def test_ctrl_c_in_a_terminal(long_run, tmp_path, capsys):
     read_reports(process, 3)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    step = gpt.read_torch(tmp_path / "cpu/gpt/state.pt")["step"]
+    step = read_torch(tmp_path / "cpu/gpt/unfinished/state.pt")["step"]
     assert process.returncode == 130 and 30 <= step < 800 and "stops after this step (press again" in stdout
     assert stderr == f"gpt.py: gpt: saved after step {step} of 800; --resume goes on\n"
     gpt.main([*argv, "--out", str(tmp_path), "--resume"])
@@ -305,13 +350,14 @@ def test_ctrl_c_finishes_the_step(stage, chain, tmp_path):
     """Ctrl-C between two saves: the steps since the last one are lost, or half of a PPO iteration is saved."""
     out, argv = before(stage, chain, tmp_path)
     folder = out / "cpu" / stage
+    an_earlier_run(folder, chain / "cpu" / stage)
     # PPO takes 8 steps an iteration, 2 models times 2 epochs times 2 minibatches: the 11th stands in the second one.
     status, stdout, stderr = run(stage, argv, out, at_call, "step", 11 if stage == "ppo" else 5, signal.SIGINT)
     step = 2 if stage == "ppo" else 5
     assert status == 130 and "stops after this step" in stdout and "saved " not in stdout
     assert f"{stage}.py: {stage}: saved after step {step} of " in stderr and stderr.endswith("; --resume goes on\n")
-    assert stderr.count("\n") == 1 and gpt.read_torch(folder / "state.pt")["step"] == step
-    assert not (folder / "checkpoint.pt").exists()
+    assert stderr.count("\n") == 1 and read_torch(folder / "unfinished/state.pt")["step"] == step
+    check_unfinished(folder, chain / "cpu" / stage)
     MODULES[stage].main([*argv, "--resume"])
     check_finished(folder, chain / "cpu" / stage)
 
@@ -321,7 +367,7 @@ def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
     out, argv = before("dpo", chain, tmp_path)
     status, stdout, stderr = run("dpo", argv, out, at_call, "step", 5, signal.SIGINT, signal.SIGINT)
     assert status == 130 and "stops after this step" in stdout and stderr == "dpo.py: interrupted\n"
-    assert gpt.read_torch(out / "cpu/dpo/state.pt")["step"] == 3
+    assert read_torch(out / "cpu/dpo/unfinished/state.pt")["step"] == 3
     dpo.main([*argv, "--resume"])
     check_finished(out / "cpu/dpo", chain / "cpu/dpo")
 
@@ -331,7 +377,7 @@ def test_ctrl_c_at_the_edges(chain, tmp_path, what, n):
     """In the first step or the last, or while a file is written: nothing to save yet, or nothing left to do."""
     out, argv = before("dpo", chain, tmp_path)
     status, _, stderr = run("dpo", argv, out, at_call, what if what == "step" else "replace", n, signal.SIGINT)
-    assert status == 130 and stderr.count("\n") == 1 and not list((out / "cpu/dpo").glob("*.tmp"))
+    assert status == 130 and stderr.count("\n") == 1 and not list(out.rglob("*.tmp"))
     check_unfinished(out / "cpu/dpo", chain / "cpu/dpo")
     assert run("dpo", [*argv, "--resume"], out)[0] == 0
     check_finished(out / "cpu/dpo", chain / "cpu/dpo")
@@ -366,6 +412,44 @@ def test_two_runs_of_the_chain_are_equal_and_global_generators_are_left_alone(ch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The rows on the screen
+
+LARGE = dict(loss=123.456, held_out=12.345, excess=9.999, accuracy=1.0, held_out_accuracy=1.0, lr=1.5e-5, reward=-99.99,
+             gold=-99.99, kl=1234.56, J=-234.56, value_explained=-1234.56, clip_fraction=1.0, length=1024.0, no_end=1.0,
+             margin=-123.45, chosen_log_ratio=-1234.56, rejected_log_ratio=-12345.67, grad_norm=1234.56)
+
+
+def names_of(heading):
+    """The names above the columns, each with the place where its column ends."""
+    upper, lower = ({match.end(): match.group() for match in re.finditer(r"\S+", line)} for line in heading)
+    assert set(upper) <= set(lower)
+    return {end: (f"{upper[end]}_" if end in upper else "") + name for end, name in lower.items()}
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_every_row_fits_the_screen(stage, chain, tmp_path, capsys):
+    """A row that a terminal breaks in two, or a figure that stands below the name of another one."""
+    lines = (chain / f"{stage}.txt").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if re.match(r" *\d+/\d+ ", line))
+    heading, rows = lines[first - 2:first], [line for line in lines if re.match(r" *\d+/\d+ ", line)]
+    names = names_of(heading)
+    figures = metrics(chain / "cpu" / stage / "metrics.jsonl")
+    assert list(names.values())[0] == "step" and list(names.values())[-1] == "left"
+    assert set(names.values()) <= {*figures[0], "left"} and len(names) > 4 and len(rows) > 1
+
+    with Run("gpt", tmp_path, gpt.Config(), every=100) as one:      # the same row with large figures, in the last step
+        one.total, one.start = 1000, one.start - 50_000
+        one(999, **{name: LARGE.get(name, 99.999) for name in names.values() if name not in ("step", "left")})
+    *large_heading, large = capsys.readouterr().out.splitlines()
+    assert large_heading == heading
+    for row in [*heading, *rows, large]:
+        assert len(row) <= 100
+    for row in [*rows, large]:
+        ends = [match.end() for match in re.finditer(r"\S+", row)]
+        assert ends[1:] == list(names)[1:] and ends[0] <= list(names)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Numbers gone wrong
 
 
@@ -394,8 +478,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(stage, chain, tmp_pa
     """A night of steps on weights that are all NaN, saved over the last good ones."""
     out, argv = before(stage, chain, tmp_path)
     folder, (module, steps) = out / "cpu" / stage, (MODULES[stage], 8 if stage == "ppo" else 1)
-    folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"of an earlier run")
+    an_earlier_run(folder, chain / "cpu" / stage)
     every = {"gpt": 4, "sft": 10, "ppo": 2}.get(stage, 3)
     for what, n, step, resume in (("nan", 1, 1, []), ("inf", every * steps + steps, every + 1, []),
                                   ("loss", 2 * steps, every + 2, ["--resume"])):
@@ -405,13 +488,13 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run(stage, chain, tmp_pa
         message = str(error.value)
         assert message.startswith(f"{stage}, step {step}: loss ") and "\n" not in message
         assert "gradient norm " in message and "no step taken" in message and ("nan" in message or "inf" in message)
-        saved = gpt.read_torch(folder / "state.pt")
+        saved = read_torch(folder / "unfinished/state.pt")
         if step == 1:
             assert message.endswith("last figures: none yet") and saved["step"] == 0
         else:
             last = step - 1 if stage == "ppo" else every
             assert f"last figures: step {last}, " in message and saved["step"] == (step - 1) // every * every
-        assert (folder / "checkpoint.pt").read_bytes() == b"of an earlier run"
+        check_unfinished(folder, chain / "cpu" / stage)
         assert all(tensor.isfinite().all() for tensor in saved.get("model", saved.get("policy", {})).values())
     module.main([*argv, "--resume"])
     check_finished(folder, chain / "cpu" / stage)
@@ -431,7 +514,7 @@ def test_a_policy_that_cannot_be_sampled_stops_the_run(chain, tmp_path, monkeypa
         ppo.main(argv)
     assert str(error.value).startswith("ppo, step 4: the model's probabilities are not finite")
     assert "last figures: step 3, gold " in str(error.value) and "\n" not in str(error.value)
-    assert not (out / "cpu/ppo/checkpoint.pt").exists() and gpt.read_torch(out / "cpu/ppo/state.pt")["step"] == 2
+    assert not (out / "cpu/ppo/checkpoint.pt").exists() and read_torch(out / "cpu/ppo/unfinished/state.pt")["step"] == 2
     ppo.main([*argv, "--resume"])
     check_finished(out / "cpu/ppo", chain / "cpu/ppo")
 
@@ -439,7 +522,7 @@ def test_a_policy_that_cannot_be_sampled_stops_the_run(chain, tmp_path, monkeypa
 def test_broken_weights_of_an_earlier_stage_are_one_line(chain, tmp_path):
     """NaN in the SFT model's checkpoint: forty lines of traceback in the stage that meets it first."""
     out, argv = before("dpo", chain, tmp_path)
-    checkpoint = gpt.read_torch(out / "cpu/sft/checkpoint.pt")
+    checkpoint = read_torch(out / "cpu/sft/checkpoint.pt")
     checkpoint["model"]["ln_f.weight"][0] = math.nan
     torch.save(checkpoint, out / "cpu/sft/checkpoint.pt")
     status, _, stderr = run("dpo", argv, out)
@@ -450,10 +533,6 @@ def test_broken_weights_of_an_earlier_stage_are_one_line(chain, tmp_path):
 # Two runs in one folder, a full disk, a read-only folder
 
 
-def files_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
     """Two runs that write to one folder: a checkpoint of one, figures of both, and the .tmp file of the first deleted."""
     out, argv = before("dpo", chain, tmp_path)
@@ -462,17 +541,18 @@ def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
     process = start("dpo", argv, functools.partial(at_call, "step", 5, signal.SIGSTOP), tmp_path / "logs")
     try:
         deadline = time.monotonic() + 60
-        while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        figures = folder / "unfinished/metrics.jsonl"
+        while not figures.exists() or not figures.read_text():
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.2)
-        (folder / "state.pt.1.tmp").write_bytes(b"the first run is writing this")
-        found = files_of(folder)
+        (folder / "unfinished/state.pt.1.tmp").write_bytes(b"the first run is writing this")
+        found = snapshot(folder)
         for flags in ([], ["--resume"]):
             status, _, stderr = run("dpo", argv + flags, out)
             assert status == 1 and stderr.startswith(f"dpo.py: {folder}: another run is using this folder; wait for it")
             assert stderr.count("\n") == 1
-        assert files_of(folder) == found
+        assert snapshot(folder) == found
     finally:
         process.kill()
         process.join(60)
@@ -495,15 +575,14 @@ def test_a_full_disk(chain, tmp_path):
     """The disk is full: the old checkpoint is gone, half of the new one is there, and Python prints forty lines."""
     out, argv = before("dpo", chain, tmp_path)
     folder = out / "cpu/dpo"
-    folder.mkdir()
-    (folder / "checkpoint.pt").write_bytes(b"of an earlier run")
+    an_earlier_run(folder, chain / "cpu/dpo")
     size = (chain / "cpu/dpo/checkpoint.pt").stat().st_size  # the state, with two moments for each weight, is larger
     for resume in ([], ["--resume"]):
         status, _, stderr = run("dpo", argv + resume, out, no_room_for, size)
         assert status == 1 and stderr.startswith(f"dpo.py: {folder}") and stderr.count("\n") == 1
-        assert os.strerror(errno.EFBIG) in stderr and not list(folder.glob("*.tmp"))
-        assert (folder / "checkpoint.pt").read_bytes() == b"of an earlier run"
-        assert gpt.read_torch(folder / "state.pt")["step"] == 0
+        assert os.strerror(errno.EFBIG) in stderr and not list(folder.rglob("*.tmp"))
+        check_unfinished(folder, chain / "cpu/dpo")
+        assert read_torch(folder / "unfinished/state.pt")["step"] == 0
     dpo.main([*argv, "--resume"])  # somebody made room
     check_finished(folder, chain / "cpu/dpo")
 
@@ -516,12 +595,12 @@ def test_a_read_only_folder(chain, tmp_path):
         for made in (False, True):
             if made:
                 shutil.copytree(chain / "cpu/dpo", folder)
-            found = files_of(out / "cpu")
+            found = snapshot(out / "cpu")
             for path in [out / "cpu", folder][:1 + made]:
                 path.chmod(0o555)
             status, stdout, stderr = run("dpo", argv, out, without_privileges)
             assert status == 1 and stderr.count("\n") == 1 and stderr.startswith(f"dpo.py: {folder}")
-            assert stderr.endswith(": Permission denied\n") and "/8 " not in stdout and files_of(out / "cpu") == found
+            assert stderr.endswith(": Permission denied\n") and "/8 " not in stdout and snapshot(out / "cpu") == found
     finally:
         for path in (out / "cpu", folder):
             if path.exists():
@@ -544,12 +623,12 @@ def interrupted(stage, chain, tmp_path, n=5):
 def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
     """Half of a run with one learning rate and half with another, under the name of one of them."""
     out, argv, folder = interrupted(stage, chain, tmp_path)
-    found = files_of(folder)
+    found = snapshot(folder)
     with pytest.raises(InputError) as error:
         MODULES[stage].main([*argv, "--resume", *flags.split()])
-    assert str(error.value) == (f"{folder / 'state.pt'}: the run began with {began}, not {flags.split()[1]}; resume it with "
+    assert str(error.value) == (f"{folder / 'unfinished/state.pt'}: the run began with {began}, not {flags.split()[1]}; resume it with "
                                 f"its settings, or begin anew without --resume")
-    assert files_of(folder) == found
+    assert snapshot(folder) == found
 
 
 @pytest.mark.parametrize("stage, source", [
@@ -562,14 +641,14 @@ def test_a_stage_that_was_trained_anew_in_between_is_refused(stage, source, chai
     path = out / "cpu" / source
     before_it = path.read_bytes()
     if path.suffix == ".pt":
-        gpt.write_torch(path, {**gpt.read_torch(path), "note": "another one"})
+        write_torch(path, {**read_torch(path), "note": "another one"})
     else:
         path.write_bytes(b"".join(reversed(before_it.splitlines(keepends=True))))
-    found = files_of(folder)
+    found = snapshot(folder)
     with pytest.raises(InputError) as error:
         MODULES[stage].main([*argv, "--resume"])
-    assert str(error.value) == f"{folder / 'state.pt'}: the run began with another {source}; begin anew without --resume"
-    assert files_of(folder) == found
+    assert str(error.value) == f"{folder / 'unfinished/state.pt'}: the run began with another {source}; begin anew without --resume"
+    assert snapshot(folder) == found
     path.write_bytes(before_it)
     MODULES[stage].main([*argv, "--resume"])
     assert (folder / "checkpoint.pt").exists()
@@ -579,9 +658,8 @@ def test_the_state_of_another_stage_is_refused(chain, tmp_path):
     """The wrong file copied: weights of the SFT model under the optimizer of DPO."""
     out, argv, folder = interrupted("dpo", chain, tmp_path)
     for name in ("ppo", "ppo-2"):
-        (out / "cpu" / name).mkdir(exist_ok=True)
-        shutil.copy(folder / "state.pt", out / "cpu" / name)
-        with pytest.raises(InputError, match=f"cpu/{name}/state.pt: is the state of a run of dpo, but {name} is wanted"):
+        shutil.copytree(folder / "unfinished", out / "cpu" / name / "unfinished")
+        with pytest.raises(InputError, match=f"cpu/{name}/unfinished/state.pt: is the state of a run of dpo, but {name} is wanted"):
             ppo.main([*arguments("ppo", out, ""), "--name", name, "--resume"])
 
 
@@ -592,13 +670,13 @@ def test_what_a_run_says_of_an_unfinished_one(chain, tmp_path, capsys):
     dpo.main([*argv, "--resume"])
     assert f"dpo: nothing to resume in {folder}, begins anew\n" in capsys.readouterr().out
     check_finished(folder, chain / "cpu/dpo")
-    found = files_of(folder)
+    found = snapshot(folder)
     with pytest.raises(InputError) as error:
         dpo.main([*argv, "--resume"])
     assert str(error.value) == (f"{folder / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is "
                                 f"trained anew")
     del error
-    assert files_of(folder) == found
+    assert snapshot(folder) == found
 
     assert run("dpo", argv, out, at_call, "step", 5, signal.SIGKILL)[0] == -signal.SIGKILL
     capsys.readouterr()
@@ -611,25 +689,15 @@ def test_the_flag_goes_down_the_chain(chain, tmp_path, monkeypatch, capsys):
     """ppo.py trains what is missing; interrupted in the middle of that, ppo.py --resume would begin the SFT stage again."""
     out, _, folder = interrupted("sft", chain, tmp_path, n=25)
     data = chain / "demonstrations.jsonl"
-    for module, name, stage in ((sft, "main", "sft"), (ppo, "train_reward_model", "reward_model")):
-        main, flags = getattr(module, name), FLAGS[stage].format(data=data).split()
-        monkeypatch.setattr(module, name, lambda argv, main=main, flags=flags: main(argv + flags))
+    for stage in ("sft", "reward_model"):
+        main, flags = ppo.EARLIER[stage], FLAGS[stage].format(data=data).split()
+        monkeypatch.setitem(ppo.EARLIER, stage, lambda argv, main=main, flags=flags: main(argv + flags))
     ppo.main([*arguments("ppo", out, data), "--resume"])
     printed = capsys.readouterr().out
+    assert printed.startswith("plan    sft → reward_model → ppo, about 5 minutes on two cores\n")
     assert "sft: goes on after step 20\n" in printed and "reward_model: nothing to resume" in printed
     for stage in ("sft", "reward_model", "ppo"):
         check_finished(out / "cpu" / stage, chain / "cpu" / stage)
-
-
-@pytest.mark.parametrize("name", [*MODULES, "best_of_n"])
-def test_every_script_can_train_what_is_missing(name, tmp_path):
-    """A script without --resume, in an empty folder, ended in an AttributeError instead of training what was missing."""
-    config, calls = importlib.import_module(name).Config(size="cpu", out=str(tmp_path), seed=7), []
-    gpt.train_if_missing("sft", calls.append, config)
-    config.resume = True
-    gpt.train_if_missing("sft", calls.append, config)
-    argv = ["--size", "cpu", "--out", str(tmp_path), "--seed", "7"]
-    assert calls == [argv, [*argv, "--resume"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -651,9 +719,9 @@ def small_stage(folder, last, resume=False):
     config = gpt.Config(size="cpu", resume=resume)
     model = gpt.GPT(gpt.GPTConfig(5, 4, 0, 1, 4), torch.Generator().manual_seed(1))
     optimizer = gpt.make_optimizer(model, 0.1)
-    with gpt.Run("gpt", folder, config, every=2) as run:
+    with Run("gpt", folder, config, every=2) as run:
         run.total = 6
-        losses = gpt.restore(run.saved, 6, model=model, optimizer=optimizer, losses=[])["losses"]
+        losses = restore(run.saved, 6, model=model, optimizer=optimizer, losses=[])["losses"]
         found = copy.deepcopy(run.saved)
         for step in range(run.saved["step"], 6):
             if step == last:
@@ -767,8 +835,8 @@ def small_state(tmp_path, monkeypatch):
     """(path of a state.pt after step 4 of 6, its bytes, what it holds). Nobody waits for the disk."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
     small_stage(tmp_path, 4)
-    path = tmp_path / "state.pt"
-    return path, path.read_bytes(), gpt.read_torch(path)
+    path = tmp_path / "unfinished/state.pt"
+    return path, path.read_bytes(), read_torch(path)
 
 
 def test_a_damaged_state_is_refused(small_state, tmp_path):
@@ -800,12 +868,12 @@ def test_a_state_with_other_things_in_it_is_refused(small_state, tmp_path):
 def test_a_stages_own_values_are_checked_too(stage, name, n, chain, tmp_path):
     """A traceback for what only this stage keeps; or a state from beyond the last step: the run ends at once, untrained."""
     _, argv, folder = interrupted(stage, chain, tmp_path, n)
-    values = gpt.read_torch(folder / "state.pt")
+    values = read_torch(folder / "unfinished/state.pt")
     assert values["step"] > 0
     cases = [(f"{name} = {junk!r}", torch_bytes({**values, name: junk})) for junk in (None, "3", ["x"], {"x": 1})]
     cases += [(f"without {name}", torch_bytes({key: x for key, x in values.items() if key != name}))]
     cases += [(f"step = {step}", torch_bytes({**values, "step": step})) for step in (100, 10 ** 6)]
-    wrong, _ = outcomes(folder / "state.pt", cases, lambda: MODULES[stage].main([*argv, "--resume"]), None)
+    wrong, _ = outcomes(folder / "unfinished/state.pt", cases, lambda: MODULES[stage].main([*argv, "--resume"]), None)
     assert wrong == {} and not (folder / "checkpoint.pt").exists()
 
 
@@ -814,14 +882,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     """The same of a checkpoint: the next stage trains for hours on weights that nobody ever saved."""
     path = tmp_path / "checkpoint.pt"
     small_checkpoint(path)
-    whole, values = path.read_bytes(), gpt.read_torch(path)
+    whole, values = path.read_bytes(), read_torch(path)
     cases = [*damaged(whole, random.Random("damaged checkpoints")), *evil_files(whole, values, tmp_path / "marker")]
     cases += [(label, torch_bytes(content)) for label, content in wrong_types(values)]
     cases += [(f"config: {label}", torch_bytes({**values, "config": content}))
-              for label, content in wrong_types(values["config"]) if label != "without dropout"]  # 0, as it was
+              for label, content in wrong_types(values["config"])]
     for stage, words in (("gpt", "the fox"), ("ppo", "the fox"), ("sft", "a hen, a drum, a hen")):
         small_checkpoint(tmp_path / "other.pt", stage, words)
-        other = gpt.read_torch(tmp_path / "other.pt")
+        other = read_torch(tmp_path / "other.pt")
         cases += [(f"of {stage}", torch_bytes(other))] * (stage != "sft")
         cases += [("another vocabulary", torch_bytes({**values, "vocabulary": other["vocabulary"][:-1]}))]
     cases += [("another size", torch_bytes({**values, "size": "gpu"}))]
