@@ -391,8 +391,9 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
         if all(map(stories.parse_request, prompts)):
             scores["gold"].append(gold_rewards(rollout, tokenizer))
     scores = {name: torch.stack(pair) for name, pair in scores.items() if pair}  # each (2, N)
-    print(f"before and after on {len(prompts)} held-out prompts: " + "; ".join(
-        f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})" for name, (x, y) in scores.items()))
+    means = [f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})"
+             for name, (x, y) in scores.items()]
+    print(f"before and after on {len(prompts)} held-out prompts" + ": " * bool(means) + "; ".join(means))
     gains = next((y - x for x, y in reversed(scores.values())), torch.zeros(len(prompts)))
     median = gains.argsort(stable=True)[len(gains) // 2].item()
     rewards = scores.get("reward", [[None] * len(prompts)] * 2)
