@@ -207,6 +207,8 @@ def answer(config, stage, name):
 
     config.temperature counts from the policy as it was trained: 1 is the policy itself, 0.5 sharpens it.
     """
+    if config.temperature <= 0:
+        raise InputError(f"--temperature {config.temperature}: must be positive; --top_k 1 takes the likeliest token")
     complete(stage_folder(config, name))
     policy, tokenizer, checkpoint = load_checkpoint(stage_folder(config, name) / "checkpoint.pt", stage, config.size,
                                                     get_device())
