@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import reward_model as reward_model_stage
+from data import stories
 from data.files import hold_out, read_pairs, run_script
 from data.run import Run, announce, check_name, parse_config, restore, stage_folder, train_missing
 from gpt import (batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
@@ -175,8 +176,9 @@ def train(config):
                         metrics=run.figures())
         run.finish()
     reward_model = None if config.data else load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)[0]
-    held_out = list(dict.fromkeys(row["prompt"] for row in data.held_out_rows)) if config.data else None
-    show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model)
+    held_out = list(dict.fromkeys(row["prompt"] for row in data.held_out_rows))
+    world = not config.data and all(map(stories.parse_request, held_out))  # the stage's pairs may be somebody's own too
+    show_before_and_after(None if world else held_out, reference, policy, tokenizer, config, reward_model)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 

@@ -299,13 +299,13 @@ def train(config):
     announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
     if config.data:
         data = encode_comparisons(split, config.data, tokenizer, policy.config.block_size)  # before anything is written
+        prompts_with_room([row["prompt"] for row in data.rows], tokenizer, config, policy.config.block_size)
     with Run("reward_model", folder, config, config.report, [sft_path]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
         if not config.data:
             split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, config)
             data = encode_comparisons(split, "the collected pairs", tokenizer, policy.config.block_size)
         print(f"pairs   {data.description}", flush=True)
-        prompts, _ = prompts_with_room([row["prompt"] for row in data.rows], tokenizer, config, policy.config.block_size)
         write_jsonl(run.folder / "pairs.jsonl", data.rows)
         write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
 
@@ -318,6 +318,8 @@ def train(config):
             run.end_step(step, **state)
 
         # 3. Shift to mean 0 over the SFT policy's own responses.
+        asked = [row["prompt"] for row in data.rows]
+        prompts, _ = prompts_with_room(asked, tokenizer, config, policy.config.block_size)
         with autocast(device):
             rollout = generate(policy, random.Random(f"shift {config.seed}").choices(prompts, k=512), config.max_new_tokens,
                                tokenizer.end_token, seed=config.seed)
@@ -391,8 +393,9 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
         if all(map(stories.parse_request, prompts)):
             scores["gold"].append(gold_rewards(rollout, tokenizer))
     scores = {name: torch.stack(pair) for name, pair in scores.items() if pair}  # each (2, N)
-    print(f"before and after on {len(prompts)} held-out prompts: " + "; ".join(
-        f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})" for name, (x, y) in scores.items()))
+    means = [f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})"
+             for name, (x, y) in scores.items()]
+    print(f"before and after on {len(prompts)} held-out prompts" + ": " * bool(means) + "; ".join(means))
     gains = next((y - x for x, y in reversed(scores.values())), torch.zeros(len(prompts)))
     median = gains.argsort(stable=True)[len(gains) // 2].item()
     rewards = scores.get("reward", [[None] * len(prompts)] * 2)

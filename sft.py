@@ -145,8 +145,8 @@ def prompts_with_room(prompts, tokenizer, config, block_size):
     """(the ids of the prompts that leave room for a response, what to say of them). InputError if none does."""
     fitting = [tokenizer.prompt(prompt) for prompt in prompts if has_room(prompt, tokenizer, config, block_size)]
     if not fitting:
-        raise InputError(f"{config.data or 'the little world'}: no prompt leaves room for --max_new_tokens {config.max_new_tokens} in the "
-                         f"context of {block_size}")
+        raise InputError(f"{config.data or 'the little world'}: no prompt leaves room for --max_new_tokens "
+                         f"{config.max_new_tokens} in the context of {block_size}")
     return fitting, (f"{config.data}: {len(fitting)} prompts, dropped {len(prompts) - len(fitting)} that leave no room for "
                      f"{config.max_new_tokens} new tokens")
 

@@ -98,6 +98,19 @@ def test_ppo_finds_the_boltzmann_policy(world):
     assert kl(found, best) <= 0.02
 
 
+def test_ppo_without_a_value_model_climbs_too(world):
+    """The same loop as REINFORCE, V = 0: a baseline or a second optimizer that the algorithm cannot do without."""
+    reference, ref, rewards, best, J_star = world
+    policy = copy_of(reference)
+    config = ppo.Config(iterations=60, rollouts=128, epochs=2, minibatch=64, micro_batch=64, lr=2e-3, beta=BETA,
+                        lam=1.0, max_new_tokens=LIMIT, missing_end_score=UNFINISHED)
+    for _ in ppo.optimize(policy, reference, TableReward(rewards), None, lambda n, rng: [PROMPT] * n, END, config):
+        pass
+    with torch.no_grad():
+        found = exact_logprobs(policy)
+    assert kl(found, best) <= 0.1 * kl(ref, best)  # J* - J = β KL(π||π*): nine tenths of the way
+
+
 class Blocks(random.Random):
     """Shuffles blocks of `size` only: all copies of a pair come in one batch, whose labels then are as mixed as they should
     be. (Drawn one by one, labels are noise, and it takes ten times as many pairs to average it out.)"""

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import random
 import re
@@ -11,26 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+import dpo
 import gpt
 import ppo
+import reward_model
+import sft
+from data import stories
 from data.files import InputError, write_jsonl
 from data.tokenizer import Tokenizer
-from gpt import GPT, GPTConfig, load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
+from gpt import load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
+from helpers import metrics, noise, snapshot, tiny_gpt, tiny_reward_model, untimed
 from reward_model import RewardModel
 
 V, END, LIMIT = 5, 4, 3  # the world that can be enumerated: tokens 0 to 3 and <|end|>, at most 3 tokens a response
-
-
-def tiny_gpt(seed, vocab=V, block_size=32):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab, block_size, n_layer=2, n_head=2, n_embd=32))
-
-
-def tiny_reward_model(seed, vocab=V, block_size=32):
-    torch.manual_seed(seed)
-    model = RewardModel(GPTConfig(vocab, block_size, n_layer=2, n_head=2, n_embd=32))
-    torch.nn.init.normal_(model.head.weight)
-    return model
 
 
 def all_responses():
@@ -63,12 +55,8 @@ def ragged_mask(seed, B=5, T=12):
     return mask, prompts, lengths
 
 
-def noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Masked statistics, entropy
+# Masked statistics
 
 
 @pytest.mark.parametrize("junk", [0.0, 1e30, math.inf, -math.inf, math.nan])
@@ -88,16 +76,6 @@ def test_whitening_equal_values_gives_zeros():
     """Division by a standard deviation of 0 when all advantages are the same."""
     mask, _, _ = ragged_mask(0)
     assert (ppo.whiten(torch.full(mask.shape, 0.5), mask) == 0).all()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
-def test_token_entropy(temperature):
-    """The entropy of another distribution than the sampled one (no temperature), or a sum over another axis."""
-    for shape in ((2, 6, 9), (7, 9), (9,)):
-        logits = 3 * noise(0, *shape)
-        expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
-        assert expected.shape == shape[:-1]
-        torch.testing.assert_close(ppo.token_entropy(logits, temperature), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,8 +231,8 @@ def experience(policy, value_model, seed=0):
     with torch.no_grad():
         logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
     old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
-    return ppo.Experience(tokens, lengths, mask, old_logprobs, old_values, noise(3, *mask.shape),
-                          values + noise(4, *mask.shape))
+    return ppo.Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=noise(3, *mask.shape),
+                          old_values=old_values, returns=values + noise(4, *mask.shape))
 
 
 def update_by_hand(policy, value_model, batch):
@@ -299,6 +277,29 @@ def test_pick_keeps_the_rows_together():
         assert part.mask.sum() == batch.mask[rows].sum()  # only padding was cut off
 
 
+def test_minibatch_without_a_value_model():
+    """Nobody to ask for a value: the policy's gradient is the one it has beside a value model, the value loss 0."""
+    policy, value_model = tiny_gpt(0), tiny_reward_model(1)
+    batch = experience(policy, value_model)
+    expected, figures = update_by_hand(policy, value_model, batch)
+    batch = batch._replace(old_values=None, returns=None)
+    found = ppo.backward(policy, None, batch, ppo.Config(micro_batch=4, clip=0.2))
+    torch.testing.assert_close(found, figures * torch.tensor([1, 0, 1, 1]), rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip(policy.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch, widest", [(1, [4, 5, 7, 11, 15, 21]), (2, [5, 11, 21]), (3, [7, 21]), (6, [21])])
+def test_rows_of_one_length_stand_together(micro_batch, widest):
+    """Micro-batches cut from the rows as they come: half of what is computed is padding."""
+    policy, value_model, shapes = tiny_gpt(0), tiny_reward_model(1), []
+    batch = experience(policy, value_model)
+    for model in (policy, value_model.trunk):
+        model.wte.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
+    ppo.backward(policy, value_model, batch, ppo.Config(micro_batch=micro_batch))
+    assert shapes == [(micro_batch, T) for T in widest for _ in range(2)]
+
+
 @pytest.mark.parametrize("rows", [[4, 0, 2], [4], [1, 5], [0, 1, 2, 3, 4, 5]], ids=str)
 @pytest.mark.parametrize("micro_batch", [1, 2, 6])
 def test_trimmed_minibatches_give_the_untrimmed_gradient(rows, micro_batch):
@@ -335,14 +336,14 @@ def test_values_never_look_ahead():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 64])
 def test_score_is_what_the_full_logits_say(micro_batch, temperature):
-    """Rows that come back in the order of their lengths; a score read at the padding, or where a longer row ends; an
-    entropy over the prompt; a value where no response is. The oracle reads everything off one batch with all its padding."""
+    """Rows that come back in the order of their lengths; a score read at the padding, or where a longer row ends;
+    a value where no response is. The oracle reads everything off one batch with all its padding."""
     policy, reference, scorer, value_model = tiny_gpt(0), tiny_gpt(1), tiny_reward_model(2), tiny_reward_model(3)
     prompts, lengths = torch.tensor([3, 1, 5, 2, 4, 1, 6]), torch.tensor([4, 15, 7, 11, 5, 21, 13])
     tokens = torch.randint(V, (7, 24), generator=torch.Generator().manual_seed(4))  # padding is any token
     mask = response_mask(prompts, lengths, 24)
     with torch.inference_mode():
-        logprobs, ref_logprobs, values, scores, entropy = ppo.score(
+        logprobs, ref_logprobs, values, scores = ppo.score(
             policy, reference, scorer, value_model, gpt.Rollout(tokens, prompts, lengths), mask,
             ppo.Config(micro_batch=micro_batch, temperature=temperature))
         logits, ref_logits = policy(tokens), reference(tokens)
@@ -353,8 +354,6 @@ def test_score_is_what_the_full_logits_say(micro_batch, temperature):
         assert fast.shape == mask.shape and (fast[~mask] == 0).all() and slow[~mask].abs().min() > 0
         torch.testing.assert_close(fast[mask], slow[mask], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores, last, rtol=1e-5, atol=1e-5)
-    entropies = torch.distributions.Categorical(logits=logits[:, :-1] / temperature).entropy()
-    assert float(entropy) == pytest.approx(entropies[mask].mean().item(), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -380,11 +379,9 @@ class Score:
                              for row, n in zip(tokens.tolist(), lengths.tolist())])
 
 
-def run_loop(policy, reference, score, config, value_model=None, end=END):
+def run_loop(policy, reference, score, config, value_model):
     """All iterations of ppo.optimize: lists of rollouts and figures."""
-    torch.manual_seed(0)
-    value_model = value_model or RewardModel(policy.config)
-    steps = ppo.optimize(policy, reference, Score(score), value_model, draw_prompts, end, config)
+    steps = ppo.optimize(policy, reference, Score(score), value_model, draw_prompts, END, config)
     rollouts, figures, _ = zip(*steps)
     return rollouts, figures
 
@@ -420,12 +417,11 @@ def test_first_minibatch_is_on_policy(monkeypatch, temperature):
     everything = batch.advantages[batch.mask]  # all rollouts are in this minibatch, so its advantages are white
     assert everything.mean().item() == pytest.approx(0, abs=1e-5)
     assert everything.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    residual = (batch.returns - batch.old_values)[batch.mask]
-    assert figures[0]["value_explained"] == pytest.approx(1 - (residual.var() / batch.returns[batch.mask].var()).item())
     assert figures[0]["length"] == pytest.approx(batch.mask.sum().item() / 32)
+    assert figures[0]["entropy"] == pytest.approx(-batch.old_logprobs[batch.mask].mean().item(), rel=1e-5)
 
-    # Every row alone, in float64: what was sampled, its entropy, and V of the prefix.
-    entropies, double = [], copy.deepcopy(policy).double()
+    # Every row alone, in float64: what was sampled, V of the prefix, and the entropy that a sample's -log π estimates.
+    surprise, double = [], copy.deepcopy(policy).double()
     for row, mask, old, values in zip(batch.tokens.tolist(), batch.mask, batch.old_logprobs, batch.old_values):
         first, last = mask.nonzero()[[0, -1], 0].tolist()
         prompt, response = row[:first + 1], row[first + 1:last + 2]
@@ -435,9 +431,9 @@ def test_first_minibatch_is_on_policy(monkeypatch, temperature):
             alone = [value_model(torch.tensor([row[:t + 1]]))[0, -1].item() for t in range(first, last + 1)]
             for t in range(first, last + 1):
                 logits = double(torch.tensor([row[:t + 1]]))[0, -1] / temperature
-                entropies.append(torch.distributions.Categorical(logits=logits).entropy().item())
+                surprise.append(-old[t].item() - torch.distributions.Categorical(logits=logits).entropy().item())
         assert values[mask].tolist() == pytest.approx(alone, abs=1e-4)
-    assert figures[0]["entropy"] == pytest.approx(np.mean(entropies), abs=1e-4)
+    assert abs(np.mean(surprise)) < 4 * np.std(surprise) / len(surprise) ** 0.5
 
 
 def test_rollouts_follow_the_scored_distribution(monkeypatch):
@@ -447,7 +443,7 @@ def test_rollouts_follow_the_scored_distribution(monkeypatch):
     monkeypatch.setattr(ppo, "backward", lambda *args: torch.zeros(4))
     monkeypatch.setattr(ppo, "optimizer_step", lambda *args: None)
     policy = tiny_gpt(0)
-    rollouts, _ = run_loop(policy, copy.deepcopy(policy), len, config)
+    rollouts, _ = run_loop(policy, copy.deepcopy(policy), len, config, None)
     rows = rollouts[0]
     for prompt in PROMPTS:
         p = exact_logprobs(policy, prompt, [[token] for token in range(V)], temperature=0.5).exp()
@@ -475,6 +471,66 @@ def test_response_without_end_is_terminal_and_fined(monkeypatch):
     torch.testing.assert_close(batch.returns.gather(1, last), torch.where(ends, 7.0, -3.0), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1.0, 0.5, -1.0, 3.0])
+def test_value_explained_is_measured_against_what_came(monkeypatch, factor):
+    """Values compared with λ-returns, which are half made of those values: whatever V says, it explains itself. Here
+    every G_t is the response's score, and V = factor · G_t + 7 leaves (1 - factor)² of its variance."""
+    score, config = ppo.score, ppo.Config(iterations=1, rollouts=32, epochs=1, max_new_tokens=LIMIT, lam=0.5, beta=0.0)
+
+    def with_values(*args):
+        rollout, mask, config = args[4:]
+        logprobs, ref_logprobs, _, scores = score(*args)
+        G = torch.where(rollout.ended(END), scores, config.missing_end_score)
+        return logprobs, ref_logprobs, torch.where(mask, factor * G[:, None] + 7, 0.0), scores
+
+    monkeypatch.setattr(ppo, "score", with_values)
+    _, figures = run_loop(tiny_gpt(0), tiny_gpt(1), lambda response: 2 * len(response), config, tiny_reward_model(2))
+    assert figures[0]["value_explained"] == pytest.approx(1 - (1 - factor) ** 2, abs=1e-4)
+
+
+def test_advantages_without_a_value_model(monkeypatch):
+    """An advantage that still subtracts or bootstraps from some V: without one it is the sum of what follows, each
+    reward discounted by λ."""
+    config = ppo.Config(iterations=1, rollouts=32, minibatch=32, epochs=1, max_new_tokens=LIMIT, lam=0.5)
+    policy = tiny_gpt(0)
+    (batch, *_), _, figures = first_minibatch(monkeypatch, config, policy, copy.deepcopy(policy), len, None)
+    expected = torch.zeros(batch.mask.shape)
+    for b, (row, mask) in enumerate(zip(batch.tokens.tolist(), batch.mask)):
+        first, last = mask.nonzero()[[0, -1], 0].tolist()
+        for t in range(first, last + 1):  # no KL to the reference yet: the score is all there is, at the last token
+            expected[b, t] = (last - first + 1 if row[last + 1] == END else -5) * 0.5 ** (last - t)
+    inside = expected[batch.mask]
+    white = (inside - inside.mean()) / inside.std(correction=0)
+    torch.testing.assert_close(batch.advantages[batch.mask], white, rtol=1e-4, atol=1e-4)
+    assert figures[0]["value_loss"] == 0 and figures[0]["value_explained"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("valued", [True, False])
+def test_a_loop_goes_on_from_its_state(valued):
+    """A state that lacks a model, its momentum or the adapted beta, or asks for a value model where there is none."""
+    config = ppo.Config(iterations=3, rollouts=8, minibatch=4, epochs=1, max_new_tokens=LIMIT, kl_target=1.0, lr=1e-2)
+
+    def loop(saved=None):
+        policy, value_model = tiny_gpt(0), tiny_reward_model(1) if valued else None
+        return ppo.optimize(policy, tiny_gpt(2), Score(len), value_model, draw_prompts, END, config, saved)
+
+    def state_dicts(state):
+        return {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
+
+    saved, whole = None, []
+    for step, (_, figures, state) in enumerate(loop(), start=1):
+        whole.append(untimed([figures]))
+        if step == 2:
+            saved = copy.deepcopy({"step": 2, "path": "state.pt", **state_dicts(state)})
+    names = {"beta", "policy", "policy_optimizer"} | ({"value_model", "value_model_optimizer"} if valued else set())
+    assert saved.keys() == names | {"step", "path"}
+    (_, figures, resumed), = loop(saved)
+    assert untimed([figures]) == whole[2]
+    assert figures["beta"] == saved["beta"] != 0.2 and resumed["beta"] == state["beta"] != saved["beta"]
+    for name in ("policy", "value_model")[:1 + valued]:
+        assert all(torch.equal(p, q) for p, q in zip(resumed[name].parameters(), state[name].parameters()))
+
+
 def objective(policy, reference, score, beta):
     """(J, J*, KL) by enumeration, means over the prompts; a response without END gets the fine of -5."""
     responses, figures = all_responses(), []
@@ -497,7 +553,7 @@ def test_training_climbs_to_the_optimum_and_beta_holds_it_back():
         start, _, _ = objective(policy, reference, score, beta)
         config = ppo.Config(iterations=12, rollouts=96, minibatch=48, micro_batch=48, epochs=3, max_new_tokens=LIMIT,
                             lr=2e-3, value_lr=5e-3, beta=beta)
-        _, figures = run_loop(policy, reference, score, config)
+        _, figures = run_loop(policy, reference, score, config, RewardModel(policy.config))
         end, best, divergence[beta] = objective(policy, reference, score, beta)
         if beta == 0.5:
             assert (end - start) / (best - start) > 0.7
@@ -510,22 +566,6 @@ def test_training_climbs_to_the_optimum_and_beta_holds_it_back():
 
 
 FLAGS = "--rollouts 6 --minibatch 4 --micro_batch 3 --epochs 2 --max_new_tokens 16 --size cpu".split()
-
-
-def metrics(path):
-    """The rows of a metrics.jsonl; nan and infinity are no JSON."""
-    def refuse(name):
-        raise ValueError(f"{path} holds {name}")
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
-def untimed(rows):
-    return [{key: x for key, x in row.items() if key not in ("seconds", "memory_mb") and not key.endswith("_s")}
-            for row in rows]
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_main(out, capsys):
@@ -552,20 +592,130 @@ def test_main(out, capsys):
     printed = capsys.readouterr().out
     assert "next: python dpo.py" in printed
     header = next(line for line in printed.splitlines() if line.startswith("     step  ")).split()
-    assert set(header) - {"left"} == set(runs[0][0]) - {
-        "beta", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s", "seconds"}
+    hidden = {"beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s", "seconds"}
+    # The names' last words; what stands before them is in the line above.
+    assert header == [name.split("_")[-1] for name in runs[0][0] if name not in hidden] + ["left"]
 
     ppo.main(["--out", str(out), "--iterations", "2", "--seed", "2", "--name", "ppo-other", *FLAGS])
     assert untimed(metrics(out / "cpu/ppo-other/metrics.jsonl"))[0] != untimed(runs[0])[0]  # the seed counts
 
 
-def test_kl_target_moves_beta(out):
-    """A controller that is never called, or that sees another KL than the one that is logged."""
-    ppo.main(["--out", str(out), "--iterations", "3", "--kl_target", "3", "--lr", "1e-2", *FLAGS])
+def test_kl_target_moves_beta(out, monkeypatch):
+    """A controller that is never called, or that sees another KL than the one that is logged; a checkpoint that names
+    the first beta, not the last one, or does not say how its policy was trained; the same after a run that was killed
+    once all iterations were done."""
+    flags = "--iterations 3 --kl_target 3 --lr 1e-2 --temperature 0.8 --missing_end_score -3".split()
+    ppo.main(["--out", str(out), *FLAGS, *flags])
     rows = metrics(out / "cpu/ppo/metrics.jsonl")
-    for row, following in zip(rows, rows[1:]):
-        assert following["beta"] == pytest.approx(ppo.adapt_beta(row["beta"], row["kl"], 3.0), rel=1e-5)
-    assert rows[1]["beta"] == pytest.approx(0.2 * 0.98)
+    betas = [row["beta"] for row in rows] + [load_checkpoint(out / "cpu/ppo/checkpoint.pt", "ppo", "cpu")[2]["beta"]]
+    for row, following in zip(rows, betas[1:]):
+        assert following == pytest.approx(ppo.adapt_beta(row["beta"], row["kl"], 3.0), rel=1e-5)
+    assert betas[1] == pytest.approx(0.2 * 0.98) and len(set(betas)) == 4
+
+    def killed(*args, **extra):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(["--out", str(out), "--name", "ppo-killed", *FLAGS, *flags])
+    monkeypatch.undo()
+    ppo.main(["--out", str(out), "--name", "ppo-killed", "--resume", *FLAGS, *flags])
+    for name in ("ppo", "ppo-killed"):
+        _, _, checkpoint = load_checkpoint(out / "cpu" / name / "checkpoint.pt", "ppo", "cpu")
+        assert (checkpoint["beta"], checkpoint["temperature"], checkpoint["missing_end_score"]) == (betas[-1], 0.8, -3)
+        assert untimed(checkpoint["metrics"]) == untimed(rows) == untimed(metrics(out / "cpu" / name / "metrics.jsonl"))
+
+
+def test_no_held_out_request_is_trained_on(out, monkeypatch):
+    """A held-out request that a demonstration, a pair or a rollout has shown before: drawn with another seed, a few of
+    them occur in training all the same."""
+    tokenizer, trained_on, held_out = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")[1], [], []
+    data = sft.prepare(sft.Config(size="cpu", demonstrations=1500), None, tokenizer, 128)
+    trained_on.append([ids[:length] for ids, length in zip(data.sequences, data.prompt_lengths)])
+    held_out.append([ids[:length] for ids, length in zip(data.held_out, data.held_out_prompts)])
+    assert list(map(tokenizer.prompt, data.questions)) == held_out[0][:200]
+
+    def respond(model, tokenizer, prompts, *rest, **more):
+        return list(map(str, range(len(prompts)))), [True] * len(prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "respond", respond)
+        pairs = reward_model.collect(None, tokenizer, reward_model.Config(size="cpu", pairs=1500, held_out=150))
+    for rows, prompts in zip(pairs, (trained_on, held_out)):
+        prompts.append([tokenizer.prompt(row["prompt"]) for row in rows])
+
+    def optimize(*args):
+        trained_on.append(args[4](1500, random.Random(0)))
+        return iter(())
+
+    def generate(model, prompts, *rest, **more):
+        held_out.append(prompts)
+        return gpt.generate(model, prompts, *rest, **more)
+
+    monkeypatch.setattr(ppo, "optimize", optimize)
+    monkeypatch.setattr(reward_model, "generate", generate)
+    ppo.main(["--out", str(out), *FLAGS])
+    assert list(map(len, trained_on)) == [1500] * 3 and list(map(len, held_out)) == [500, 150, 33, 33]
+    for sequences, expected in ((trained_on, False), (held_out, True)):
+        for ids in itertools.chain(*sequences):
+            assert stories.is_held_out(tokenizer.decode(ids[1:-1])) == expected
+
+
+@torch.no_grad()
+def greedy(policy, ids, count, end):
+    """The likeliest token, again and again: the ids behind the prompt, without <|end|>."""
+    found = []
+    while len(found) < count and end not in found:
+        found.append(int(policy(torch.tensor([ids + found]))[0, -1].argmax()))
+    return [token for token in found if token != end]
+
+
+def test_a_prompt_is_answered_by_the_stages_own_policy(out, capsys):
+    """--prompt that asks the SFT model whatever the stage and the --name, a --top_k that does not reach the sampler, a
+    temperature that is not the trained one times the given one."""
+    question, folders, answers = "Tell me a story about a shy fox and a kite.", ("sft", "ppo", "ppo-sharp", "dpo"), []
+    policies = {}
+    for k, name in enumerate(folders):
+        policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter += 0.3 * noise(k, *parameter.shape)
+        policies[name] = policy
+    for name, policy in policies.items():
+        (out / "cpu" / name).mkdir(exist_ok=True)
+        save_checkpoint(out / "cpu" / name / "checkpoint.pt", name.partition("-")[0], "cpu", policy, tokenizer,
+                        **({"temperature": 0.5} if name == "ppo-sharp" else {}))
+    before, ids = snapshot(out), tokenizer.prompt(question)
+
+    def ask(name, *flags):
+        stage, flags = {"sft": sft, "ppo": ppo, "dpo": dpo}[name.partition("-")[0]], ["--out", str(out), *flags]
+        flags += ["--size", "cpu", "--prompt", question, "--max_new_tokens", "12"] + ["--name", name] * (name != "sft")
+        stage.main(flags)
+        return capsys.readouterr().out.removesuffix("\n")
+
+    def sampled(name, seed, temperature):
+        return gpt.respond(policies[name], tokenizer, [ids], 12, seed, temperature)[0][0]
+
+    for name in folders:
+        trained = 0.5 if name == "ppo-sharp" else 1.0
+        answers.append(ask(name))
+        assert answers[-1] == sampled(name, 1, trained)
+        assert ask(name, "--seed", "3", "--temperature", "2") == sampled(name, 3, 2 * trained) != sampled(name, 3, 2.5)
+        assert ask(name, "--top_k", "1") == tokenizer.decode(greedy(policies[name], ids, 12, tokenizer.end_token))
+        with pytest.raises(InputError, match="--temperature 0.0: must be positive"):
+            ask(name, "--temperature", "0")
+    assert len(set(answers)) == 4
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("stage, flag", [(sft, "top_k"), (sft, "temperature"), (ppo, "top_k"), (dpo, "top_k"),
+                                         (dpo, "temperature")])
+def test_a_flag_of_the_answer_without_a_prompt(out, stage, flag):
+    """--top_k without --prompt: minutes of training, and whoever gave it believes that the rollouts were truncated."""
+    before = snapshot(out)
+    with pytest.raises(InputError, match=f"--{flag} 3.*goes with --prompt only"):
+        stage.main(["--out", str(out), "--size", "cpu", f"--{flag}", "3"])
+    assert snapshot(out) == before
 
 
 def test_prompts_of_somebodys_own(out, tmp_path, capsys):
@@ -593,9 +743,11 @@ def test_no_prompt_is_left(out, tmp_path):
 
 @pytest.mark.parametrize("flags, reason", [
     (["--name", name], "--name .*must be ppo") for name in ("sft", "reward_model", "dpo", "my-ppo", "../ppo", "ppo/../sft")] + [
-    (["--temperature", "0"], "--temperature 0.0: must be positive")])
+    (["--temperature", "0"], "--temperature 0.0: must be positive"),
+    (["--beta", "0", "--kl_target", "6"], "--kl_target 6.0: .*--beta 0 stays 0")])
 def test_flags_that_would_cost_another_stage(out, flags, reason):
-    """--name sft: the policy takes the reference's place. --temperature 0: a division by zero in the first rollout."""
+    """--name sft: the policy takes the reference's place. --temperature 0: a division by zero in the first rollout.
+    --beta 0 with a KL target: a controller that multiplies 0, and holds nothing back."""
     before = snapshot(out)
     with pytest.raises(InputError, match=reason):
         ppo.main(["--out", str(out), "--iterations", "1", *FLAGS, *flags])

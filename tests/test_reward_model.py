@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer, train as train_vocabulary
+from helpers import metrics, snapshot
 from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all
 
 V = 11
@@ -108,7 +111,7 @@ def test_score_reads_the_last_token_whatever_the_padding():
 def test_a_length_outside_of_the_tokens_is_an_error(length):
     """A row without a last token drops out of the scores, and those behind it move up by one."""
     tokens = torch.zeros(3, 50, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(RuntimeError, match="out of bounds"):
         tiny_model(1).score(tokens, torch.tensor([4, length, 5]))
 
 
@@ -313,6 +316,33 @@ def test_the_true_reward_reaches_the_best_possible_figures():
         assert observed == pytest.approx(predicted, abs=4 * math.sqrt(2 * 0.25 / count))     # both orders: not independent
 
 
+def test_above_chance_runs_from_a_coin_to_the_truth():
+    """A share of Bayes accuracy alone: a coin has two thirds of it."""
+    gold = simulated_labels()
+    truth, _ = answer_key(gold, gold)
+    assert truth["above_chance"] == pytest.approx(1) == truth["share_of_bayes"]
+    assert truth["above_chance_error"] == pytest.approx(0, abs=1e-9) == truth["share_of_bayes_error"]
+    coin, _ = answer_key(torch.randn(len(gold), generator=torch.Generator().manual_seed(14)), gold)
+    assert abs(coin["above_chance"]) < 4 * coin["above_chance_error"] < 0.08
+    assert abs(coin["share_of_bayes"] - 0.5 / coin["bayes_accuracy"]) < 4 * coin["share_of_bayes_error"]
+    assert coin["share_of_bayes"] > 0.6
+    wrong, _ = answer_key(-gold, gold)
+    assert wrong["above_chance"] == pytest.approx(-1)
+
+
+def test_standard_errors_are_the_spread_of_repeated_measurements():
+    """An error of a ratio as if its two means came from different pairs, a variance for its root, a forgotten 1/√n."""
+    generator, measured = torch.Generator().manual_seed(15), []
+    for _ in range(400):
+        delta = 2 * torch.randn(200, generator=generator)
+        margin = delta + 2 * torch.randn(200, generator=generator)
+        sign = torch.where(torch.rand(200, generator=generator) < torch.sigmoid(delta), 1, -1)
+        measured.append(answer_key(sign * margin, sign * delta)[0])
+    for name in ("expected_accuracy", "share_of_bayes", "above_chance"):
+        spread = statistics.stdev(figures[name] for figures in measured)        # known to 1 / √800, 3.5 %
+        assert statistics.mean(figures[f"{name}_error"] for figures in measured) == pytest.approx(spread, rel=0.14)
+
+
 def test_an_overconfident_model_is_seen():
     """A scale that the answer key does not see: a model twice too sure has the same accuracy and correlation."""
     gold = simulated_labels()
@@ -358,7 +388,9 @@ def test_the_answer_key_by_hand():
     assert figures == pytest.approx({
         "accuracy": 0.5,
         "expected_accuracy": (sigma(2.0) + sigma(0.5)) / 2,     # the model prefers y_w in the first, y_l in the second pair
+        "expected_accuracy_error": (sigma(2.0) - sigma(0.5)) / 2 / math.sqrt(2),
         "bayes_accuracy": (sigma(2.0) + sigma(0.5)) / 2,
+        "share_of_bayes": 1, "share_of_bayes_error": 0, "above_chance": 1, "above_chance_error": 0,
         "loss": -(math.log(sigma(0.5)) + math.log(sigma(-1.0))) / 2,
         "annotator_loss": sum(-sigma(g) * math.log(sigma(g)) - sigma(-g) * math.log(sigma(-g)) for g in gold) / 2,
         "correlation": (0.5 * 2 + 1 * 0.5) / math.sqrt((0.25 + 1) * (4 + 0.25)),
@@ -371,6 +403,54 @@ def test_the_answer_key_by_hand():
     assert all(math.isfinite(value) for value in figures.values()) and figures["loss"] == pytest.approx(math.log(2))
     _, (low, high) = answer_key(torch.tensor([50.0, 40.0]), torch.tensor(gold))      # probabilities of exactly 0 and 1
     assert low == pytest.approx((2, 0, 0)) and high == pytest.approx((2, 1, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before and after
+
+
+@pytest.mark.parametrize("world, scored", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys, world, scored):
+    """The luckiest of 33 prompts shown as the rule; a text beside another's scores; the reward model's opinion where
+    the true reward is known; two seeds, or a temperature at which the policy was not trained."""
+    before, after = (SimpleNamespace(config=SimpleNamespace(block_size=400)) for _ in range(2))
+    rng, calls, prompts = random.Random(16), [], None if world else [f"Color {i}?" for i in range(40)] + ["long " * 400]
+
+    def generate(policy, ids, max_new_tokens, end_token, temperature, seed):
+        asked = [tokenizer.decode(row[1:-1]) for row in ids]
+        texts = [stories.story(rng, request).text if world else "Red " * rng.randrange(30) + f"{i}."
+                 for i, request in enumerate(asked)]
+        calls.append((policy, temperature, seed, asked, texts))
+        tokens, lengths = gpt.pad([row + tokenizer.response(text) for row, text in zip(ids, texts)])
+        return gpt.Rollout(tokens, torch.tensor(list(map(len, ids))), lengths)
+
+    scorer = SimpleNamespace(score=lambda tokens, lengths: (lengths * 37 % 101) / 10)     # nothing like gold
+    monkeypatch.setattr(reward_model, "generate", generate)
+    config = reward_model.Config(seed=5, max_new_tokens=96)
+    reward_model.show_before_and_after(prompts, before, after, tokenizer, config, scorer if scored else None, 0.7)
+    (policy, temperature, seed, asked, _), again = calls
+    assert (policy, temperature, seed) == (before, 1.0, 5) and again[:4] == (after, 0.7, 5, asked)
+    assert len(set(asked)) == 33 if world else asked == prompts[:33]
+
+    figures = {"reward": lambda prompt, text: len(tokenizer.prompt(prompt) + tokenizer.response(text)) * 37 % 101 / 10,
+               "gold": annotator.gold_reward}
+    figures = {name: [[score(*row) for row in zip(asked, texts)] for *_, texts in calls]
+               for (name, score), known in zip(figures.items(), (scored, world)) if known}
+    head, *shown = capsys.readouterr().out.splitlines()
+    which = asked.index(shown[0].removeprefix("prompt   "))
+    for i, (line, label) in enumerate(zip(shown[1:], ("before", "after"))):
+        tags = ", ".join(f"{name} {found[i][which]:+.2f}" for name, found in figures.items())
+        assert line == f"{label:9s}" + f"[{tags}] " * (tags != "") + calls[i][-1][which]
+    assert len(shown) == 3
+
+    expected = []
+    for name, (x, y) in figures.items():        # gold, where it is known, comes last and decides
+        gains = [after - before for before, after in zip(x, y)]
+        expected.append(f"{name} {statistics.mean(x):.2f} → {statistics.mean(y):.2f} "
+                        f"(± {statistics.pstdev(gains) / math.sqrt(33):.2f})")
+    assert head == "before and after on 33 held-out prompts" + ": " * (expected != []) + "; ".join(expected)
+    if figures:
+        assert gains[which] == pytest.approx(statistics.median(gains))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,7 +498,7 @@ def test_training_on_your_own_pairs(policy, capsys):
     printed = capsys.readouterr().out
     deviation = float(printed.split("standard deviation ")[1].split()[0])
     assert scores.std().item() == pytest.approx(deviation, rel=0.2)
-    rows = [json.loads(line) for line in (policy / "cpu/reward_model/metrics.jsonl").read_text().splitlines()]
+    rows = metrics(policy / "cpu/reward_model/metrics.jsonl")
     train_rows, held_out_rows = hold_out(PAIRS, 1)
     held_out = encode_pairs(held_out_rows, tokenizer, 64)[0]
     margin = reward_model.held_out_margins(model, held_out)
@@ -427,8 +507,8 @@ def test_training_on_your_own_pairs(policy, capsys):
     # 4. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data too.
     assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
     assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
-    assert "54 pairs to train on, dropped 0 longer than the context, 0 equal texts\n" in printed
-    assert "6 pairs held out, dropped 0 longer than the context, 0 equal texts\n" in printed
+    assert " 54 pairs, dropped 0 longer than the context, 0 equal texts\n" in printed
+    assert " 6 held out, dropped 0 longer than the context, 0 equal texts\n" in printed
 
 
 def test_the_files_hold_what_was_trained_on(policy, tmp_path, capsys):
@@ -441,8 +521,8 @@ def test_the_files_hold_what_was_trained_on(policy, tmp_path, capsys):
     assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
     assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
     printed = capsys.readouterr().out
-    assert "54 pairs to train on, dropped 54 longer than the context, 54 equal texts\n" in printed
-    assert "6 pairs held out, dropped 6 longer than the context, 6 equal texts\n" in printed
+    assert " 54 pairs, dropped 54 longer than the context, 54 equal texts\n" in printed
+    assert " 6 held out, dropped 6 longer than the context, 6 equal texts\n" in printed
 
 
 def test_one_seed_one_result(policy):
@@ -455,12 +535,18 @@ def test_one_seed_one_result(policy):
     assert runs[0] == runs[1]
 
 
-def test_the_learning_curve_uses_the_stages_pairs(policy, tmp_path, monkeypatch, capsys):
-    """A curve over other pairs than the checkpoint's, whose points go on from one another, or that costs the checkpoint."""
-    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud {i % 7}."}
-                                           for i in range(320)])
-    train(policy, "--data", str(tmp_path / "pairs.jsonl"), "--batch", "32")
-    before = {path: path.read_bytes() for path in (policy / "cpu/reward_model").iterdir()}
+def color_pairs(count):
+    return [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud {i % 7}."} for i in range(count)]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_learning_curve_uses_the_stages_pairs_or_the_file(policy, tmp_path, monkeypatch, capsys, given):
+    """A curve over other pairs than the checkpoint's, or, with --data, over those instead of the file's; one whose
+    points go on from one another, or that costs the checkpoint."""
+    for name, count in (("stage", 320), ("given", 340)):
+        write_jsonl(tmp_path / f"{name}.jsonl", color_pairs(count))
+    train(policy, "--data", str(tmp_path / "stage.jsonl"), "--batch", "32")
+    before = snapshot(policy)
     sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
     points, fit = [], reward_model.fit
 
@@ -472,17 +558,24 @@ def test_the_learning_curve_uses_the_stages_pairs(policy, tmp_path, monkeypatch,
 
     monkeypatch.setattr(reward_model, "fit", spy)
     capsys.readouterr()
-    train(policy, "--learning_curve", "--batch", "32")
-    origin, header, *lines = capsys.readouterr().out.splitlines()
-    assert origin.startswith("288 pairs of ") and "Bayes" not in header     # of 320, 32 are held out
-    assert [line.split()[0] for line in lines] == ["256", "288"]
-    pairs, held_out = (encode_pairs(read_pairs(policy / f"cpu/reward_model/{name}.jsonl"), tokenizer, 64)[0]
-                       for name in ("pairs", "held_out"))
+    train(policy, "--learning_curve", "--batch", "32", *["--data", str(tmp_path / "given.jsonl")][:2 * given])
+    printed = capsys.readouterr().out.splitlines()
+    if given:
+        pairs, held_out = (encode_pairs(rows, tokenizer, 64)[0] for rows in hold_out(color_pairs(340), 1))
+    else:
+        pairs, held_out = (encode_pairs(read_pairs(policy / f"cpu/reward_model/{name}.jsonl"), tokenizer, 64)[0]
+                           for name in ("pairs", "held_out"))
+    assert (len(pairs), len(held_out)) == ((306, 34) if given else (288, 32))
+    source = tmp_path / "given.jsonl" if given else policy / "cpu/reward_model/pairs.jsonl"
+    origin, kept, left, header, *lines = printed
+    assert origin.endswith(f" {source}") and f" {len(pairs)} pairs" in kept and f" {len(held_out)} held out" in left
+    assert "Bayes" not in header                    # nobody knows the true rewards
+    assert [int(line.split()[0]) for line in lines] == [256, len(pairs)]
     assert [point[1] for point in points] == [pairs[:256], pairs] and all(point[2] == held_out for point in points)
     for (model, _, _), line in zip(points, lines):
         accuracy = (reward_model.held_out_margins(model, held_out) > 0).float().mean().item()
         assert float(line.split()[1]) == pytest.approx(accuracy, abs=6e-4)
-    assert {path: path.read_bytes() for path in (policy / "cpu/reward_model").iterdir()} == before
+    assert snapshot(policy) == before
 
 
 @pytest.mark.parametrize("content, reasons", [
@@ -490,19 +583,19 @@ def test_the_learning_curve_uses_the_stages_pairs(policy, tmp_path, monkeypatch,
     (json.dumps(PAIRS[0]) + "\n", ["same prompt"]),
     ("".join(json.dumps({"prompt": "z" * 45 + letter, "chosen": "b", "rejected": "c"}) + "\n" for letter in "abc"),
      ["no prompt leaves room", "--max_new_tokens 20"]),
-    ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "c", "chosen": "b", "rejected": "b"}\n', ["none is left"])])
+    ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "c", "chosen": "b", "rejected": "b"}\n',
+     ["no pair is left"])])
 def test_a_wrong_file_is_one_line_and_costs_nothing(policy, tmp_path, content, reasons):
     """A typing error in the file that costs the checkpoint of last night."""
     train(policy, "--data", str(policy / "pairs.jsonl"))
-    checkpoint, path = policy / "cpu/reward_model/checkpoint.pt", tmp_path / "pairs.jsonl"
-    before = {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    before, path = snapshot(policy), tmp_path / "pairs.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError) as error:
         train(policy, "--data", str(path))
     message = str(error.value)
     assert "\n" not in message and all(reason in message for reason in [str(path), *reasons])
-    assert {path: path.read_bytes() for path in checkpoint.parent.iterdir()} == before and checkpoint in before
+    assert snapshot(policy) == before and policy / "cpu/reward_model/checkpoint.pt" in before
 
 
 def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
@@ -514,9 +607,8 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
     gpt.save_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu", model, tokenizer)
     monkeypatch.setattr(reward_model, "respond", Writer(tokenizer, broken=False))      # who tells stories from the first day
     trained = train(tmp_path, "--pairs", "48", "--held_out", "40", "--sample_batch", "32", "--max_new_tokens", "90")
-    files = [[json.loads(line) for line in (tmp_path / f"cpu/reward_model/{name}.jsonl").read_text().splitlines()]
-             for name in ("pairs", "held_out", "metrics")]
-    pairs, held_out, (*_, figures) = files
+    pairs, held_out, (*_, figures) = (metrics(tmp_path / f"cpu/reward_model/{name}.jsonl")
+                                      for name in ("pairs", "held_out", "metrics"))
     assert (len(pairs), len(held_out)) == (48, 40)
     assert not {row["chosen"] for row in pairs} & {row["chosen"] for row in held_out}
     gold = torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
@@ -529,7 +621,8 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
 
     # The learning curve's last point has all pairs; the annotator's noise is taken out of it, as above.
     train(tmp_path, "--learning_curve")
-    _, header, line = capsys.readouterr().out.splitlines()
-    count, accuracy, share = line.replace("%", "").split()
-    assert "share of Bayes accuracy" in header and count == "48"
+    *_, header, line = capsys.readouterr().out.splitlines()
+    count, accuracy, _, _, share, _, _, above, _, _ = line.replace("%", "").split()     # each ± its error
+    assert "share of Bayes accuracy" in header and "above chance" in header and count == "48"
     assert float(share) / 100 == pytest.approx(float(accuracy) / expected["bayes_accuracy"], abs=2e-3)
+    assert float(above) / 100 == pytest.approx((float(accuracy) - 0.5) / (expected["bayes_accuracy"] - 0.5), abs=5e-3)

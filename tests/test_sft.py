@@ -11,16 +11,13 @@ import torch.nn.functional as F
 import gpt
 import sft
 from data import stories
-from data.files import InputError
+from data.annotator import answers
+from data.files import InputError, hold_out
 from data.tokenizer import Tokenizer, train as train_vocabulary
+from helpers import metrics, snapshot, tiny_gpt, untimed
 
 V = 11
 DEMONSTRATIONS = [("Name a color.", "Red."), ("Name an animal, please.", "The little otter by the river.")]
-
-
-def tiny_model(seed=0, vocab_size=V, block_size=64):
-    torch.manual_seed(seed)
-    return gpt.GPT(gpt.GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=32))
 
 
 def random_batch(seed=0):
@@ -39,30 +36,36 @@ def tokenizer():
     return Tokenizer(train_vocabulary(" ".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS), 290))
 
 
+def token_losses(model, sequences, prompts):
+    """-log π(y_t | x, y_<t) of all response tokens, one sequence at a time: cross_entropy, no padding."""
+    logits, labels = [], []
+    for ids, prompt in zip(sequences, prompts):
+        logits.append(model(torch.tensor([ids]))[0, prompt - 1:-1])
+        labels.append(torch.tensor(ids[prompt:]))
+    return F.cross_entropy(torch.cat(logits), torch.cat(labels), reduction="none")
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 64])
 def test_micro_batches_give_the_gradient_of_the_token_mean(micro_batch):
     """A mean of the micro-batches' means weighs a token of a short answer more: the bug of gradient accumulation that
     Hugging Face's Trainer had until October 2024. The oracle is cross_entropy over all response tokens at once."""
     sequences, prompts = random_batch()
-    model, twin = tiny_model(), tiny_model()
-    loss = sft.backward(model, sequences, prompts, micro_batch)
-    logits, labels = [], []
-    for ids, prompt in zip(sequences, prompts):
-        logits.append(twin(torch.tensor([ids]))[0, :-1])
-        labels.append(torch.tensor([-100] * (prompt - 1) + ids[prompt:]))
-    oracle = F.cross_entropy(torch.cat(logits), torch.cat(labels), ignore_index=-100)
-    oracle.backward()
-    assert float(loss) == pytest.approx(oracle.item(), rel=1e-5)
-    torch.testing.assert_close(gradients(model), gradients(twin), atol=1e-5, rtol=1e-4)
+    model, twin = tiny_gpt(0, V, 64), tiny_gpt(0, V, 64)
+    for tokens_per_batch in (70, 100):      # 70 is what this batch has; it may be a short one among others
+        loss = sft.backward(model, sequences, prompts, tokens_per_batch, micro_batch)
+        oracle = token_losses(twin, sequences, prompts).mean() * 70 / tokens_per_batch
+        oracle.backward()
+        assert float(loss) == pytest.approx(oracle.item(), rel=1e-5)
+        torch.testing.assert_close(gradients(model), gradients(twin), atol=1e-5, rtol=1e-4)
 
 
 def test_backward_accumulates_and_steps_nothing():
     """backward() that clears the gradients of the micro-batch before, or moves a weight."""
     sequences, prompts = random_batch()
-    model, twin = tiny_model(), tiny_model()
-    sft.backward(model, sequences, prompts, 64)
+    model, twin = tiny_gpt(0, V, 64), tiny_gpt(0, V, 64)
+    sft.backward(model, sequences, prompts, 70, 64)
     once = gradients(model)
-    sft.backward(model, sequences, prompts, 64)
+    sft.backward(model, sequences, prompts, 70, 64)
     torch.testing.assert_close(gradients(model), 2 * once)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), twin.parameters()))
 
@@ -71,35 +74,35 @@ def test_exactly_the_response_and_its_end_are_trained():
     """A model whose <|end|> is masked out never learns to stop (TRL #1623, #3091); one whose prompts count learns to ask."""
     sequences, prompts = random_batch(1)
     sequences = [ids[:-1] + [V - 1] for ids in sequences]       # <|end|> is the last token
-    model, kept = tiny_model(1), []
+    model, kept = tiny_gpt(1, V, 64), []
 
     def keep(module, inputs, output):
         output.retain_grad()
         kept.append(output)
 
-    model.ln_f.register_forward_hook(keep)      # (N, C): the states from which a next token is predicted, and no others
-    sft.backward(model, sequences, prompts, 64)
-    (states,), total = kept, sum(map(len, sequences)) - sum(prompts)
-    weight, n = model.wte.weight.detach(), 0
-    for ids, prompt in zip(sequences, prompts):
+    model.ln_f.register_forward_hook(keep)      # (B, T, C): the states from which a next token is predicted
+    sft.backward(model, sequences, prompts, 70, 64)
+    (states,), weight = kept, model.wte.weight.detach()
+    trained = torch.zeros(states.shape[:2], dtype=torch.bool)
+    for b, (ids, prompt) in enumerate(zip(sequences, prompts)):
         alone = model.hidden(torch.tensor([ids]))[0].detach()
         for t in range(prompt - 1, len(ids) - 1):       # the gradient of cross-entropy: (softmax - one-hot) / N, times the head
-            torch.testing.assert_close(states[n].detach(), alone[t], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(states[b, t].detach(), alone[t], atol=1e-5, rtol=1e-5)
             p = (weight @ alone[t]).softmax(0)
-            expected = (p - F.one_hot(torch.tensor(ids[t + 1]), V)) @ weight / total
-            torch.testing.assert_close(states.grad[n], expected, atol=1e-7, rtol=1e-4)
-            n += 1
-    assert n == len(states) == total
+            expected = (p - F.one_hot(torch.tensor(ids[t + 1]), V)) @ weight / 70
+            torch.testing.assert_close(states.grad[b, t], expected, atol=1e-7, rtol=1e-4)
+            trained[b, t] = True
+    assert trained.sum() == 70 and not states.grad[~trained].any()
 
 
 def test_an_overfitted_model_answers_and_stops(tokenizer):
     """All of the above at once: the answer begins at its first token, is the right one, and ends."""
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS]
     sequences, prompts, dropped = sft.encode_demonstrations(rows, tokenizer, 64)
-    model = tiny_model(2, tokenizer.n_vocab)
+    model = tiny_gpt(2, tokenizer.n_vocab, 64)
     optimizer = gpt.make_optimizer(model, 0.0)
     for _ in range(40):
-        loss = sft.backward(model, sequences, prompts, 1)
+        loss = sft.backward(model, sequences, prompts, sum(map(len, sequences)) - sum(prompts), 1)
         gpt.optimizer_step(optimizer, model, 1e-2, loss)
     assert dropped == 0 and loss < 0.05
     rollout = gpt.generate(model, [tokenizer.prompt(prompt) for prompt, _ in DEMONSTRATIONS], 30, tokenizer.end_token, top_k=1)
@@ -139,8 +142,8 @@ def test_answers_are_stories_that_ended():
             (stories.page(rng).text, True, 0, 0), (f"{told} {unknown}", True, 1, 0), (told[:-5], True, 1, 0),
             (opening, True, 0, 0), (" ".join([opening, wish]), True, 1, 1), (" ".join([wish, *rest]), True, 1, 0),
             (" ".join([opening, wish, unknown]), True, 1, 0), (" ".join([opening, unknown, wish, unknown]), True, 0, 0)]:
-        assert sft.answers([text], [ended]) == (story, flawless)
-    assert sft.answers([told, told, asked, f"{told} {unknown}"], [True, False, True, True]) == (0.5, 0.25)
+        assert answers([text], [ended]) == (story, flawless)
+    assert answers([told, told, asked, f"{told} {unknown}"], [True, False, True, True]) == (0.5, 0.25)
 
 
 def test_the_worlds_demonstrations_answer_their_own_request():
@@ -186,7 +189,7 @@ def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     weights = []
     for micro_batch in ("4", "3"):
         fine_tune(base, "--data", path, "--epochs", "8", "--lr", "0.01", "--report", "10", "--micro_batch", micro_batch)
-        log = [json.loads(line) for line in (base / "cpu/sft/metrics.jsonl").read_text().splitlines()]
+        log = metrics(base / "cpu/sft/metrics.jsonl")
         model, tokenizer, _ = gpt.load_checkpoint(base / "cpu/sft/checkpoint.pt", "sft", "cpu")
         weights.append(model.wte.weight)
         assert log[-1]["held_out"] < 0.5 * log[0]["held_out"]
@@ -197,6 +200,30 @@ def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     assert all(ended) and texts.count("Red.") >= 5
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_every_token_of_the_training_counts_alike(base, tmp_path, monkeypatch, epochs):
+    """A mean over each batch of its own: batches hold rows of one length, so a token of a short answer, whose batch has
+    few tokens, pulls many times as hard. Here nothing is learnt, and the gradients of all steps add up."""
+    rows = [{"prompt": f"Name {i}.", "completion": "Red. " * (1 + i % 9)} for i in range(20)]
+    steps = []
+
+    def keep(optimizer, model, lr, loss):
+        steps.append((gradients(model), float(loss)))
+        optimizer.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(sft, "optimizer_step", keep)
+    fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--epochs", str(epochs), "--micro_batch", "3")
+    model, tokenizer, _ = gpt.load_checkpoint(base / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    sequences, prompts, _ = sft.encode_demonstrations(hold_out(rows, 1)[0], tokenizer, 64)
+    losses = token_losses(model, sequences, prompts)
+    losses.mean().backward()
+    assert len(sequences) == 18 and len(steps) == 5 * epochs        # batches of 4, the last one of 2
+    assert sum(loss for _, loss in steps) / len(steps) == pytest.approx(losses.mean().item(), rel=1e-5)
+    mean_gradient = sum(gradient for gradient, _ in steps) / len(steps)
+    torch.testing.assert_close(mean_gradient, gradients(model), atol=1e-5, rtol=1e-4)
+
+
 def test_one_seed_one_result(base, tmp_path):
     """An order of batches, or of held-out rows, that nobody seeded."""
     path, runs = write_rows(tmp_path / "rows.jsonl", [
@@ -205,9 +232,8 @@ def test_one_seed_one_result(base, tmp_path):
         torch.rand(3)
         random.seed()
         fine_tune(base, "--data", path, "--report", "1")
-        rows = [json.loads(line) for line in (base / "cpu/sft/metrics.jsonl").read_text().splitlines()]
         model = gpt.load_checkpoint(base / "cpu/sft/checkpoint.pt", "sft", "cpu")[0]
-        runs.append(([{**row, "seconds": 0} for row in rows], [p.tolist() for p in model.parameters()]))
+        runs.append((untimed(metrics(base / "cpu/sft/metrics.jsonl")), [p.tolist() for p in model.parameters()]))
     assert runs[0] == runs[1]
 
 
@@ -231,15 +257,15 @@ def test_pairs_will_do_as_demonstrations(base, tmp_path):
      ["no demonstration is left"])])
 def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, reasons):
     """A typing error in the file that costs the checkpoint of last night."""
-    path, checkpoint = tmp_path / "rows.jsonl", base / "cpu/sft/checkpoint.pt"
+    path = tmp_path / "rows.jsonl"
     fine_tune(base, "--data", write_rows(path, [{"prompt": prompt, "completion": "b"} for prompt in "abcd"]))
-    before = checkpoint.read_bytes(), (base / "cpu/sft/metrics.jsonl").read_bytes()
+    before = snapshot(base)
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(InputError) as error:
         fine_tune(base, "--data", str(path))
     message = str(error.value)
     assert "\n" not in message and all(reason in message for reason in [str(path), *reasons])
-    assert before == (checkpoint.read_bytes(), (base / "cpu/sft/metrics.jsonl").read_bytes())
+    assert snapshot(base) == before
 
 
 def test_a_long_prompt_with_a_short_answer(base, tmp_path, capsys):
@@ -248,7 +274,7 @@ def test_a_long_prompt_with_a_short_answer(base, tmp_path, capsys):
                                                                    for letter in "abcdefgh"]))
     printed = capsys.readouterr().out
     assert "7 demonstrations, 1 held out; dropped 0 longer than the context" in printed and "\nprompt" not in printed
-    last = json.loads((base / "cpu/sft/metrics.jsonl").read_text().splitlines()[-1])
+    last = metrics(base / "cpu/sft/metrics.jsonl")[-1]
     assert last["step"] == 2 and 0 < last["held_out"] < 10      # 7 demonstrations, 4 in a step; the eighth was measured
 
 
@@ -263,9 +289,9 @@ def test_fine_tuning_on_the_world(tmp_path):
     small = ["--size", "cpu", "--out", str(tmp_path)]
     gpt.main([*small, "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "4", "--report", "4"])
     fine_tune(tmp_path, "--demonstrations", "32", "--questions", "5", "--lr", "0.01", "--warmup", "1", "--max_new_tokens", "90")
-    *_, last, answers = [json.loads(line) for line in (tmp_path / "cpu/sft/metrics.jsonl").read_text().splitlines()]
+    *_, last, told = metrics(tmp_path / "cpu/sft/metrics.jsonl")
     model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    rows, logprobs = sft.draw_demonstrations(random.Random("held-out demonstrations"), 500)
+    rows, logprobs = sft.draw_demonstrations(random.Random("held-out demonstrations"), 500, held_out=True)
     responses = [tokenizer.encode(row["completion"]) + [tokenizer.end_token] for row in rows]
     count = sum(map(len, responses))
     assert last["entropy"] == pytest.approx(-sum(logprobs) / count)
@@ -277,5 +303,5 @@ def test_fine_tuning_on_the_world(tmp_path):
             total += F.cross_entropy(model(torch.tensor([ids]))[0, -len(response) - 1:-1], torch.tensor(response),
                                      reduction="sum").item()
     assert last["held_out"] == pytest.approx(total / sum(map(len, responses[:40])), rel=0.05)
-    assert all(0 <= answers[name] <= 1 for name in ("base_answers", "answers", "base_flawless", "flawless"))
-    assert answers["flawless"] == 0     # nobody tells stories after so few steps
+    assert all(0 <= told[name] <= 1 for name in ("base_answers", "answers", "base_flawless", "flawless"))
+    assert told["flawless"] == 0        # nobody tells stories after so few steps
