@@ -511,7 +511,7 @@ def draw_corpus(config):
     # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
     world = zlib.crc32(sample_text.encode())
     sequences = memory_mapped(stage_folder(config, "gpt") / f"documents-{config.seed}-{config.steps * config.batch}-"
-                                                            f"{tokenizer.n_vocab}-{world:08x}.bin", draw)
+                                                            f"{tokenizer.n_vocab}-{world:08x}.npy", draw)
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")

@@ -428,19 +428,20 @@ def refused_if_broken(path, advice):
 def memory_mapped(path, draw):
     """The lists of ids that draw() returns, as views of a memory-mapped file; where the file is, draw is not called.
 
-    The file is int32s and nothing else (a header such as numpy's .npy is a text to be parsed, which no checksum covers): a
-    checksum of all that follows, how many sequences, their lengths, then all their tokens. Atomic.
+    The file is an .npy file of int32s (how many sequences, their lengths, then all their tokens) and, behind it, a checksum
+    of all its bytes. Atomic.
     """
     if not path.exists():
         sequences = draw()
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = np.array([0, len(sequences), *map(len, sequences), *itertools.chain(*sequences)], dtype=np.int32)
-        data[0] = np.uint32(zlib.crc32(data[1:])).astype(np.int32)
-        write_atomic(path, data.tobytes())
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([len(sequences), *map(len, sequences), *itertools.chain(*sequences)], dtype=np.int32))
+        write_atomic(path, buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(4, "little"))
     with refused_if_broken(path, "run the stage again"):
-        data = np.memmap(path, np.int32, mode="c")  # copy on write: torch wants memory that may be written
-        if zlib.crc32(data[1:]) != int(data[0].astype(np.uint32)):
+        content = np.memmap(path, np.uint8, mode="r")
+        if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:].tobytes(), "little"):  # before numpy parses its head
             raise ValueError("checksum error")
-        tokens = 2 + data[1]
-        ends = tokens + np.cumsum(data[2:tokens])
+        data = np.load(path, mmap_mode="c")  # copy on write: torch wants memory that may be written
+        tokens = 1 + data[0]
+        ends = tokens + np.cumsum(data[1:tokens])
         return [data[start:end] for start, end in zip([tokens, *ends[:-1]], ends)]

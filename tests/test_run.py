@@ -500,7 +500,7 @@ def some_documents():
 
 def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
     """A second run that draws for minutes again, or that reads documents cut at the wrong places."""
-    path, drawn = tmp_path / "new" / "documents.bin", []
+    path, drawn = tmp_path / "new" / "documents.npy", []
 
     def draw():
         drawn.append(some_documents())
@@ -518,7 +518,7 @@ def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_nobody_writes_through_the_views(tmp_path):
     """A batch changed in place that changes the file too, or torch's warning of memory that must not be written."""
-    path = tmp_path / "documents.bin"
+    path = tmp_path / "documents.npy"
     ids = memory_mapped(path, some_documents)[-1]
     before = path.read_bytes()
     torch.as_tensor(ids)[0] = 9
@@ -527,7 +527,7 @@ def test_nobody_writes_through_the_views(tmp_path):
 
 def test_a_file_of_documents_that_is_not_whole(tmp_path):
     """A disk that was full: training on the documents that are left, or on the next document's tokens."""
-    path = tmp_path / "documents.bin"
+    path = tmp_path / "documents.npy"
     memory_mapped(path, some_documents)
     whole = path.read_bytes()
     numbers = np.frombuffer(whole, np.int32)
@@ -544,7 +544,7 @@ def test_a_file_of_documents_that_is_not_whole(tmp_path):
 def test_a_flipped_bit_in_a_file_of_documents(tmp_path):
     """A bad disk: another token, or lengths by which every text begins in the middle of another one, and no word of it; a
     traceback out of the parser of a file format."""
-    path = tmp_path / "documents.bin"
+    path = tmp_path / "documents.npy"
     memory_mapped(path, lambda: [[3, 1, 4], [], [1471, 0], [2 ** 31 - 1, 9]])
     whole = path.read_bytes()
     for position in range(len(whole)):
@@ -560,7 +560,7 @@ def test_an_interrupted_draw_leaves_no_file_of_documents(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    path = tmp_path / "documents.bin"
+    path = tmp_path / "documents.npy"
     with pytest.raises(KeyboardInterrupt):
         memory_mapped(path, interrupt)
     with monkeypatch.context() as patch:
