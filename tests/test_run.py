@@ -199,7 +199,7 @@ def test_flags_that_mean_nothing_without_another_one(name, other, flags, tmp_pat
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-0.001", "1e999"])
 @pytest.mark.parametrize("name, flag", [("gpt", "lr"), ("gpt", "weight_decay"), ("sft", "lr"), ("reward_model", "lr"),
-                                        ("ppo", "beta"), ("ppo", "value_lr"), ("ppo", "temperature"), ("dpo", "beta"),
+                                        ("ppo", "beta"), ("ppo", "value_lr"), ("ppo", "lam"), ("dpo", "beta"),
                                         ("best_of_n", "beta")])
 def test_numbers_that_are_none_are_refused(name, flag, value):
     """--lr nan makes every weight nan; a negative --beta pays the policy for leaving the reference."""
@@ -208,6 +208,15 @@ def test_numbers_that_are_none_are_refused(name, flag, value):
         parse_config(module.Config, module.GPU, [f"--{flag}={value}"], "")
     config = parse_config(module.Config, module.GPU, ["--size", "cpu", f"--{flag}=0"], "")
     assert getattr(config, flag) == 0      # beta 0 is the README's experiment
+
+
+@pytest.mark.parametrize("name", ["gpt", "sft", "ppo", "dpo"])
+def test_a_temperature_of_zero_is_refused(name, tmp_path):
+    """--temperature 0 for greedy: a division by zero in the sampler, after the minutes that the earlier stages took."""
+    asked = {"gpt": ["--sample", "Once"], "ppo": []}.get(name, ["--prompt", "Why?"])
+    argv = ["--size", "cpu", "--out", str(tmp_path), "--temperature", "0", *asked]
+    with pytest.raises(InputError, match="^--temperature 0: must be positive; --top_k 1 is greedy$"):
+        importlib.import_module(name).main(argv)
 
 
 def test_only_a_score_may_be_negative():
