@@ -86,7 +86,7 @@ def parse_config(Config, gpu, argv, description, needs={}):
         if field.type is float and (not math.isfinite(value) or value < 0 <= field.default):
             raise InputError(f"--{field.name} {value}: must be a number, and not negative")
         if field.name == "temperature" and value == 0:
-            raise InputError("--temperature 0: must be positive; --top_k 1 is greedy")
+            raise InputError(f"--temperature {value}: must be positive; --top_k 1 is greedy")
         if given.get(field.name) == "":  # an unset variable of the shell's must not mean another job
             raise InputError(f"--{field.name}: is empty; leave the flag away or give it a value")
     return config

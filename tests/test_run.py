@@ -215,7 +215,7 @@ def test_a_temperature_of_zero_is_refused(name, tmp_path):
     """--temperature 0 for greedy: a division by zero in the sampler, after the minutes that the earlier stages took."""
     asked = {"gpt": ["--sample", "Once"], "ppo": []}.get(name, ["--prompt", "Why?"])
     argv = ["--size", "cpu", "--out", str(tmp_path), "--temperature", "0", *asked]
-    with pytest.raises(InputError, match="^--temperature 0: must be positive; --top_k 1 is greedy$"):
+    with pytest.raises(InputError, match="^--temperature 0.0: must be positive; --top_k 1 is greedy$"):
         importlib.import_module(name).main(argv)
 
 
