@@ -394,7 +394,8 @@ def close_to_the_best(stages, figures):
             ("gpt", "pretraining, nats per token", "held_out", "entropy", None, 0),
             ("sft", "SFT, nats per token", "held_out", "entropy", None, 0),
             ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy", "share_of_bayes", 0),
-            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", "above_chance", 0.5),
+            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", "above_chance",
+             0.5),
             ("reward_model", "reward model, loss", "loss", "annotator_loss", None, 0)):
         for line in [line for line in stages[stage] if measured in line and possible in line][-1:]:
             x, best = line[measured] - chance, line[possible] - chance

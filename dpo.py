@@ -101,7 +101,7 @@ def figures(loss, policy_chosen, policy_rejected, ref_chosen, ref_rejected, conf
 
 
 def backward(policy, reference, pairs, config):
-    """Accumulate the gradient of the loss of one batch of pairs, config.micro_batch pairs at a time. Returns its FIGURES."""
+    """Accumulate the gradient of the loss of a batch of pairs, config.micro_batch pairs at a time. Returns its FIGURES."""
     total = torch.zeros(len(FIGURES), device=policy.wte.weight.device)
     for start in range(0, len(pairs), config.micro_batch):
         part = pairs[start:start + config.micro_batch]
@@ -175,7 +175,9 @@ def train(config):
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta,
                         metrics=run.figures())
         run.finish()
-    reward_model = None if config.data else load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)[0]
+    reward_model = None
+    if not config.data:  # for the scores on the screen only
+        reward_model, _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
     held_out = list(dict.fromkeys(row["prompt"] for row in data.held_out_rows))
     world = not config.data and all(map(stories.parse_request, held_out))  # the stage's pairs may be somebody's own too
     show_before_and_after(None if world else held_out, reference, policy, tokenizer, config, reward_model)

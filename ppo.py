@@ -234,8 +234,7 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
     """PPO's loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
 
     reward_model: anything with score(tokens, lengths) -> (B,); draw_prompts(count, rng) -> lists of ids; figures: name ->
-    number, all that can be known without the annotator; state: what a later call needs as `saved`, with its "step", the
-    number of iterations done, to go on from there.
+    number, without the annotator's; state: what a later call needs as `saved`, with its "step" (iterations), to go on.
     """
     device, saved = policy.wte.weight.device, saved or {"step": 0}
     models = dict(policy=policy, value_model=value_model) if value_model else dict(policy=policy)
@@ -255,7 +254,8 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
         # 2. Score: the reward model at the last token; log-probabilities under π_θ and π_ref for the KL penalty.
         #    π_old ← π_θ: the policy that has sampled stays, as its log-probabilities, while π_θ moves on.
-        old_logprobs, ref_logprobs, values, scores = score(policy, reference, reward_model, value_model, rollout, mask, config)
+        old_logprobs, ref_logprobs, values, scores = score(policy, reference, reward_model, value_model, rollout, mask,
+                                                           config)
         scores = torch.where(ended, scores, config.missing_end_score)
         rewards = shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         scored = time.perf_counter()

@@ -181,12 +181,12 @@ class Comparisons(NamedTuple):
 
 
 def encode_comparisons(split, origin, tokenizer, block_size):
-    """The Comparisons of split = (rows to train on, held-out rows). InputError, naming origin, if nothing is left of one."""
+    """The Comparisons of split = (rows to train on, held-out rows). InputError, naming origin, if one keeps nothing."""
     pairs, rows, dropped = encode_pairs(split[0], tokenizer, block_size)
     held_out, held_out_rows, held_out_dropped = encode_pairs(split[1], tokenizer, block_size)
     if not pairs or not held_out:
-        raise InputError(f"{origin}: no pair is left to {'hold out' if pairs else 'train on'}; dropped {counts(dropped)} and "
-                         f"{counts(held_out_dropped)}")
+        raise InputError(f"{origin}: no pair is left to {'hold out' if pairs else 'train on'}; dropped {counts(dropped)} "
+                         f"and {counts(held_out_dropped)}")
     return Comparisons(pairs, rows, held_out, held_out_rows,
                        f"{origin}\n        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
                        f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")

@@ -24,11 +24,13 @@ import gpt
 from data import stories
 from data.annotator import answers, scored
 from data.files import InputError, hold_out, read_demonstrations, run_script
-from data.run import Run, announce, check_name, complete, parse_config, restore, show, stage_folder, train_missing, with_error
+from data.run import (Run, announce, check_name, complete, parse_config, restore, show, stage_folder, train_missing,
+                      with_error)
 from gpt import (batches_by_length, excess, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
                  masked_logprobs, optimizer_step, pad, respond, response_mask, save_checkpoint)
 
 EARLIER = {"gpt": gpt.main}  # the stages that this one builds on
+
 
 @dataclass
 class Config:
@@ -153,8 +155,9 @@ def prompts_with_room(prompts, tokenizer, config, block_size):
 
 def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
-    split = hold_out(read_demonstrations(config.data), config.seed, config.data) if config.data else None  # a wrong file
-    train_missing(config, EARLIER, "sft")                                           # is found before minutes of training
+    # First: a wrong file is found before minutes of training.
+    split = hold_out(read_demonstrations(config.data), config.seed, config.data) if config.data else None
+    train_missing(config, EARLIER, "sft")
     folder, device = stage_folder(config, "sft"), get_device()
     base_path = stage_folder(config, "gpt") / "checkpoint.pt"
     model, tokenizer, base = load_checkpoint(base_path, "gpt", config.size, device)
@@ -182,7 +185,8 @@ def train(config):
             norm = optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
             losses.append(loss.item())
             if (step + 1) % config.report == 0 or step + 1 == len(batches):
-                row = dict(loss=sum(losses) / len(losses), held_out=held_out_loss(model, data.held_out, data.held_out_prompts))
+                row = dict(loss=sum(losses) / len(losses),
+                           held_out=held_out_loss(model, data.held_out, data.held_out_prompts))
                 run(step + 1, **row, **excess(row["held_out"], data.entropy), grad_norm=norm)
                 losses = []
             run.end_step(step + 1, model=model, optimizer=optimizer, losses=losses)

@@ -97,7 +97,8 @@ def hold_out(rows, seed, path="the rows"):
 
 def split_prompts(path, seed):
     """The distinct prompts of a file -> (training prompts, held-out prompts), as hold_out splits its rows."""
-    return [[row["prompt"] for row in rows] for rows in hold_out([{"prompt": text} for text in read_prompts(path)], seed, path)]
+    rows = [{"prompt": prompt} for prompt in read_prompts(path)]
+    return [[row["prompt"] for row in part] for part in hold_out(rows, seed, path)]
 
 
 def read_bytes(path):
@@ -223,7 +224,7 @@ def write_jsonl(path, rows):
 
 
 def lock_folder(folder):
-    """Claim a folder for this process: an open file, to be kept; closing it, or the end of the process, gives the folder back.
+    """Claim a folder for this process: an open file, to be kept; closing it, or the process's end, gives the folder back.
 
     InputError if another process has it. Half-written files that a killed run left there are removed.
     """

@@ -1,4 +1,4 @@
-"""What every stage script needs and no algorithm does: its command line, its lines on the screen, and what it leaves on disk.
+"""What every stage script needs and no algorithm does: the command line, lines on the screen, what a run leaves on disk.
 
 A stage's folder OUT/SIZE/STAGE holds what its last finished run left, all of one run:
 
@@ -197,7 +197,8 @@ def peak_memory(device):
         return {"memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20}
     if resource is None:
         return {}
-    return {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)}
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
+    return {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
 # How a figure is printed, in a row of 100 columns; all others with three decimals. metrics.jsonl has them in full.
@@ -319,7 +320,8 @@ class Run:
                   + "     step" + "".join(f"  {last:>{width}s}" for (_, last), width in zip(heads, widths)) + "   left")
         first, since = self.pace or (0, self.start)
         left = clock((time.perf_counter() - since) / max(1, step - first) * (self.total - step))
-        columns = "".join(f"  {value:{width}{FORMATS.get(name, '.3f')}}" for (name, value), width in zip(row.items(), widths))
+        columns = "".join(f"  {value:{width}{FORMATS.get(name, '.3f')}}"
+                          for (name, value), width in zip(row.items(), widths))
         print(f"{step:4d}/{self.total:<4d}{columns}  {left:>5s}", flush=True)
 
     def record(self, step, **row):
@@ -366,7 +368,7 @@ def move_finished(folder):
 
 
 def complete(folder):
-    """Whoever reads a stage's files calls this first: a run that was killed while its files took their places is completed."""
+    """Whoever reads a stage's files calls this first: it completes a run that was killed while its files took their places."""
     if (folder / "finished").exists():
         with lock_folder(folder):
             move_finished(folder)

@@ -1,7 +1,7 @@
 """How fast is it? The benchmarks: they print, train nothing that stays and save nothing.
 
-    python -m tests.bench gpt [flags of gpt.py]     training and sampling, beside what the machine's matrix products and memory give
-    python -m tests.bench ppo [flags of ppo.py]     the seconds of a PPO iteration, the bound of its matrix products, how they grow
+    python -m tests.bench gpt [flags of gpt.py]     training and sampling, beside the machine's matrix products and memory
+    python -m tests.bench ppo [flags of ppo.py]     the seconds of a PPO iteration, its bound, and how they grow
 """
 
 import random
@@ -53,7 +53,7 @@ def matrix_rate(device):
 
 def memory_line(device):
     """The peak memory, in words."""
-    return "".join(f"peak memory {mb:,.0f} MB" for mb in peak_memory(device).values()) or "peak memory unknown on this system"
+    return "".join(f"peak memory {mb:,.0f} MB" for mb in peak_memory(device).values()) or "peak memory unknown"
 
 
 def bench_gpt(config):
