@@ -65,7 +65,7 @@ def best_of_n_kl(n):
 
 
 def top_per_prompt(rewards):
-    """S(R) = [argmax_j r_1j, ..., argmax_j r_Mj]: rewards (M, N) -> (M,), counted from 0 (ECE 7115, "Rejection Sampling").
+    """S(R) = [argmax_j r_1j, ..., argmax_j r_Mj]: (M, N) -> (M,), counted from 0 (ECE 7115, "Rejection Sampling").
 
     >>> top_per_prompt(torch.tensor([[0.7, 0.3, 0.5, 0.2], [0.4, 0.8, 0.6, 0.5]])).tolist()
     [0, 1]
@@ -379,7 +379,7 @@ def where_gold_is_lost(figures):
 
 
 def stage_metrics(config, stage):
-    """The figures that stand in a stage's checkpoint: a list of dicts, empty if there is none. InputError if damaged."""
+    """The figures in a stage's checkpoint: a list of dicts, empty if there is none. InputError if damaged."""
     path = stage_folder(config, stage) / "checkpoint.pt"
     if not path.exists():
         return []
@@ -388,18 +388,19 @@ def stage_metrics(config, stage):
 
 
 def close_to_the_best(stages, figures):
-    """Print the table of all stages: what was measured, what is possible, and the share. stages: name -> stage_metrics."""
+    """Print of every stage what was measured, what is possible, and the share. stages: name -> stage_metrics."""
     rows = []
     for stage, what, measured, possible, share, chance in (
             ("gpt", "pretraining, nats per token", "held_out", "entropy", None, 0),
             ("sft", "SFT, nats per token", "held_out", "entropy", None, 0),
             ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy", "share_of_bayes", 0),
-            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", "above_chance", 0.5),
+            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy",
+             "above_chance", 0.5),
             ("reward_model", "reward model, loss", "loss", "annotator_loss", None, 0)):
         for line in [line for line in stages[stage] if measured in line and possible in line][-1:]:
             x, best = line[measured] - chance, line[possible] - chance
             rows.append(dict(policy=what, measured=x, measured_error=line.get(f"{measured}_error"), possible=best,
-                             share=line.get(share, best / x), share_error=line.get(f"{share}_error")))
+                             share=line[share] if share else best / x, share_error=line.get(f"{share}_error")))
     for row in figures:
         if row.get("share") is not None and row["policy"] != "sft":
             rows.append(dict(row, policy=f"{row['policy']}, J under {row['under']}", measured=row["J"],
@@ -423,11 +424,10 @@ def load_policies(config, names):
         policy_path = stage_folder(config, name) / "checkpoint.pt"
         policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
         policies[name] = policy, checkpoint.get("temperature", 1.0)
-        for setting in ("beta", "missing_end_score"):
-            ours = getattr(config, setting)
-            if checkpoint.get(setting, ours) != ours:
-                print(f"{name} was trained with {setting} {checkpoint[setting]}; J and J* below are those of {setting} "
-                      f"{ours}")
+        for key in ("beta", "missing_end_score"):
+            ours = getattr(config, key)
+            if checkpoint.get(key, ours) != ours:
+                print(f"{name} was trained with {key} {checkpoint[key]}; J and J* are those of {key} {ours}")
         if policy_tokenizer.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{policy_path}: its vocabulary is not that of {path}; train the stages again")
     return policies, reward_model, tokenizer
