@@ -237,9 +237,6 @@ def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
     names = list(dict.fromkeys(name for name in config.policies.split(",") if name))
-    for name, main in (("ppo", ppo.main), ("dpo", dpo.main)):
-        if name in names:
-            train_missing(config, {**ppo.EARLIER, name: main}, "best_of_n")
     policies, reward_model, tokenizer = load_policies(config, names)
     gold, (reference, _) = not config.data, policies["sft"]
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
@@ -412,17 +409,20 @@ def close_to_the_best(stages, figures):
 
 def load_policies(config, names):
     """({name: (GPT, temperature of its training)}, reward model, tokenizer); InputError if the vocabularies differ."""
-    train_missing(config, ppo.EARLIER, "best_of_n")
+    mains = {"ppo": ppo.main, "dpo": dpo.main}
+    for name in names:
+        complete(stage_folder(config, name))
+    absent = [name for name in names if not (stage_folder(config, name) / "checkpoint.pt").exists()]
+    for name in names:
+        if name[:3] not in mains or name in absent and name not in mains:  # before minutes of training
+            raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a finished run of one of them")
+    train_missing(config, {**ppo.EARLIER, **{name: mains[name] for name in absent}}, "best_of_n")
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
     for name in ["sft", *names]:
-        stage = next((stage for stage in ("sft", "ppo", "dpo") if name.startswith(stage)), None)
-        if stage is None:
-            raise InputError(f"--policies {name}: must begin with ppo or dpo")
-        complete(stage_folder(config, name))
         policy_path = stage_folder(config, name) / "checkpoint.pt"
-        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
+        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, name[:3], config.size, device)
         policies[name] = policy, checkpoint.get("temperature", 1.0)
         for key in ("beta", "missing_end_score"):
             ours = getattr(config, key)
