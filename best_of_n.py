@@ -249,7 +249,7 @@ def yardstick(config):
     else:
         _, data = prompts_with_room(held_out, tokenizer, config, reference.config.block_size)
         prompts = [text for text in held_out if has_room(text, tokenizer, config, reference.config.block_size)]
-        prompts, data = prompts[:config.prompts], f"{data}; {min(config.prompts, len(prompts))} of them"
+        prompts, data = prompts[:config.prompts], f"held out of {data}; {min(config.prompts, len(prompts))} of them"
     announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each, {2 * config.samples} of SFT",
              reference)
 
