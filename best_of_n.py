@@ -65,7 +65,7 @@ def best_of_n_kl(n):
 
 
 def top_per_prompt(rewards):
-    """S(R) = [argmax_j r_1j, ..., argmax_j r_Mj]: rewards (M, N) -> (M,), counted from 0 (ECE 7115, "Rejection Sampling").
+    """S(R) = [argmax_j r_1j, ..., argmax_j r_Mj]: (M, N) -> (M,), counted from 0 (ECE 7115, "Rejection Sampling").
 
     >>> top_per_prompt(torch.tensor([[0.7, 0.3, 0.5, 0.2], [0.4, 0.8, 0.6, 0.5]])).tolist()
     [0, 1]
@@ -237,9 +237,6 @@ def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
     names = list(dict.fromkeys(name for name in config.policies.split(",") if name))
-    for name, main in (("ppo", ppo.main), ("dpo", dpo.main)):
-        if name in names:
-            train_missing(config, {**ppo.EARLIER, name: main}, "best_of_n")
     policies, reward_model, tokenizer = load_policies(config, names)
     gold, (reference, _) = not config.data, policies["sft"]
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
@@ -252,7 +249,7 @@ def yardstick(config):
     else:
         _, data = prompts_with_room(held_out, tokenizer, config, reference.config.block_size)
         prompts = [text for text in held_out if has_room(text, tokenizer, config, reference.config.block_size)]
-        prompts, data = prompts[:config.prompts], f"{data}; {min(config.prompts, len(prompts))} of them"
+        prompts, data = prompts[:config.prompts], f"held out of {data}; {min(config.prompts, len(prompts))} of them"
     announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each, {2 * config.samples} of SFT",
              reference)
 
@@ -379,7 +376,7 @@ def where_gold_is_lost(figures):
 
 
 def stage_metrics(config, stage):
-    """The figures that stand in a stage's checkpoint: a list of dicts, empty if there is none. InputError if damaged."""
+    """The figures in a stage's checkpoint: a list of dicts, empty if there is none. InputError if damaged."""
     path = stage_folder(config, stage) / "checkpoint.pt"
     if not path.exists():
         return []
@@ -388,19 +385,19 @@ def stage_metrics(config, stage):
 
 
 def close_to_the_best(stages, figures):
-    """Print the table of all stages: what was measured, what is possible, and the share. stages: name -> stage_metrics."""
+    """Print of every stage what was measured, what is possible, and the share. stages: name -> stage_metrics."""
     rows = []
     for stage, what, measured, possible, share, chance in (
             ("gpt", "pretraining, nats per token", "held_out", "entropy", None, 0),
             ("sft", "SFT, nats per token", "held_out", "entropy", None, 0),
             ("reward_model", "reward model, accuracy", "expected_accuracy", "bayes_accuracy", "share_of_bayes", 0),
-            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy", "above_chance",
-             0.5),
+            ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy",
+             "above_chance", 0.5),
             ("reward_model", "reward model, loss", "loss", "annotator_loss", None, 0)):
         for line in [line for line in stages[stage] if measured in line and possible in line][-1:]:
             x, best = line[measured] - chance, line[possible] - chance
             rows.append(dict(policy=what, measured=x, measured_error=line.get(f"{measured}_error"), possible=best,
-                             share=line.get(share, best / x), share_error=line.get(f"{share}_error")))
+                             share=line[share] if share else best / x, share_error=line.get(f"{share}_error")))
     for row in figures:
         if row.get("share") is not None and row["policy"] != "sft":
             rows.append(dict(row, policy=f"{row['policy']}, J under {row['under']}", measured=row["J"],
@@ -412,23 +409,25 @@ def close_to_the_best(stages, figures):
 
 def load_policies(config, names):
     """({name: (GPT, temperature of its training)}, reward model, tokenizer); InputError if the vocabularies differ."""
-    train_missing(config, ppo.EARLIER, "best_of_n")
+    mains = {"ppo": ppo.main, "dpo": dpo.main}
+    for name in names:
+        complete(stage_folder(config, name))
+    absent = [name for name in names if not (stage_folder(config, name) / "checkpoint.pt").exists()]
+    for name in names:
+        if name[:3] not in mains or name in absent and name not in mains:  # before minutes of training
+            raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a finished run of one of them")
+    train_missing(config, {**ppo.EARLIER, **{name: mains[name] for name in absent}}, "best_of_n")
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
     for name in ["sft", *names]:
-        stage = next((stage for stage in ("sft", "ppo", "dpo") if name.startswith(stage)), None)
-        if stage is None:
-            raise InputError(f"--policies {name}: must begin with ppo or dpo")
-        complete(stage_folder(config, name))
         policy_path = stage_folder(config, name) / "checkpoint.pt"
-        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, stage, config.size, device)
+        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, name[:3], config.size, device)
         policies[name] = policy, checkpoint.get("temperature", 1.0)
-        for setting in ("beta", "missing_end_score"):
-            ours = getattr(config, setting)
-            if checkpoint.get(setting, ours) != ours:
-                print(f"{name} was trained with {setting} {checkpoint[setting]}; J and J* below are those of {setting} "
-                      f"{ours}")
+        for key in ("beta", "missing_end_score"):
+            ours = getattr(config, key)
+            if checkpoint.get(key, ours) != ours:
+                print(f"{name} was trained with {key} {checkpoint[key]}; J and J* are those of {key} {ours}")
         if policy_tokenizer.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{policy_path}: its vocabulary is not that of {path}; train the stages again")
     return policies, reward_model, tokenizer

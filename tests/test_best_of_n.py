@@ -12,17 +12,21 @@ import torch
 
 import best_of_n
 import dpo
+import gpt
 import ppo
 import reward_model
 import sft
-from best_of_n import (best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2, judged_optimum, make_row,
-                       mean_and_error, optimality_gap, pooled_optimum, sequence_logprobs, share_and_error,
-                       subset_weights, top_k_overall, top_per_prompt, win_rate, with_errors)
+from best_of_n import (FORMATS, Samples, best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2,
+                       judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum, print_table,
+                       sequence_logprobs, share_and_error, subset_weights, top_k_overall, top_per_prompt,
+                       where_gold_is_lost, win_rate, with_errors)
+from data import stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
+from data.run import Run, read_torch, write_torch
 from data.tokenizer import Tokenizer
-from gpt import GPT, GPTConfig, Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
+from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
+from helpers import metrics, noise, snapshot, tiny_gpt
 from reward_model import RewardModel
-from test_ppo import metrics, noise, snapshot
 
 MATRIX = torch.tensor([[0.7, 0.3, 0.5, 0.2],        # ECE 7115, "Rejection Sampling": 5 prompts, 4 completions
                        [0.4, 0.8, 0.6, 0.5],
@@ -65,7 +69,8 @@ def test_top_per_prompt_of_the_lecture():
 
 
 def test_top_overall_of_the_lecture():
-    """Worst for best, or row and column swapped: "Prompt 3 gets two completions (0.9 and 0.7), while prompt 5 gets none"."""
+    """Worst for best, or row and column swapped: "Prompt 3 gets two completions (0.9 and 0.7), while prompt 5 gets
+    none"."""
     best = top_k_overall(MATRIX, 5)
     rewards = [MATRIX[i, j].item() for i, j in best.tolist()]
     assert rewards == pytest.approx([0.9, 0.8, 0.8, 0.7, 0.7])
@@ -338,8 +343,7 @@ def test_cell(figure, text):
 
 def test_sequence_logprobs_keep_the_order_of_the_samples():
     """Rows sorted by length and not put back, or a temperature left out: log π of another response or policy."""
-    torch.manual_seed(0)
-    model, rollouts, expected = GPT(GPTConfig(11, 32, 1, 2, 16)), [], []
+    model, rollouts, expected = tiny_gpt(0, vocab=11), [], []
     with torch.no_grad():
         model.wte.weight *= 10  # so that a temperature matters
         for seed, size in ((0, 300), (1, 7)):
@@ -356,7 +360,6 @@ def test_sequence_logprobs_keep_the_order_of_the_samples():
     assert ((expected[:, 0] - expected[:, 1]).abs() > 0.01).float().mean() > 0.95
     for column, temperature in enumerate((1.0, 0.5)):
         assert torch.allclose(sequence_logprobs(model, temperature, rollouts), expected[:, column], rtol=1e-4)
-
 
 
 def test_win_rate_counts_ties_half():
@@ -379,8 +382,8 @@ def test_distinct_2_by_hand(texts, share):
 def test_row_keeps_the_pieces_together():
     """The reward of one sample beside the gold or text of another, or the best chosen by gold."""
     M, N = 3, 8
-    one = best_of_n.Samples([], ["a text"] * M * N, noise(0, M, N), noise(1, M, N),
-                            torch.arange(M * N).view(M, N).float(), (noise(2, M, N) > 0).float())
+    one = Samples([], ["a text"] * M * N, noise(0, M, N), noise(1, M, N), torch.arange(M * N).view(M, N).float(),
+                  (noise(2, M, N) > 0).float())
     for n in (1, 3, 8):
         row = make_row(one, n, kl=torch.full((M,), 0.25), win_rate=torch.tensor([0.1, 0.2, 0.3]))
         assert list(row) == ["reward", "gold", "length", "ended", "kl", "win_rate", "distinct_2"]
@@ -408,10 +411,12 @@ def table_of(printed, heading):
 
 def test_close_to_the_best(capsys):
     """A share upside down (a loss should be small, an accuracy large), an accuracy measured from 0 where guessing has
-    0.5, an error in other units, or a stage without figures that ends the table in a traceback."""
-    accuracy = dict(expected_accuracy=0.75, bayes_accuracy=0.8, expected_accuracy_error=0.012)
+    0.5, an error of the measured figure for that of the share, or a stage without figures that ends the table in a
+    traceback."""
+    accuracy = dict(expected_accuracy=0.75, expected_accuracy_error=0.012, bayes_accuracy=0.8,
+                    share_of_bayes=0.9375, share_of_bayes_error=0.014, above_chance=0.8333, above_chance_error=0.038)
     stages = {"gpt": [dict(held_out=0.5, entropy=0.5), dict(held_out=0.8, entropy=0.6), dict(loss=1.0)],
-              "sft": [dict(held_out=0.5, entropy=0.4, held_out_error=0.01)],
+              "sft": [dict(held_out=0.5, entropy=0.4)],
               "reward_model": [dict(loss=0.7), dict(accuracy, loss=0.5, annotator_loss=0.4)]}
     row = dict(under="gold", J=3.5, J_error=0.05, J_star=3.4, J_star_error=0.04, share=1.05, share_error=0.031)
     close_to_the_best(stages, [dict(policy="ppo", reward=1.0), dict(row, policy="sft"), dict(row, policy="ppo"),
@@ -420,17 +425,50 @@ def test_close_to_the_best(capsys):
     assert rows == [
         ["", "measured", "possible", "share"],
         ["pretraining, nats per token", "0.800", "0.600", "75.0 %"],
-        ["SFT, nats per token", "0.500 ± 0.010", "0.400", "80.0 ± 1.6 %"],                      # 0.4/0.5 · 0.01/0.5
-        ["reward model, accuracy", "0.750 ± 0.012", "0.800", "93.8 ± 1.5 %"],                   # 0.012/0.8
-        ["reward model, accuracy above chance", "0.250 ± 0.012", "0.300", "83.3 ± 4.0 %"],      # 0.012/0.3
+        ["SFT, nats per token", "0.500", "0.400", "80.0 %"],
+        ["reward model, accuracy", "0.750 ± 0.012", "0.800", "93.8 ± 1.4 %"],
+        ["reward model, accuracy above chance", "0.250 ± 0.012", "0.300", "83.3 ± 3.8 %"],
         ["reward model, loss", "0.500", "0.400", "80.0 %"],
         ["ppo, J under gold", "3.500 ± 0.050", "3.400 ± 0.040", "105.0 ± 3.1 %"]]               # not cut off at 100 %
-    guessing = dict(expected_accuracy=0.5, bayes_accuracy=0.5, loss=0.0, annotator_loss=0.0)  # nothing above chance
-    close_to_the_best({"gpt": [], "sft": [], "reward_model": [guessing]}, [])
-    rows = [re.split(r"  +", line) for line in table_of(capsys.readouterr().out, "How close to the best")]
-    assert [row[-1] for row in rows] == ["share", "100.0 %", "-", "-"]
     close_to_the_best({"gpt": [], "sft": [], "reward_model": []}, [])
     assert capsys.readouterr().out == ""
+
+
+def test_close_to_the_best_of_a_coin(capsys):
+    """A reward model of exactly 0.5, or labels that nobody can guess, end the table in a division by zero."""
+    margin, equal = torch.tensor([0.3, -0.3]), torch.zeros(2)
+    for gold, possible in ((equal, "0.000"), (torch.ones(2), "0.231")):  # one right and one wrong guess
+        figures, _ = reward_model.answer_key(margin, gold)
+        close_to_the_best({"gpt": [], "sft": [], "reward_model": [figures]}, [])
+        lines = table_of(capsys.readouterr().out, "How close to the best")
+        assert re.match(rf"reward model, accuracy above chance +0\.000 ± \S+ +{possible} +0\.0 ± ", lines[2])
+
+
+def test_tables_fit_100_columns(capsys):
+    """A table that the terminal wraps as soon as its figures have two digits before the point, or a policy a name."""
+    M, names = 16, ["sft", "ppo-beta0", "dpo"]
+    samples, log_ratios = {}, {}
+    for k, name in enumerate(names):
+        N = 128 if name == "sft" else 64
+        reward, gold = (-12 + 9 * noise(seed + k, M, 1) + noise(seed + k + 10, M, N) for seed in (0, 20))
+        samples[name] = Samples([], ["a b c"] * M * N, reward, gold, torch.full((M, N), 128.0), torch.ones(M, N))
+        log_ratios[name] = 12 + 9 * noise(40 + k, M, 1, 1) + noise(50 + k, M, N, 3)
+        log_ratios[name][:, :, 0] = 0
+    known = dict(win_rate=1 - torch.tensor([0.0, 0.3]).repeat(M // 2), kl=log_ratios["dpo"][:, :, 2].mean(dim=1))
+    rows = {name: make_row(samples.get(name, samples["sft"]), n, **known)
+            for name, n in (("sft", 1), ("best of 16", 16), ("best of 64", 64), ("ppo-beta0", 1), ("dpo", 1))}
+    figures = [dict(policy=name, **with_errors(row)) for name, row in rows.items()]
+    print_table(figures, FORMATS)
+    for kind, field in (("reward model", "reward"), ("gold", "gold")):
+        figures += optimum(kind, field, rows, samples, log_ratios, beta=0.05)
+    where_gold_is_lost([row for row in figures if row.get("under") == "gold"])
+    accuracy, _ = reward_model.answer_key(noise(60, 100), noise(61, 100))
+    loss = dict(held_out=12.345, entropy=10.123)
+    close_to_the_best({"gpt": [loss], "sft": [loss], "reward_model": [accuracy]}, figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("best of 64", "reward model, accuracy above chance")) for line in lines) == 7
+    assert any(re.search(r"-\d\d\.\d\d ± \d\.\d\d .*\d\d\.\d\d ± \d\.\d\d ", line) for line in lines)
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,6 +490,11 @@ def run(out, capsys, *flags):
     return capsys.readouterr().out
 
 
+def without_seconds(printed):
+    """What the yardstick printed, without the seconds that it took."""
+    return re.sub(r" in \d+ s$", "", printed, flags=re.M)
+
+
 def test_prompt_prints_candidates_and_the_winner(trained, capsys):
     """A winner that isn't the best candidate, or an annotator asked for a prompt that it cannot judge."""
     for prompt, gold in (("Tell me a story about a shy fox and a kite.", True), ("Who are you?", False)):
@@ -461,6 +504,12 @@ def test_prompt_prints_candidates_and_the_winner(trained, capsys):
         assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
         assert all(bool(found) == gold for _, found, _ in candidates)
         assert f"winner of 6: {candidates[0][2]}\n" in printed
+
+
+def test_candidates_of_no_prompt(tmp_path):
+    """--n without a prompt, which starts the minutes of the yardstick, whose N it does not set."""
+    with pytest.raises(InputError, match="--n 4: goes with --prompt only"):
+        best_of_n.main(["--out", str(tmp_path), "--size", "cpu", "--n", "4", "--data", "found-wrong-later.jsonl"])
 
 
 def test_prompt_that_does_not_fit(trained, capsys):
@@ -511,12 +560,21 @@ def test_yardstick(trained, capsys):
     assert re.search(r"^ +reward +gold +win_rate +kl +length +distinct_2 +ended$", tables, re.M)
     assert re.search(r"^sft +-?\d\.\d\d ± \d\.\d\d .* 50\.0 ± 0\.0 %  0\.00 ± 0\.00 +\d+ +[01]\.\d\d +\d+ %$", tables,
                      re.M)
-    assert re.findall(r"^sampled (.*) in \d+ s$", printed, re.M) == ["sft", "ppo", "dpo"]
+    assert re.findall(r"^(.*) in \d+ s$", printed, re.M) == [
+        "sampled sft: 48", "sampled ppo: 24", "sampled dpo: 24", "log-probabilities under every policy: 9"]
     after = snapshot(trained)
     assert {path: after[path] for path in before} == before
-    again = run(trained, capsys, *flags)
-    assert re.sub(r" in \d+ s\n", "\n", again) == re.sub(r" in \d+ s\n", "\n", printed)
+    assert without_seconds(run(trained, capsys, *flags)) == without_seconds(printed)
     assert snapshot(trained) == after
+
+
+def test_the_yardstick_asks_reserved_requests(trained, capsys, monkeypatch):
+    """Requests that may have occurred in training, one in 32 of them at least, or others for every seed."""
+    asked, draw_samples = [], best_of_n.draw
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(arguments[4]) or draw_samples(*arguments))
+    for seed in "1", "2":
+        run(trained, capsys, *f"--prompts 40 --samples 1 --policies , --seed {seed}".split())
+    assert asked[0] == asked[1] and len(set(asked[0])) == 40 and all(map(stories.is_held_out, asked[0]))
 
 
 def test_yardstick_figures_are_of_the_samples(trained, tmp_path, monkeypatch):
@@ -555,17 +613,18 @@ def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypat
     short = [row["prompt"] for row in held_out if "long" not in row["prompt"]]
     assert len(held_out) == 4 and 0 < len(short) < 4  # so the test sees both kinds
     asked, draw_samples = [], best_of_n.draw
-    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(arguments[3]) or draw_samples(*arguments))
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(arguments[4]) or draw_samples(*arguments))
     printed = run(trained, capsys, "--data", str(tmp_path / "prompts.jsonl"), "--samples", "4", "--policies", "dpo")
     assert asked == [short] * 2  # SFT and DPO, each once
-    assert f"{len(short)} of {len(short)} held-out prompts, dropped {4 - len(short)} that leave no room" in printed
+    assert (f"held out of {tmp_path / 'prompts.jsonl'}: {len(short)} prompts, dropped {4 - len(short)} that leave no "
+            f"room for 16 new tokens; {len(short)} of them; 4 samples each, 8 of SFT\n") in printed
     assert "gold" not in printed and "win_rate" not in printed
     rows = metrics(trained / "cpu/best_of_n/metrics.jsonl")
     assert [row["policy"] for row in rows if "under" not in row] == ["sft", "best of 4", "dpo"]
     assert {row["under"] for row in rows if "under" in row} == {"reward model"}
 
     before = snapshot(trained)
-    for rows, reason in (([{"prompt": f"{i} " + "long " * 200} for i in range(9)], "no held-out prompt leaves room"),
+    for rows, reason in (([{"prompt": f"{i} " + "long " * 200} for i in range(9)], "no prompt leaves room"),
                          ([{"prompt": "Why?"}] * 9, "same prompt")):
         write_jsonl(tmp_path / "prompts.jsonl", rows)
         with pytest.raises(InputError, match=f"prompts.jsonl.*{reason}"):
@@ -583,7 +642,7 @@ def test_a_wrong_file_is_found_before_anything_is_trained(stage, tmp_path):
 
 
 def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, capsys, monkeypatch):
-    """A prompt that one stage trains on and another one measures itself on: the figure is of what was learnt by heart."""
+    """A prompt that one stage trains on and another one measures itself on: its figure is what was learnt by heart."""
     path, names = tmp_path / "pairs.jsonl", [f"Who sings {i}?" for i in range(30)]
     rows = [{"prompt": name, "chosen": "Yes." if i else "Yes. " * 200, "rejected": "No."}
             for name in random.Random(0).sample(names, 30) for i in (0, 1) if i or name.endswith("7?")]
@@ -618,7 +677,8 @@ def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, capsys, monke
     assert {row["prompt"] for row in read_pairs(out / "cpu/reward_model/held_out.jsonl")} == held_out["sft"]
 
     asked, draw_samples = [], best_of_n.draw
-    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: asked.append(set(arguments[3])) or draw_samples(*arguments))
+    monkeypatch.setattr(best_of_n, "draw",
+                        lambda *arguments: asked.append(set(arguments[4])) or draw_samples(*arguments))
     best_of_n.main(common + ["--samples", "4"])
     assert asked == [held_out["sft"]] * 3  # SFT, PPO and DPO are compared on prompts that none of them has seen
 
@@ -626,13 +686,15 @@ def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, capsys, monke
 def test_draws_come_from_the_given_generator(trained, monkeypatch):
     """One seed for every batch, or for every policy: the samples are then copies, and their errors hidden."""
     policy, tokenizer, _ = load_checkpoint(trained / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    scorer = load_checkpoint(trained / "cpu/reward_model/checkpoint.pt", "reward_model", "cpu", model_class=RewardModel)[0]
+    path = trained / "cpu/reward_model/checkpoint.pt"
+    scorer, _, _ = load_checkpoint(path, "reward_model", "cpu", model_class=RewardModel)
     config = best_of_n.Config(size="cpu", max_new_tokens=16, sample_batch=4)
     seeds, generate = [], best_of_n.generate
-    monkeypatch.setattr(best_of_n, "generate", lambda *arguments, seed: seeds.append(seed) or generate(*arguments, seed=seed))
+    monkeypatch.setattr(best_of_n, "generate",
+                        lambda *arguments, seed: seeds.append(seed) or generate(*arguments, seed=seed))
 
     def texts(rng):
-        return best_of_n.draw(policy, scorer, tokenizer, ["Who sings?"] * 2, 6, config, False, rng).texts
+        return best_of_n.draw("sft", policy, scorer, tokenizer, ["Who sings?"] * 2, 6, config, False, rng).texts
 
     rng = random.Random(0)
     first, second = texts(rng), texts(rng)
@@ -644,7 +706,8 @@ def test_draws_come_from_the_given_generator(trained, monkeypatch):
 
 def test_policies_are_compared_at_their_own_temperature(trained, tmp_path, capsys, monkeypatch):
     """A policy that was trained at one temperature, sampled or scored at another: its J is that of a policy nobody
-    trained. And shares that were reached under another price or penalty, with no word about it."""
+    trained. And shares that were reached under another price or penalty, with no word about it. A policy that is named
+    twice is one."""
     out = shutil.copytree(trained, tmp_path / "out")
     model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     for name, settings in (("ppo", {}), ("ppo-hot", dict(temperature=1.5, missing_end_score=-2.0, beta=0.3))):
@@ -653,36 +716,124 @@ def test_policies_are_compared_at_their_own_temperature(trained, tmp_path, capsy
     asked, generate = [], best_of_n.generate
     monkeypatch.setattr(best_of_n, "generate",
                         lambda *arguments, seed: asked.append(arguments[4]) or generate(*arguments, seed=seed))
-    printed = run(out, capsys, "--prompts", "4", "--samples", "16", "--policies", "ppo,ppo-hot")
+    printed = run(out, capsys, "--prompts", "4", "--samples", "16", "--policies", "ppo,ppo-hot,ppo,ppo-hot")
     assert asked == [1.0, 1.0, 1.5]
     rows = {row["policy"]: row for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if "under" not in row}
     hot = rows["ppo-hot"]
     assert rows["ppo"]["kl"] == 0 and hot["kl"] > 5 * hot["kl_error"] > 0  # both have SFT's weights
     assert re.findall(r"^.* was trained with .*$", printed, re.M) == [
-        "ppo-hot was trained with beta 0.3; J and J* below are those of beta 0.2",
-        "ppo-hot was trained with missing_end_score -2.0; J and J* below are those of missing_end_score -5.0"]
+        "ppo-hot was trained with beta 0.3; J and J* are those of beta 0.2",
+        "ppo-hot was trained with missing_end_score -2.0; J and J* are those of missing_end_score -5.0"]
 
 
-@pytest.mark.parametrize("line", ['{"step": 1, "held_out": 0.7', '{"held_out": "0.7", "entropy": 0.6}', "[1, 2]",
-                                  '{"held_out": null, "entropy": 0.6}', "\udcff", ""])
-def test_damaged_figures_of_a_stage(trained, tmp_path, capsys, line):
-    """A line that was cut off ends the yardstick in a traceback, after its minutes of sampling, with nothing saved."""
+@pytest.mark.parametrize("damage", [
+    lambda data: b"",
+    lambda data: data[:len(data) // 2],
+    lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:],
+    lambda data: b'{"step": 20, "held_out": 0.7, "entropy": 0.6}\n',
+    None], ids=["empty", "cut off", "one bit", "of another kind", "no figures"])
+def test_damaged_checkpoint_of_a_stage(trained, tmp_path, capsys, damage):
+    """A file that was cut off ends the yardstick in a traceback, after its minutes of sampling, with nothing saved."""
     out = shutil.copytree(trained, tmp_path / "out")
-    path = out / "cpu/sft/metrics.jsonl"
-    path.write_bytes((line or " ").encode("utf-8", "surrogateescape"))
+    path = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        write_torch(path, {key: value for key, value in read_torch(path).items() if key != "metrics"})
     before = snapshot(out)
-    with pytest.raises(InputError, match="sft.metrics.jsonl") as error:
+    with pytest.raises(InputError, match="gpt.checkpoint.pt: .*train the stage again") as error:
         run(out, capsys, "--prompts", "2", "--samples", "4")
     assert "\n" not in str(error.value) and "sampled" not in capsys.readouterr().out and snapshot(out) == before
 
 
 def test_missing_figures_of_a_stage(trained, tmp_path, capsys):
-    """A stage whose metrics.jsonl was removed, or whose checkpoint came from elsewhere, ends the yardstick."""
+    """A stage whose checkpoint was removed, text of one's own, of which nobody knows the entropy, or a single prompt,
+    whose figures have no errors, ends the yardstick."""
     out = shutil.copytree(trained, tmp_path / "out")
-    (out / "cpu/gpt/metrics.jsonl").unlink()
-    printed = run(out, capsys, *"--prompts 2 --samples 4 --policies ppo,ppo".split())  # a policy named twice is one
-    assert "pretraining" not in printed and "reward model, accuracy above chance" in printed
-    assert re.findall(r"^sampled (.*) in \d+ s$", printed, re.M) == ["sft", "ppo"]
+    shutil.rmtree(out / "cpu/gpt")
+    assert not any("entropy" in row for row in read_torch(out / "cpu/sft/checkpoint.pt")["metrics"])
+    table = table_of(run(out, capsys, *"--prompts 1 --samples 4 --policies ppo".split()), "How close to the best")
+    rows = [re.split(r"  +", line)[0] for line in table]
+    assert rows[:4] == ["", "reward model, accuracy", "reward model, accuracy above chance", "reward model, loss"]
+    assert not (out / "cpu/gpt").exists()
+
+
+def test_figures_are_those_of_the_checkpoint_that_is_there(trained, tmp_path, capsys, monkeypatch):
+    """A new run of an earlier stage emptied its metrics.jsonl at once: interrupted, it left the loss of an untrained
+    model in it, and "How close to the best" printed that beside the old checkpoint."""
+    def close():
+        return table_of(run(out, capsys, *"--prompts 2 --samples 4 --policies dpo".split()), "How close to the best")
+
+    def interrupted(*arguments, **state):
+        raise KeyboardInterrupt
+
+    out = shutil.copytree(trained, tmp_path / "out")
+    table = close()
+    figures = read_torch(out / "cpu/gpt/checkpoint.pt")["metrics"][-1]
+    assert re.match(f"pretraining, nats per token +{figures['held_out']:.3f} +{figures['entropy']:.3f} ", table[1])
+    monkeypatch.setattr(Run, "end_step", interrupted)
+    for stage, flags in ((gpt, "--steps 2 --batch 8 --n_layer 1 --n_head 2 --n_embd 32"),
+                         (reward_model, "--pairs 8 --held_out 4 --batch 4 --max_new_tokens 16")):
+        with pytest.raises(KeyboardInterrupt):
+            stage.main(["--out", str(out), "--size", "cpu", "--report", "1", *flags.split()])
+        folder = out / "cpu" / stage.__name__
+        begun = (folder / "unfinished/metrics.jsonl").read_bytes()
+        assert b'"step": 1, "loss"' in begun
+        (folder / "metrics.jsonl").write_bytes(begun)  # where it stood at that time
+    assert close() == table
+    (out / "cpu/gpt/metrics.jsonl").write_bytes(b'{"held_out": \xff')  # nobody reads it
+    assert close() == table
+
+
+def test_a_run_that_was_killed_in_its_last_moment_is_completed_first(trained, tmp_path, capsys):
+    """A run that is over, but was killed before its files took their places: the yardstick compares the policy of the
+    run before it, or trains a stage anew that is there."""
+    out, flags = shutil.copytree(trained, tmp_path / "out"), "--prompts 2 --samples 4 --policies ppo,dpo-late".split()
+    shutil.copytree(out / "cpu/dpo", out / "cpu/dpo-late")
+    printed, before = run(out, capsys, *flags), snapshot(out)
+    model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    for name in ("gpt", "reward_model", "ppo", "dpo-late"):
+        folder = out / "cpu" / name
+        (folder / "finished").mkdir()
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "lock":
+                path.rename(folder / "finished" / path.name)
+        (folder / "finished/state.pt").write_bytes(b"")
+    save_checkpoint(out / "cpu/dpo-late/checkpoint.pt", "dpo", "cpu", model, tokenizer)  # the run before
+    assert without_seconds(run(out, capsys, *flags)) == without_seconds(printed)
+    assert snapshot(out) == before
+
+
+def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, capsys, monkeypatch):
+    """A plan that names PPO's minutes and not DPO's, a policy trained again that is there, or a name that is none and
+    is found after these minutes."""
+    out, asked = tmp_path / "out", []
+
+    def main_of(name):
+        def main(argv):
+            asked.append((name, *argv))
+            shutil.copytree(trained / "cpu" / name, out / "cpu" / name)
+        return main
+
+    for name in list(ppo.EARLIER):
+        monkeypatch.setitem(ppo.EARLIER, name, main_of(name))
+    monkeypatch.setattr(ppo, "main", main_of("ppo"))
+    monkeypatch.setattr(dpo, "main", main_of("dpo"))
+    for name, folder in (("foo", out), ("ppo-none", out), ("sft", trained), ("gpt", trained)):  # trained has them
+        with pytest.raises(InputError, match=f"--policies {name}: must be ppo or dpo, or the --name"):
+            run(folder, capsys, "--policies", f"ppo,{name}")
+    assert not asked and not out.exists()
+
+    flags = ["--prompts", "2", "--samples", "4", "--seed", "7"]
+    assert re.findall(r"^plan .*$", run(out, capsys, *flags), re.M) == [
+        "plan    gpt → sft → reward_model → ppo → dpo → best_of_n, about 11 minutes on two cores"]
+    argv = ("--size", "cpu", "--out", str(out), "--seed", "7")
+    assert asked == [(name, *argv) for name in ("gpt", "sft", "reward_model", "ppo", "dpo")]
+    shutil.rmtree(out / "cpu/ppo")
+    shutil.rmtree(out / "cpu/gpt")  # no policy needs it any more
+    assert "plan    ppo → best_of_n, about 4 minutes" in run(out, capsys, *flags)
+    assert asked[5:] == [("ppo", *argv)]
+    assert "plan" not in run(out, capsys, *flags)
 
 
 def test_policy_of_another_vocabulary(trained, tmp_path, capsys):
