@@ -233,6 +233,18 @@ def distinct_2(texts):
     return len(set(pairs)) / max(1, len(pairs))
 
 
+def choose_prompts(held_out, tokenizer, config, block_size):
+    """(the yardstick's prompts, what to say of them): held-out requests of the world, or of a user's held-out prompts
+    those that leave room for a response."""
+    if not config.data:
+        rng = random.Random("yardstick prompts")
+        prompts = [stories.request(rng, held_out=True).text for _ in range(config.prompts)]
+        return prompts, f"the little world: {len(prompts)} held-out prompts"
+    _, data = prompts_with_room(held_out, tokenizer, config, block_size)
+    prompts = [text for text in held_out if has_room(text, tokenizer, config, block_size)][:config.prompts]
+    return prompts, f"held out of {data}; {len(prompts)} of them"
+
+
 def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
@@ -242,14 +254,7 @@ def yardstick(config):
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
 
     # 1. Held-out prompts: the world's, or those that every stage held out of the user's own.
-    if gold:
-        rng = random.Random("yardstick prompts")
-        prompts = [stories.request(rng, held_out=True).text for _ in range(config.prompts)]
-        data = f"the little world: {len(prompts)} held-out prompts"
-    else:
-        _, data = prompts_with_room(held_out, tokenizer, config, reference.config.block_size)
-        prompts = [text for text in held_out if has_room(text, tokenizer, config, reference.config.block_size)]
-        prompts, data = prompts[:config.prompts], f"held out of {data}; {min(config.prompts, len(prompts))} of them"
+    prompts, data = choose_prompts(held_out, tokenizer, config, reference.config.block_size)
     announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each, {2 * config.samples} of SFT",
              reference)
 

@@ -318,17 +318,7 @@ def train(config):
             run.end_step(step, **state)
 
         # 3. Shift to mean 0 over the SFT policy's own responses.
-        asked = [row["prompt"] for row in data.rows]
-        prompts, _ = prompts_with_room(asked, tokenizer, config, policy.config.block_size)
-        with autocast(device):
-            rollout = generate(policy, random.Random(f"shift {config.seed}").choices(prompts, k=512), config.max_new_tokens,
-                               tokenizer.end_token, seed=config.seed)
-        sequences = [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
-        scores = score_all(model, sequences)
-        with torch.no_grad():
-            model.head.bias -= scores.mean().to(device)
-        print(f"shifted by {-scores.mean():+.3f}: mean 0 over {len(sequences)} SFT samples, standard deviation "
-              f"{scores.std():.3f}")
+        shift_to_zero(model, policy, tokenizer, [row["prompt"] for row in data.rows], config)
 
         # 4. Against the answer key, where there is one. Save.
         margin = held_out_margins(model, data.held_out)
@@ -346,6 +336,18 @@ def train(config):
         show(("prompt", row["prompt"]), ("chosen", annotator.scored(row["prompt"], row["chosen"], chosen)),
              ("rejected", annotator.scored(row["prompt"], row["rejected"], rejected)))
     print(f"saved {folder / 'checkpoint.pt'}; next: python ppo.py or python dpo.py", flush=True)
+
+
+def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
+    """Step 3. Shift the rewards to mean 0 over the SFT policy's own responses: the constant that Bradley-Terry leaves free."""
+    fitting, _ = prompts_with_room(prompts, tokenizer, config, policy.config.block_size)
+    with autocast(get_device()):
+        rollout = generate(policy, random.Random(f"shift {config.seed}").choices(fitting, k=samples), config.max_new_tokens,
+                           tokenizer.end_token, seed=config.seed)
+    scores = score_all(model, [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())])
+    with torch.no_grad():
+        model.head.bias -= scores.mean().to(model.head.bias.device)
+    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard deviation {scores.std():.3f}")
 
 
 def collect(policy, tokenizer, config):
