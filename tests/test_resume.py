@@ -368,12 +368,15 @@ def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
     check_finished(out / "cpu/dpo", chain / "cpu/dpo")
 
 
-@pytest.mark.parametrize("what, n", [("step", 1), ("write", 2), ("write", 9), ("step", 8)])
+@pytest.mark.parametrize("what, n", [
+    ("step", 1), ("replace", 2), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
 def test_ctrl_c_at_the_edges(chain, tmp_path, what, n):
-    """In the first step or the last, or while a file is written: nothing to save yet, or nothing left to do."""
+    """In the first step or the last, or while a file is written or moved: nothing to save yet, or nothing to do."""
     out, argv = before("dpo", chain, tmp_path)
-    status, _, stderr = run("dpo", argv, out, at_call, what if what == "step" else "replace", n, signal.SIGINT)
+    status, _, stderr = run("dpo", argv, out, at_call, what, n, signal.SIGINT)
     assert status == 130 and stderr.count("\n") == 1 and not list(out.rglob("*.tmp"))
+    if what == "move":
+        return check_over(out / "cpu/dpo", chain / "cpu/dpo")
     check_unfinished(out / "cpu/dpo", chain / "cpu/dpo")
     assert run("dpo", [*argv, "--resume"], out)[0] == 0
     check_finished(out / "cpu/dpo", chain / "cpu/dpo")
