@@ -1,6 +1,5 @@
 """What all tests share."""
 
-import random
 import shutil
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 import gpt
 import reward_model
 import sft
-from data import stories
-from data.files import write_jsonl
+from helpers import short_demonstrations
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,11 +24,7 @@ def stages(tmp_path_factory):
     out = tmp_path_factory.mktemp("stages")
     common = ["--out", str(out), "--size", "cpu"]
     gpt.main(common + "--n_layer 1 --n_head 2 --n_embd 32 --steps 20 --batch 8".split())
-    rng, rows = random.Random(0), []
-    for _ in range(600):
-        request = stories.request(rng).text
-        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
-    write_jsonl(out / "demonstrations.jsonl", rows)
+    short_demonstrations(out / "demonstrations.jsonl")
     sft.main(common + f"--data {out}/demonstrations.jsonl --batch 16 --lr 1e-2 --epochs 2 --max_new_tokens 16".split())
     reward_model.main(common + "--pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16".split())
     return out

@@ -1,9 +1,12 @@
 """What several test files share. No test file imports from another one."""
 
 import json
+import random
 
 import torch
 
+from data import stories
+from data.files import write_jsonl
 from gpt import GPT, GPTConfig
 from reward_model import RewardModel
 
@@ -45,3 +48,12 @@ def untimed(rows):
 def snapshot(folder):
     """Every file below a folder: {path: its bytes}."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def short_demonstrations(path):
+    """Write 600 demonstrations of half a sentence each: an SFT model learns to end its answers in a few steps."""
+    rng, rows = random.Random(0), []
+    for _ in range(600):
+        request = stories.request(rng).text
+        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
+    write_jsonl(path, rows)

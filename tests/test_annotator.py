@@ -86,7 +86,7 @@ def test_a_wrong_prompt_is_named():
 
 
 def test_scores_before_a_text():
-    """The annotator asked about a prompt that it cannot judge, which is an error; a score of exactly 0 that isn't shown."""
+    """The annotator asked about a prompt that it cannot judge, which is an error; a score of 0 that isn't shown."""
     text = story_of(KIND[1], SAD)
     assert scored(PROMPT, text) == f"[gold +2.75] {text}" and scored("Sing a song.", text) == text
     assert scored(PROMPT, "", 0.0) == "[reward +0.00, gold -0.50] "

@@ -18,7 +18,7 @@ from tests import bench
 
 @pytest.mark.parametrize("shape", [gpt.GPTConfig(50, 16, 2, 2, 8), gpt.GPTConfig(1024, 128, 4, 4, 128)])
 def test_flops_are_torchs(shape):
-    """A factor 2 lost, or the output layer forgotten: a utilisation that flatters. Attention is counted apart, at its sdpa."""
+    """A factor 2 lost, or the output layer forgotten: a utilisation that flatters. Attention is counted apart."""
     tokens = torch.zeros(3, shape.block_size, dtype=torch.long)
     mask = torch.rand(3, shape.block_size - 1, generator=torch.Generator().manual_seed(0)) < 0.4
     model, all_places, some = RewardModel(shape), tokens.numel(), int(mask.sum())
@@ -31,7 +31,7 @@ def test_flops_are_torchs(shape):
         linear = sum(count for name, count in by_name.items() if "scaled_dot" not in name)
         assert linear == bench.forward_flops(shape, tokens.numel(), 0, places, outputs)
     per_token = bench.forward_flops(shape, 1, 10, 0, 0) - bench.forward_flops(shape, 1, 0, 0, 0)
-    q, k, v = torch.zeros(1, shape.n_head, 1, 8), torch.zeros(1, shape.n_head, 10, 8), torch.zeros(1, shape.n_head, 10, 8)
+    q, (k, v) = torch.zeros(1, shape.n_head, 1, 8), torch.zeros(2, 1, shape.n_head, 10, 8)
     with FlopCounterMode(display=False) as counter:
         (q @ k.transpose(2, 3)) @ v
     assert per_token * 8 * shape.n_head == counter.get_total_flops() * shape.n_layer * shape.n_embd
@@ -40,7 +40,7 @@ def test_flops_are_torchs(shape):
 def test_median_leaves_the_warm_up_out():
     """A first call that compiles or allocates, counted: the figure tells of the start, not of the work."""
     calls = []
-    seconds = bench.median_seconds(lambda: calls.append(torch.ones(2000, 2000).exp().sum() if not calls else 0), repeats=4)
+    seconds = bench.median_seconds(lambda: calls.append(0 if calls else torch.ones(2000, 2000).exp().sum()), repeats=4)
     assert len(calls) == 5 and 0 <= seconds < 0.01
 
 
@@ -49,10 +49,11 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys):
     out = ["--size", "cpu", "--out", str(tmp_path)]
     bench.main(["gpt", *out, *"--n_layer 1 --n_embd 16 --block_size 16 --vocab_size 300 --batch 2".split()])
     text = capsys.readouterr().out
-    assert len(re.findall(r"[\d,]+ tokens/s, +\d+% of the", text)) == 3 and re.search(r"^peak memory [\d,]+ MB$", text, re.M)
+    assert len(re.findall(r"[\d,]+ tokens/s, +\d+% of the", text)) == 3
+    assert re.search(r"^peak memory [\d,]+ MB$", text, re.M)
     bench.main(["ppo", *out, *"--rollouts 2 --minibatch 2 --epochs 1 --max_new_tokens 4".split()])
     rows = re.findall(r"^ +(\d+) +(\d+)((?: +[\d.]+){5}) +[\d,]+$", capsys.readouterr().out, re.M)
-    assert [(int(rollouts), int(response)) for rollouts, response, _ in rows] == [(1, 2), (2, 2), (8, 2), (2, 1), (2, 4)]
+    assert [row[:2] for row in rows] == [("1", "2"), ("2", "2"), ("8", "2"), ("2", "1"), ("2", "4")]
     for _, _, seconds in rows:
         *parts, total, bound = map(float, seconds.split())
         assert total == pytest.approx(sum(parts), abs=0.05) and bound <= total
@@ -60,7 +61,7 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys):
 
 
 def test_without_a_memory_figure(monkeypatch):
-    """Windows tells no peak memory: a line that ends after "peak memory", or a traceback after a minute of benchmarks."""
+    """Windows tells no peak memory: a line that ends after "peak memory", or a traceback after a minute."""
     monkeypatch.setattr(run, "resource", None)
     assert bench.memory_line(torch.device("cpu")) == "peak memory unknown on this system"
 

@@ -176,8 +176,8 @@ def advantages_by_hand(models, prompt, response, score, config):
 
 @pytest.mark.parametrize("case", EDGES.values(), ids=EDGES.keys())
 def test_ppo_at_the_edges(case, monkeypatch):
-    """A standard deviation of nothing: whitening one token, or equal advantages, gives NaN, or blows rounding errors up to
-    steps of full size; a variance of one number gives NaN in metrics.jsonl, which is no JSON; a minibatch is dropped."""
+    """A standard deviation of nothing: whitening one token, or equal advantages, gives NaN, or blows rounding errors up
+    to steps of full size; a variance of one number gives NaN in metrics.jsonl, which is no JSON."""
     case = dict(case)
     prompts, end, table = case.pop("prompts", PROMPTS), case.pop("end", 0.0), Table(case.pop("reward", None))
     config = ppo.Config(**{**dict(iterations=2, rollouts=6, minibatch=4, micro_batch=3, epochs=2, max_new_tokens=3,
@@ -249,8 +249,9 @@ def test_a_prompt_without_room_ends_ppo_in_one_line():
 # ----------------------------------------------------------------------------------------------------------------------
 # DPO
 
+# Chosen, rejected, prompt length.
 MIXED = [([2, 0, 1, 3, END], [2, 0, END], 2), ([1, 1, END], [1, 2, 3, 0, 0, 1, 2, END], 1), ([0, END], [0, 3, END], 1),
-         ([3, 0, END], [3, 1, 2, END], 1), ([2, 2, 2, 0, END], [2, 2, 2, 3, 3, END], 3)]   # chosen, rejected, prompt length
+         ([3, 0, END], [3, 1, 2, END], 1), ([2, 2, 2, 0, END], [2, 2, 2, 3, 3, END], 3)]
 
 
 @pytest.mark.parametrize("pairs, batch, micro_batch", [

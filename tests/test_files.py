@@ -225,7 +225,7 @@ def test_what_is_held_out_hangs_on_the_prompts_and_the_seed_alone():
 
 
 def test_prompts_are_split_as_the_rows_are(tmp_path):
-    """PPO trained on the prompts that the reward model's stage held out of the same file; a prompt that counts twice."""
+    """PPO trained on the prompts that the reward model's stage held out of the same file; a prompt counted twice."""
     rng = random.Random(10)
     rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": "no"} for i in range(300)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -393,9 +393,8 @@ lock_folder(sys.argv[1])
 def test_windows_locks_too(tmp_path):
     """Where there is no fcntl: an ImportError in every script, or two runs in one folder that never see each other."""
     done = subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.splitlines() == [
-        "locking 2 1", "locking 2 1", f"{tmp_path}: another run is using this folder; wait for it, or choose another one",
-        "locking 2 1"]
+    refused = f"{tmp_path}: another run is using this folder; wait for it, or choose another one"
+    assert done.stderr == "" and done.stdout.splitlines() == ["locking 2 1", "locking 2 1", refused, "locking 2 1"]
 
 
 def run(body, tmp_path, shell="{}"):

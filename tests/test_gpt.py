@@ -79,7 +79,8 @@ def numpy_gpt2(weights, tokens, n_layer, n_head):
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+        scaled = centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5)
+        return scaled * w[name + ".weight"] + w[name + ".bias"]
 
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
@@ -89,7 +90,8 @@ def numpy_gpt2(weights, tokens, n_layer, n_head):
     x = np.stack([w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(tokens)])
     for layer in range(n_layer):
         block = f"h.{layer}."
-        q, k, v = np.split(linear(norm(x, block + "ln_1"), block + "attn.c_attn"), 3, axis=1)  # GPT-2: all q, all k, all v
+        # GPT-2's order: all q, all k, all v.
+        q, k, v = np.split(linear(norm(x, block + "ln_1"), block + "attn.c_attn"), 3, axis=1)
         y = np.zeros((T, C))
         for head in range(n_head):
             part = slice(head * size, (head + 1) * size)
@@ -105,7 +107,7 @@ def numpy_gpt2(weights, tokens, n_layer, n_head):
 
 
 def test_logits_are_gpt2s():
-    """A norm too many or too few, heads cut along the wrong axis, erf for tanh: published GPT-2 weights then talk nonsense."""
+    """A norm too many or too few, heads cut along the wrong axis, erf for tanh: GPT-2's weights then talk nonsense."""
     model = tiny_model(seed=1, n_head=4)
     tokens = torch.randint(V, (3, 17), generator=torch.Generator().manual_seed(1))
     for row, logits in zip(tokens.tolist(), model(tokens)):
@@ -144,7 +146,7 @@ def test_the_initial_weights_come_from_the_given_generator():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_token_logprobs_against_cross_entropy(temperature):
-    """Logits compared with the token that they have already seen (no shift), a double shift, a forgotten temperature."""
+    """Logits compared with the token that they have already seen (no shift), a double shift, no temperature."""
     generator = torch.Generator().manual_seed(3)
     logits = 4 * torch.randn(3, 9, V, generator=generator)
     tokens = torch.randint(V, (3, 9), generator=generator)
@@ -155,7 +157,7 @@ def test_token_logprobs_against_cross_entropy(temperature):
 
 
 def test_column_t_is_the_action_of_emitting_token_t_plus_1():
-    """Off by one: a change of tokens[:, 5] must change column 4, where it is emitted, and the columns after it alone."""
+    """Off by one: a change of tokens[:, 5] must change column 4, where it is emitted, and those after it alone."""
     model = tiny_model(seed=4)
     tokens = torch.randint(V, (1, 12), generator=torch.Generator().manual_seed(4))
     other = tokens.clone()
@@ -165,7 +167,7 @@ def test_column_t_is_the_action_of_emitting_token_t_plus_1():
 
 
 def test_token_logprobs_are_float32_under_bf16():
-    """Log-probabilities in bf16 are wrong in the second digit: PPO's ratio is then noise, not 1, before the first step."""
+    """Log-probabilities in bf16 are wrong in the second digit: PPO's ratio is noise, not 1, before the first step."""
     logits = (3 * torch.randn(2, 5, V, generator=torch.Generator().manual_seed(5))).bfloat16()
     tokens = torch.tensor([[0, 1, 2, 3, 4]] * 2)
     logprobs = token_logprobs(logits, tokens)
@@ -208,8 +210,8 @@ def test_logits_are_float32_under_autocast(monkeypatch):
 
 
 def test_cudnns_attention_is_off():
-    """On a Hopper GPU torch's first choice is cuDNN's attention, which makes a plan for every new shape: sampling, where
-    every step has one, takes many times as long."""
+    """On a Hopper GPU torch's first choice is cuDNN's attention, which makes a plan for every new shape: sampling,
+    where every step has one, takes many times as long."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -220,7 +222,7 @@ def test_cudnns_attention_is_off():
 
 
 def test_response_mask_is_exactly_the_response_and_its_end():
-    """A mask one column late trains on padding and drops the first token; one that forgets <|end|> never teaches to stop."""
+    """A mask one column late trains on padding and drops the first token; one without <|end|> never teaches to stop."""
     assert response_mask(torch.tensor([2]), torch.tensor([4]), T=6).int().tolist() == [[0, 1, 1, 0, 0]]
     rng = random.Random(6)
     for _ in range(50):
@@ -330,7 +332,7 @@ def test_batches_by_length_holds_every_index_once():
 
 
 def test_greedy_decoding_with_the_cache_equals_the_full_forward_pass():
-    """A cache that is off by a position for the shorter prompts of a batch: they go on with wrong positions or see padding."""
+    """A cache that is off by a position for the shorter prompts of a batch: wrong positions, or padding is seen."""
     model, prompts = tiny_model(seed=10), random_prompts(10, 8)
     assert len({len(prompt) for prompt in prompts}) > 3
     responses = generate(model, prompts, 20, top_k=1).responses()
@@ -384,7 +386,7 @@ def test_ended_reads_the_last_real_token():
 
 def test_the_sampled_distribution_is_the_scored_one():
     """PPO's first ratio isn't 1: the sampler's and the scorer's log-probabilities differ (another temperature, another
-    position). Here every draw lies between the scorer's own cumulative probabilities of the token and the one before."""
+    position). Here every draw lies between the scorer's own cumulative probabilities of token and predecessor."""
     model, prompts, temperature = tiny_model(seed=13), random_prompts(13, 8), 0.8
     rollout = generate(model, prompts, 20, END, temperature, seed=3)
     uniforms = torch.rand(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -434,7 +436,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_memory_that_nobody_wrote_is_never_read():
-    """A masked key still counts if it is NaN (0 · NaN = NaN): a cache from torch.empty must not rely on what lies there.
+    """A masked key still counts if it is NaN (0 · NaN = NaN): a cache from torch.empty must not rely on what lies
+    there.
 
     PyTorch can fill fresh memory with NaN; here all rows but the longest have slots that are not written yet.
     """
@@ -464,7 +467,7 @@ def test_sampling_frequencies(temperature):
         second = (model(torch.tensor([[1, 2, v] for v in range(vocab)]))[:, -1] / temperature).softmax(1)
     expected = n * first[:, None] * second                                     # (4, 4): every pair of two tokens
     assert expected.min() > 5
-    assert ((counts - expected) ** 2 / expected).sum() < 37.7                  # chi-square, 15 degrees of freedom, p = 0.001
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7       # chi-square, 15 degrees of freedom, p = 0.001
 
 
 def test_top_k_keeps_k_and_renormalizes():
@@ -482,7 +485,7 @@ def test_top_k_keeps_k_and_renormalizes():
 
 @pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, 1 - 2.0 ** -53])
 def test_an_impossible_token_is_never_sampled(monkeypatch, u):
-    """A uniform of exactly 0 draws token 0 whatever its probability; one just below 1 the last token, or one too many."""
+    """A uniform of exactly 0 draws token 0 whatever its probability; one just below 1 the last, or one too many."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, u, dtype=torch.float64))
     model = constant_model([-1e4, -1e4, 0.3, -1e4, 0.1, 0.2, -1e4])
     assert set(generate(model, [[0], [1, 2]], 4).responses()[1]) == {2 if u < 0.1 else 6 - 1 if u > 0.9 else 4}
@@ -503,7 +506,7 @@ def test_a_prompt_that_all_but_fills_the_context():
     rollout = generate(model, prompts, 1, END, seed=1)
     assert rollout.lengths.tolist() == [16, 2]
     assert rollout.responses() == brute_force_sample(model, prompts, 1, END, 1.0, seed=1)
-    full = generate(model, [[1, 2, 3]], 13, seed=1)      # and a response that ends on the last position, in a batch of one
+    full = generate(model, [[1, 2, 3]], 13, seed=1)     # and one that ends on the last position, in a batch of one
     assert full.responses() == brute_force_sample(model, [[1, 2, 3]], 13, None, 1.0, seed=1)
 
 
@@ -561,7 +564,7 @@ BROKEN = "not a whole file of this project"
 
 
 def refusal(path):
-    """What load_checkpoint says against a file, if that is an InputError of one line that begins with the file's name."""
+    """What load_checkpoint says against a file, if that is an InputError of one line that begins with its name."""
     with pytest.raises(InputError) as error:
         gpt.load_checkpoint(path, "sft", "cpu")
     name, colon, message = str(error.value).partition(f"{path}: ")
@@ -612,9 +615,8 @@ def test_a_file_that_cannot_be_read(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [
-    {}, {"stage": "sft", "size": "cpu"}, [1, 2], "sft", 3, None, {"stage": "sft", "size": "cpu", "config": {}, "vocabulary": [],
-                                                              "model": {}},
-    torch.zeros(3)])
+    {}, {"stage": "sft", "size": "cpu"}, [1, 2], "sft", 3, None, torch.zeros(3),
+    {"stage": "sft", "size": "cpu", "config": {}, "vocabulary": [], "model": {}}])
 def test_a_torch_file_with_other_content(tmp_path, content):
     """Somebody else's checkpoint: a bare tensor, a bare dict of weights."""
     torch.save(content, tmp_path / "other.pt")
@@ -643,7 +645,7 @@ def test_weights_that_are_missing(saved):
 
 
 def test_a_flipped_byte_in_the_content(saved):
-    """A bad disk: one weight of 10^30, and a model that is nearly right. torch.load itself doesn't look at the checksums."""
+    """A bad disk: one weight of 10^30, and a model that is nearly right. torch.load itself sees no checksums."""
     path, whole = saved[0], saved[0].read_bytes()
     with zipfile.ZipFile(path) as archive:
         records = [(record.header_offset, record.filename, record.file_size) for record in archive.infolist()]
@@ -726,8 +728,8 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(saved, monkeypatch):
 
 
 def test_learning_rate():
-    """A first step of size zero, a jump after the warm-up, a cosine that ends early, or rises again; a run of a few steps
-    that is over before its warm-up is."""
+    """A first step of size zero, a jump after the warm-up, a cosine that ends early, or rises again; a run of a few
+    steps that is over before its warm-up is."""
     rates = [gpt.learning_rate(step, 100, 2.0, 10) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
@@ -735,7 +737,7 @@ def test_learning_rate():
     for step in range(10, 100):
         assert rates[step] == pytest.approx(2.0 * math.cos(math.pi / 2 * (step - 10) / 90) ** 2)
     assert gpt.learning_rate(0, 1, 2.0, 10) == 2.0     # a run of one step
-    assert [gpt.learning_rate(step, 8, 2.0, 10) for step in range(3)] == pytest.approx([1.0, 2.0, 2.0])     # a quarter of 8
+    assert [gpt.learning_rate(step, 8, 2.0, 10) for step in range(3)] == pytest.approx([1.0, 2.0, 2.0])     # 8 / 4
 
 
 def test_weight_decay_shrinks_matrices_only():
@@ -752,12 +754,12 @@ def test_weight_decay_shrinks_matrices_only():
 
 
 def test_optimizer_step_against_adam_by_hand():
-    """A gradient that isn't clipped, clipped matrix by matrix, or not cleared: it then counts in the next step as well."""
+    """A gradient that isn't clipped, clipped matrix by matrix, or not cleared: it then counts in the next step too."""
     model, twin = tiny_model(seed=23).float(), tiny_model(seed=23).float()
     optimizer = gpt.make_optimizer(model, weight_decay=0.0)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(23)
-    for step, (scale, lr) in enumerate(((10.0, 0.01), (1e-4, 0.02)), start=1):     # one beyond the maximal norm, one below
+    for step, (scale, lr) in enumerate(((10.0, 0.01), (1e-4, 0.02)), start=1):      # beyond the maximal norm, and below
         gradients = {name: scale * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
         for name, parameter in model.named_parameters():
@@ -798,7 +800,8 @@ TEXT = "The fox had a kite. The hen had a drum. The fox and the hen sang, and th
 
 def pretrain(folder, *flags):
     gpt.main([*SMALL, "--out", str(folder), *flags])
-    return metrics(folder / "cpu/gpt/metrics.jsonl"), gpt.load_checkpoint(folder / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    folder = folder / "cpu/gpt"
+    return metrics(folder / "metrics.jsonl"), gpt.load_checkpoint(folder / "checkpoint.pt", "gpt", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -822,8 +825,8 @@ def test_pretraining_on_a_text_learns(text_run):
     rest = tokens[len(tokens) * 9 // 10:]
     windows = [rest[i:i + 64] for i in range(0, len(rest), 64)]
     with torch.no_grad():
-        nats = [F.cross_entropy(model(torch.tensor([w]))[0, :-1], torch.tensor(w[1:]), reduction="sum").item() for w in windows
-                if len(w) > 1]
+        nats = [F.cross_entropy(model(torch.tensor([w]))[0, :-1], torch.tensor(w[1:]), reduction="sum").item()
+                for w in windows if len(w) > 1]
     assert rows[-1]["held_out"] == pytest.approx(sum(nats) / sum(len(w) - 1 for w in windows), rel=1e-4)
 
 
@@ -834,13 +837,14 @@ def test_one_seed_one_result_bit_for_bit(text_run, tmp_path):
     random.seed(5)
     again, (twin, _, _) = pretrain(tmp_path, *flags)
     assert untimed(rows) == untimed(again)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values()))
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values()):
+        assert torch.equal(ours, theirs)
     other, _ = pretrain(tmp_path, *flags, "--seed", "2")
     assert other[0]["loss"] != rows[0]["loss"]
 
 
 def test_pretraining_on_the_world_learns(tmp_path):
-    """An entropy of other documents than the held-out ones, in other units, or over other tokens: the excess is nonsense."""
+    """An entropy of other documents than the held-out ones, in other units, or over other tokens: a wrong excess."""
     rows, (model, tokenizer, checkpoint) = pretrain(tmp_path, "--steps", "60", "--report", "30", "--lr", "0.01")
     assert rows[-1]["held_out"] < rows[0]["held_out"] - 0.2 and rows[-1]["held_out"] < 4.8    # log V = 7.3
     assert 0.5 < rows[-1]["entropy"] < 1.1 and checkpoint["text"] == ""
@@ -874,7 +878,7 @@ def test_temperature_and_top_k_of_the_samples(text_run, capsys, monkeypatch):
         return capsys.readouterr().out.strip().split("\n\n")
 
     calls, real = [], gpt.generate
-    monkeypatch.setattr(gpt, "generate", lambda *arguments, **named: calls.append(arguments[4:6]) or real(*arguments, **named))
+    monkeypatch.setattr(gpt, "generate", lambda *arguments: calls.append(arguments[4:6]) or real(*arguments))
     greedy = printed("--top_k", "1")
     assert len(greedy) > 1 and len(set(greedy)) == 1
     assert printed("--temperature", "1e-4") == greedy       # nearly greedy, with all tokens to draw from
@@ -885,7 +889,7 @@ def test_temperature_and_top_k_of_the_samples(text_run, capsys, monkeypatch):
 
 
 def test_sampling_after_a_run_that_was_killed_in_its_last_moment(text_run, tmp_path, capsys):
-    """A run that is over, but whose checkpoint has not taken its place: --sample finds none, or the one of the run before."""
+    """A run that is over, but whose checkpoint has not taken its place: --sample finds none, or an older one."""
     folder = tmp_path / "cpu/gpt"
     shutil.copytree(text_run[0] / "cpu/gpt", folder)
     (folder / "finished").mkdir()
@@ -895,11 +899,12 @@ def test_sampling_after_a_run_that_was_killed_in_its_last_moment(text_run, tmp_p
 
 
 def test_every_token_of_pretraining_counts_alike(tmp_path, monkeypatch):
-    """A loss divided by its own batch's tokens: documents of one length stand in one batch, so a token of a short document
-    would weigh many times more. With no step taken, the gradients of an epoch add up to that of the mean over all tokens."""
+    """A loss divided by its own batch's tokens: documents of one length stand in one batch, so a token of a short
+    document would weigh many times more. Without steps, the gradients of an epoch add up to that of the mean token."""
     tokenizer, rng = Tokenizer(train_vocabulary("", 259)), random.Random(34)
     sequences = [[rng.randrange(259) for _ in range(n)] for n in [2] * 20 + [3] * 20 + [60] * 20 + [15, 31, 45]]
-    monkeypatch.setattr(gpt, "draw_corpus", lambda config: gpt.Corpus(tokenizer, sequences, sequences[:9], [0], None, ""))
+    corpus = gpt.Corpus(tokenizer, sequences, held_out=sequences[:9], start=[0], entropy=None, description="")
+    monkeypatch.setattr(gpt, "draw_corpus", lambda config: corpus)
     models, losses = [], []
 
     def no_step(optimizer, model, lr, loss):
@@ -934,8 +939,9 @@ def test_what_pretraining_refuses_leaves_the_old_checkpoint(text_run):
     before = (folder / "cpu/gpt/checkpoint.pt").read_bytes(), (folder / "cpu/gpt/metrics.jsonl").read_bytes()
     (folder / "short.txt").write_text("The fox.")
     for wrong in (["--text", str(folder / "none.txt")], ["--text", str(folder / "short.txt")],
-                  ["--block_size", "100000", *flags[:2]], ["--text", "", "--steps", "1"], ["--block_size", "20", "--steps", "1"],
-                  ["--n_embd", "33", *flags[:2]], ["--vocab_size", "258", *flags[:2]], ["--lr", "nan", *flags[:2]]):
+                  ["--block_size", "100000", *flags[:2]], ["--text", "", "--steps", "1"],
+                  ["--block_size", "20", "--steps", "1"], ["--n_embd", "33", *flags[:2]],
+                  ["--vocab_size", "258", *flags[:2]], ["--lr", "nan", *flags[:2]]):
         with pytest.raises(InputError) as error:
             gpt.main([*SMALL, "--out", str(folder), *wrong])
         assert "\n" not in str(error.value)

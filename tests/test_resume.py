@@ -1,7 +1,7 @@
 """Runs that are killed, interrupted, starved of disk or fed a damaged state, and go on bit for bit.
 
-Every test says which bug it is for. The scripts run in processes of their own, forked from a server that has imported torch
-already: each starts in milliseconds, and may kill itself, run out of disk, or lose its rights.
+Every test says which bug it is for. The scripts run in processes of their own, forked from a server that has imported
+torch already: each starts in milliseconds, and may kill itself, run out of disk, or lose its rights.
 """
 
 import contextlib
@@ -38,11 +38,10 @@ import gpt
 import ppo
 import reward_model
 import sft
-from data import stories
-from data.files import InputError, write_jsonl
+from data.files import InputError
 from data.run import Run, read_torch, restore, train_missing, write_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import metrics, snapshot, untimed
+from helpers import metrics, short_demonstrations, snapshot, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {"gpt": gpt, "sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
@@ -64,8 +63,8 @@ def on_the_cpu(monkeypatch):
 # A script in a process of its own
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"), "move": (os, "replace"),
-         "rename": (os, "rename"), "unlink": (Path, "unlink"), "rmdir": (Path, "rmdir")}
+CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"),
+         "move": (os, "replace"), "rename": (os, "rename"), "unlink": (Path, "unlink"), "rmdir": (Path, "rmdir")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,8 +77,8 @@ def server():
 
 
 def at_call(what, n, *signals):
-    """The n-th call of what in this process sends it the signals. "write" dies with half of the file written; "move" counts
-    the files only that take their places when a run is over."""
+    """The n-th call of what in this process sends it the signals. "write" dies with half of the file written; "move"
+    counts the files only that take their places when a run is over."""
     (owner, name), calls = CALLS[what], itertools.count(1)
     original = getattr(owner, name)
 
@@ -148,11 +147,7 @@ def arguments(stage, out, data):
 def chain(tmp_path_factory):
     """A folder in which every stage ran without a stop, with what each has printed; nobody may write to it."""
     out = tmp_path_factory.mktemp("chain")
-    rng, rows = random.Random(0), []
-    for _ in range(600):  # half a sentence each: the SFT model learns to end its answers
-        request = stories.request(rng).text
-        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
-    write_jsonl(out / "demonstrations.jsonl", rows)
+    short_demonstrations(out / "demonstrations.jsonl")
     for stage, module in MODULES.items():
         with open(out / f"{stage}.txt", "w") as screen, contextlib.redirect_stdout(screen):
             module.main(arguments(stage, out, out / "demonstrations.jsonl"))
@@ -199,7 +194,8 @@ def an_earlier_run(folder, reference):
 
 def left_behind(folder):
     """The files of a finished run: not its lock, and not the documents, which every run of these settings may read."""
-    return [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(("lock", "documents-"))]
+    return [path.name for path in folder.iterdir()
+            if path.is_file() and not path.name.startswith(("lock", "documents-"))]
 
 
 def check_finished(folder, reference):
@@ -213,8 +209,8 @@ def check_finished(folder, reference):
 
 
 def check_unfinished(folder, reference):
-    """What a killed run leaves is whole: the files of the run before it; a state that loads, figures that are the first ones
-    of the unbroken run."""
+    """What a killed run leaves is whole: the files of the run before it; a state that loads, figures that are the first
+    ones of the unbroken run."""
     for name in left_behind(folder):
         assert (folder / name).read_bytes() == OLD
     unfinished = folder / "unfinished"
@@ -242,8 +238,8 @@ def check_over(folder, reference):
 
 @pytest.mark.parametrize("stage", MODULES)
 def test_killed_anywhere_it_goes_on_bit_for_bit(stage, chain, tmp_path):
-    """A momentum, a half-averaged loss, an adapted beta or a generator's state that nobody saved: resumed runs differ. A
-    finished run that is lost, or half of it, to one that is not yet over."""
+    """A momentum, a half-averaged loss, an adapted beta or a generator's state that nobody saved: resumed runs differ.
+    A finished run that is lost, or half of it, to one that is not yet over."""
     (out, argv), rng = before(stage, chain, tmp_path), random.Random(f"kills of {stage}")
     folder, reference = out / "cpu" / stage, chain / "cpu" / stage
     an_earlier_run(folder, reference)
@@ -259,8 +255,8 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(stage, chain, tmp_path):
 
 
 def test_killed_in_the_middle_of_every_write(chain, tmp_path):
-    """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays for ever; a checkpoint
-    beside the figures of another run."""
+    """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays for ever; a
+    checkpoint beside the figures of another run."""
     (out, argv), folder, reference = before("dpo", chain, tmp_path), tmp_path / "out/cpu/dpo", chain / "cpu/dpo"
     counts = {}
     for what in ("write", "replace", "rename", "unlink", "rmdir"):
@@ -372,12 +368,15 @@ def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
     check_finished(out / "cpu/dpo", chain / "cpu/dpo")
 
 
-@pytest.mark.parametrize("what, n", [("step", 1), ("write", 2), ("write", 9), ("step", 8)])
+@pytest.mark.parametrize("what, n", [
+    ("step", 1), ("replace", 2), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
 def test_ctrl_c_at_the_edges(chain, tmp_path, what, n):
-    """In the first step or the last, or while a file is written: nothing to save yet, or nothing left to do."""
+    """In the first step or the last, or while a file is written or moved: nothing to save yet, or nothing to do."""
     out, argv = before("dpo", chain, tmp_path)
-    status, _, stderr = run("dpo", argv, out, at_call, what if what == "step" else "replace", n, signal.SIGINT)
+    status, _, stderr = run("dpo", argv, out, at_call, what, n, signal.SIGINT)
     assert status == 130 and stderr.count("\n") == 1 and not list(out.rglob("*.tmp"))
+    if what == "move":
+        return check_over(out / "cpu/dpo", chain / "cpu/dpo")
     check_unfinished(out / "cpu/dpo", chain / "cpu/dpo")
     assert run("dpo", [*argv, "--resume"], out)[0] == 0
     check_finished(out / "cpu/dpo", chain / "cpu/dpo")
@@ -534,7 +533,7 @@ def test_broken_weights_of_an_earlier_stage_are_one_line(chain, tmp_path):
 
 
 def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
-    """Two runs that write to one folder: a checkpoint of one, figures of both, and the .tmp file of the first deleted."""
+    """Two runs that write to one folder: a checkpoint of one, figures of both, the .tmp file of the first lost."""
     out, argv = before("dpo", chain, tmp_path)
     folder = out / "cpu/dpo"
     (tmp_path / "logs").mkdir()
@@ -561,7 +560,7 @@ def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
 
 
 def test_a_run_that_was_refused_gives_its_folder_back(chain, tmp_path):
-    """A notebook keeps the last traceback, which keeps the lock: the next cell is told that another run uses the folder."""
+    """A notebook keeps the last traceback, which keeps the lock: the next cell is told that another run is there."""
     out, argv = before("dpo", chain, tmp_path)
     assert run("dpo", argv, out, at_call, "step", 5, signal.SIGKILL)[0] == -signal.SIGKILL
     with pytest.raises(InputError, match="--lr") as kept:
@@ -626,8 +625,8 @@ def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
     found = snapshot(folder)
     with pytest.raises(InputError) as error:
         MODULES[stage].main([*argv, "--resume", *flags.split()])
-    assert str(error.value) == (f"{folder / 'unfinished/state.pt'}: the run began with {began}, not {flags.split()[1]}; resume it with "
-                                f"its settings, or begin anew without --resume")
+    assert str(error.value) == (f"{folder / 'unfinished/state.pt'}: the run began with {began}, not "
+                                f"{flags.split()[1]}; resume it with its settings, or begin anew without --resume")
     assert snapshot(folder) == found
 
 
@@ -647,7 +646,8 @@ def test_a_stage_that_was_trained_anew_in_between_is_refused(stage, source, chai
     found = snapshot(folder)
     with pytest.raises(InputError) as error:
         MODULES[stage].main([*argv, "--resume"])
-    assert str(error.value) == f"{folder / 'unfinished/state.pt'}: the run began with another {source}; begin anew without --resume"
+    assert str(error.value) == (f"{folder / 'unfinished/state.pt'}: the run began with another {source}; "
+                                f"begin anew without --resume")
     assert snapshot(folder) == found
     path.write_bytes(before_it)
     MODULES[stage].main([*argv, "--resume"])
@@ -659,7 +659,8 @@ def test_the_state_of_another_stage_is_refused(chain, tmp_path):
     out, argv, folder = interrupted("dpo", chain, tmp_path)
     for name in ("ppo", "ppo-2"):
         shutil.copytree(folder / "unfinished", out / "cpu" / name / "unfinished")
-        with pytest.raises(InputError, match=f"cpu/{name}/unfinished/state.pt: is the state of a run of dpo, but {name} is wanted"):
+        message = f"cpu/{name}/unfinished/state.pt: is the state of a run of dpo, but {name} is wanted"
+        with pytest.raises(InputError, match=message):
             ppo.main([*arguments("ppo", out, ""), "--name", name, "--resume"])
 
 
@@ -686,7 +687,7 @@ def test_what_a_run_says_of_an_unfinished_one(chain, tmp_path, capsys):
 
 
 def test_the_flag_goes_down_the_chain(chain, tmp_path, monkeypatch, capsys):
-    """ppo.py trains what is missing; interrupted in the middle of that, ppo.py --resume would begin the SFT stage again."""
+    """ppo.py trains what is missing; interrupted in the middle of that, ppo.py --resume would begin SFT anew."""
     out, _, folder = interrupted("sft", chain, tmp_path, n=25)
     data = chain / "demonstrations.jsonl"
     for stage in ("sft", "reward_model"):
@@ -791,7 +792,8 @@ def evil_files(whole, values, marker):
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
         for record in old.infolist():
-            new.writestr(record, pickle.dumps(Evil(marker), 2) if record.filename.endswith("data.pkl") else old.read(record))
+            evil = record.filename.endswith("data.pkl")
+            new.writestr(record, pickle.dumps(Evil(marker), 2) if evil else old.read(record))
     yield "another pickle in the archive", buffer.getvalue()
 
 
@@ -814,7 +816,7 @@ def wrong_types(values):
 
 
 def outcomes(path, cases, load, expected):
-    """What goes wrong: damaged files neither refused in one line that names them nor loaded as they were (None: refused)."""
+    """What goes wrong: damaged files neither refused in one line that names them nor loaded (None: must not be)."""
     wrong, count = {}, 0
     for count, (damage, content) in enumerate(cases, start=1):
         path.write_bytes(content)
@@ -840,7 +842,7 @@ def small_state(tmp_path, monkeypatch):
 
 
 def test_a_damaged_state_is_refused(small_state, tmp_path):
-    """A bad disk, a copy that broke off, a stranger's file: a traceback, other weights than those saved, code that runs."""
+    """A bad disk, a copy that broke off, a stranger's file: a traceback, other weights than those saved, code run."""
     path, whole, values = small_state
     assert values["step"] == 4
     cases = [*damaged(whole, random.Random("damaged states")), *evil_files(whole, values, tmp_path / "marker")]
@@ -866,7 +868,7 @@ def test_a_state_with_other_things_in_it_is_refused(small_state, tmp_path):
 @pytest.mark.parametrize("stage, name, n", [
     ("sft", "losses", 12), ("reward_model", "losses", 5), ("dpo", "figures", 5), ("ppo", "beta", 20)])
 def test_a_stages_own_values_are_checked_too(stage, name, n, chain, tmp_path):
-    """A traceback for what only this stage keeps; or a state from beyond the last step: the run ends at once, untrained."""
+    """A traceback for what only this stage keeps; or a state from beyond the last step: over at once, untrained."""
     _, argv, folder = interrupted(stage, chain, tmp_path, n)
     values = read_torch(folder / "unfinished/state.pt")
     assert values["step"] > 0
