@@ -59,7 +59,7 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys):
 def test_without_a_memory_figure(monkeypatch):
     """Windows tells no peak memory: a line that ends after "peak memory", or a traceback after a minute."""
     monkeypatch.setattr(run, "resource", None)
-    assert bench.memory_line(torch.device("cpu")) == "peak memory unknown on this system"
+    assert bench.memory_line(torch.device("cpu")).startswith("peak memory unknown")
 
 
 @pytest.mark.parametrize("argv", [[], ["sft"], ["--help"]])
