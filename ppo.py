@@ -280,13 +280,13 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
         # 5. Repeat with a new batch: the next rollouts come from the updated policy.
         kl = (old_logprobs - ref_logprobs).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x), both 0 outside the mask
         G = gae(rewards, torch.zeros_like(values), mask, config.gamma, lam=1.0)[1][mask]  # the slides' G_t: V plays no part
-        unexplained = (G - values[mask]).var(correction=0) / G.var(correction=0).clamp(min=1e-8)
+        spread, unexplained = G.var(correction=0), (G - values[mask]).var(correction=0)
         figures = dict(
             reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
             entropy=-masked_mean(old_logprobs, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
-            value_explained=1 - unexplained.item(), value_loss=value_loss, length=mask.sum(dim=1).float().mean().item(),
-            no_end=1 - ended.float().mean().item(), **peak_memory(device), rollout_s=generated - started,
-            scoring_s=scored - generated, update_s=updated - scored)
+            value_explained=(1 - unexplained / spread).item() if spread > 1e-8 else 0.0, value_loss=value_loss,
+            length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(), **peak_memory(device),
+            rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
         if config.kl_target:
             state["beta"] = adapt_beta(beta, kl.mean().item(), config.kl_target)
         yield rollout, figures, state

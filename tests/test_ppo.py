@@ -488,6 +488,13 @@ def test_value_explained_is_measured_against_what_came(monkeypatch, factor):
     assert figures[0]["value_explained"] == pytest.approx(1 - (1 - factor) ** 2, abs=1e-4)
 
 
+def test_value_explained_where_there_is_nothing_to_explain():
+    """All responses earn the same: a rounding error over a rounding error, -1e8, in a column of seven characters."""
+    config = ppo.Config(iterations=1, rollouts=8, epochs=1, max_new_tokens=LIMIT, beta=0.0, missing_end_score=1.0)
+    _, figures = run_loop(tiny_gpt(0), tiny_gpt(1), lambda response: 1.0, config, tiny_reward_model(2))
+    assert figures[0]["value_explained"] == 0
+
+
 def test_advantages_without_a_value_model(monkeypatch):
     """An advantage that still subtracts or bootstraps from some V: without one it is the sum of what follows, each
     reward discounted by λ."""
