@@ -75,6 +75,19 @@ def read_pairs(path):
     return read_jsonl(path, ("prompt", "chosen", "rejected"))
 
 
+def read_labels(path):
+    """Rows {"prompt", "completion", "label"}, label true for a good response. A pair serves as two of them."""
+    rows = []
+    for row, where in objects(path):
+        texts = [("completion", None)] if "label" in row else [("chosen", True), ("rejected", False)]
+        for field, label in texts:
+            label = row["label"] if label is None else label
+            if not isinstance(label, bool):
+                raise InputError(f'{where}: "label" must be true or false, found {kind(label)}')
+            rows.append({"prompt": text_of(row, "prompt", where), "completion": text_of(row, field, where), "label": label})
+    return rows
+
+
 def read_prompts(path):
     """The distinct prompts of any file whose rows have a "prompt", in order of first appearance."""
     return list(dict.fromkeys(row["prompt"] for row in read_jsonl(path, ("prompt",))))
