@@ -32,8 +32,8 @@ import torch.nn.functional as F
 
 from data import stories
 from data.files import InputError, read_text, run_script
-from data.run import (Run, announce, complete, memory_mapped, parse_config, progress, read_torch, refused_if_broken, restore,
-                      show, stage_folder, write_torch)
+from data.run import (Run, announce, complete, memory_mapped, parse_config, progress, read_torch, refused_if_broken,
+                      restore, show, stage_folder, write_torch)
 from data.tokenizer import Tokenizer, train as train_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------

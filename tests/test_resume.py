@@ -285,12 +285,12 @@ def test_killed_in_the_middle_of_every_write(chain, tmp_path):
     assert counts == {"write": 9, "replace": 11, "rename": 1, "unlink": 1, "rmdir": 1}
 
 
-LONG = "--vocab_size 280 --block_size 32 --n_layer 1 --n_head 2 --n_embd 32 --steps 800 --batch 8 --report 10".split()
+LONG = "--vocab_size 280 --block_size 32 --n_layer 1 --n_head 2 --n_embd 32 --steps 600 --batch 8 --report 10".split()
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """(folder, command line but for --out) of a run of a second or two on a text, with 80 reports."""
+    """(folder, command line but for --out) of a run of a second on a text, with 60 reports."""
     out = tmp_path_factory.mktemp("long")
     (out / "corpus.txt").write_text("The fox had a kite. The hen had a drum, and the kite flew over the hill.\n" * 40)
     argv = ["--size", "cpu", "--text", str(out / "corpus.txt"), *LONG]
@@ -298,25 +298,27 @@ def long_run(tmp_path_factory):
     return out / "cpu/gpt", argv
 
 
-def read_reports(process, count):
-    """Wait until a run has printed this many reports."""
-    while count:
-        line = process.stdout.readline()
-        assert line
-        count -= "/800 " in line
+def wait_for(condition):
+    """Wait until it is true, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_killed_from_outside(long_run, tmp_path):
     """kill -9, the out-of-memory killer, a power cut: they come at a moment that no test has thought of."""
     (reference, argv), rng, resume = long_run, random.Random(3), []
-    for _ in range(2):
-        process = real_process("gpt.py", *argv, "--out", tmp_path, *resume)
-        read_reports(process, rng.randint(1, 25))
+    screen = tmp_path / "stdout"
+    for _ in range(3):
+        process, count = start("gpt", [*argv, "--out", str(tmp_path), *resume], int, tmp_path), rng.randint(1, 8)
+        wait_for(lambda: screen.exists() and screen.read_text().count("/600 ") >= count)
         time.sleep(rng.uniform(0, 0.01))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
         check_unfinished(tmp_path / "cpu/gpt", reference)
+        screen.unlink()
         resume = ["--resume"]
     gpt.main([*argv, "--out", str(tmp_path), "--resume"])
     check_finished(tmp_path / "cpu/gpt", reference)
@@ -330,12 +332,13 @@ def test_ctrl_c_in_a_terminal(long_run, tmp_path, capsys):
     """A traceback, a step that is lost, a run that cannot be gone on with or that nobody is told how to."""
     reference, argv = long_run
     process = real_process("gpt.py", *argv, "--out", tmp_path)
-    read_reports(process, 3)
+    while "/600 " not in process.stdout.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     step = read_torch(tmp_path / "cpu/gpt/unfinished/state.pt")["step"]
-    assert process.returncode == 130 and 30 <= step < 800 and "stops after this step (press again" in stdout
-    assert stderr == f"gpt.py: gpt: saved after step {step} of 800; --resume goes on\n"
+    assert process.returncode == 130 and 10 <= step < 600 and "stops after this step (press again" in stdout
+    assert stderr == f"gpt.py: gpt: saved after step {step} of 600; --resume goes on\n"
     gpt.main([*argv, "--out", str(tmp_path), "--resume"])
     assert f"gpt: goes on after step {step}\n" in capsys.readouterr().out
     check_finished(tmp_path / "cpu/gpt", reference)
@@ -539,11 +542,8 @@ def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
     (tmp_path / "logs").mkdir()
     process = start("dpo", argv, functools.partial(at_call, "step", 5, signal.SIGSTOP), tmp_path / "logs")
     try:
-        deadline = time.monotonic() + 60
         figures = folder / "unfinished/metrics.jsonl"
-        while not figures.exists() or not figures.read_text():
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: figures.exists() and figures.read_text())
         time.sleep(0.2)
         (folder / "unfinished/state.pt.1.tmp").write_bytes(b"the first run is writing this")
         found = snapshot(folder)
@@ -618,7 +618,7 @@ def interrupted(stage, chain, tmp_path, n=5):
 
 @pytest.mark.parametrize("stage, flags, began", [
     ("dpo", "--lr 0.001", "--lr 0.0002"), ("dpo", "--seed 2", "--seed 1"), ("dpo", "--batch 5", "--batch 4"),
-    ("dpo", "--report 1", "--report 3"), ("dpo", "--beta 0.7", "--beta 0.2"), ("gpt", "--n_embd 16", "--n_embd 32")])
+    ("dpo", "--report 1", "--report 3"), ("dpo", "--beta 0.7", "--beta 0.2"), ("sft", "--epochs 2", "--epochs 1")])
 def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
     """Half of a run with one learning rate and half with another, under the name of one of them."""
     out, argv, folder = interrupted(stage, chain, tmp_path)
