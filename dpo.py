@@ -34,11 +34,11 @@ import reward_model as reward_model_stage
 from data import stories
 from data.files import InputError, hold_out, read_labels, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, check_name, parse_config, restore, stage_folder, train_missing
-from gpt import (batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
+from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
 from reward_model import (RewardModel, annotator_judge, collect_pairs, encode_comparisons, encode_pairs, read_comparisons,
                           reward_model_judge, show_before_and_after)
-from sft import answer, encode_demonstrations, has_room
+from sft import answer, has_room
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
 
@@ -125,30 +125,27 @@ def simpo_loss(policy_chosen_mean, policy_rejected_mean, beta, gamma):
 def orpo_loss(chosen_mean, rejected_mean, lam):
     """Odds ratio preference optimization (Hong et al. 2024, eq. 6 and 7; CS 224R, ch. 10): the SFT loss of the chosen
     response and the log odds of both, of p = exp(mean log-probability). Both (B,). Returns a scalar."""
-    chosen, rejected = (mean - (-torch.expm1(mean)).log() for mean in (chosen_mean, rejected_mean))  # log p/(1-p)
+    means = (mean.clamp(max=-1e-6) for mean in (chosen_mean, rejected_mean))  # at p = 1 the odds are infinite
+    chosen, rejected = (mean - (-torch.expm1(mean)).log() for mean in means)  # log p/(1-p)
     return (-chosen_mean - lam * F.logsigmoid(chosen - rejected)).mean()
 
 
 class Responses(NamedTuple):
     """What a loss needs of R responses, each (R,): summed log-probabilities of the policy and of the reference (None where
-    there is none), lengths in tokens, whether it is a good one; and KTO's z0. Of pairs, chosen and rejected take turns."""
+    there is none), lengths in tokens, whether it is a good one; and KTO's z0. Of pairs, the chosen ones, then the rejected."""
     policy: torch.Tensor
-    ref: torch.Tensor
+    ref: torch.Tensor | None
     lengths: torch.Tensor
     good: torch.Tensor
     baseline: float
 
-    def pairs(self, x):
-        """x (R,) -> (of the chosen ones, of the rejected ones), each (R/2,)."""
-        return x[self.good], x[~self.good]
 
-
-LOSSES = {  # --loss: the loss of Responses b with settings c
-    "dpo": lambda b, c: dpo_loss(*b.pairs(b.policy), *b.pairs(b.ref), c.beta),
-    "ipo": lambda b, c: ipo_loss(*b.pairs(b.policy), *b.pairs(b.ref), c.beta),
+LOSSES = {  # --loss: the loss of Responses b with settings c; chunk(2): chosen, rejected
+    "dpo": lambda b, c: dpo_loss(*b.policy.chunk(2), *b.ref.chunk(2), c.beta),
+    "ipo": lambda b, c: ipo_loss(*b.policy.chunk(2), *b.ref.chunk(2), c.beta),
     "kto": lambda b, c: kto_loss(b.policy, b.ref, b.good, b.baseline, c.beta),
-    "simpo": lambda b, c: simpo_loss(*b.pairs(b.policy / b.lengths), c.beta, c.gamma),
-    "orpo": lambda b, c: orpo_loss(*b.pairs(b.policy / b.lengths), c.lam),
+    "simpo": lambda b, c: simpo_loss(*(b.policy / b.lengths).chunk(2), c.beta, c.gamma),
+    "orpo": lambda b, c: orpo_loss(*(b.policy / b.lengths).chunk(2), c.lam),
 }
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -163,31 +160,33 @@ def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
 
 
 def labels_of(items):
-    """Items as single labels: a pair is two of them, the chosen one first."""
-    return [label for item in items for label in (
-        [item] if isinstance(item[2], bool) else [(item[0], item[2], True), (item[1], item[2], False)])]
+    """Items as single labels; of pairs first the chosen ones, then the rejected ones."""
+    if isinstance(items[0][2], bool):
+        return items
+    return [(chosen, n, True) for chosen, _, n in items] + [(rejected, n, False) for _, rejected, n in items]
 
 
 def responses(policy, reference, labels, baseline=0.0):
     """The Responses of labels; π_ref gets no gradient."""
     device, ref = policy.wte.weight.device, None
-    tokens, lengths = pad([ids for ids, _, _ in labels], device)
-    prompt_lengths, good = (torch.tensor(column, device=device) for column in list(zip(*labels))[1:])
+    sequences, *columns = zip(*labels)
+    tokens, lengths = pad(sequences, device)
+    prompt_lengths, good = (torch.tensor(column, device=device) for column in columns)
     if reference:
         with torch.inference_mode():
             ref = response_logprobs(reference, tokens, prompt_lengths, lengths)
-    logprobs = response_logprobs(policy, tokens, prompt_lengths, lengths)
-    return Responses(logprobs, ref, lengths - prompt_lengths, good, baseline)
+    return Responses(response_logprobs(policy, tokens, prompt_lengths, lengths), ref, lengths - prompt_lengths, good, baseline)
 
 
 @torch.inference_mode()
-def kto_baseline(policy, reference, labels):
-    """KTO's z0, an estimate of KL(π_θ || π_ref): the mean log-ratio of mismatched prompts and responses of a batch, each
-    prompt with the next one's response, but not below 0. Couples longer than the context are left out."""
-    couples = [(ids[:n] + other[m:], n, True) for (ids, n, _), (other, m, _) in zip(labels, labels[1:] + labels[:1])]
-    couples = [couple for couple in couples if len(couple[0]) <= policy.config.block_size]
-    b = responses(policy, reference, couples) if couples else None
-    return (b.policy - b.ref).mean().clamp(min=0.0).item() if couples else 0.0
+def kto_baseline(policy, reference, labels, rows=64):
+    """KTO's z0, an estimate of KL(π_θ || π_ref) in nats: the mean log-ratio of mismatched prompts and responses of a batch,
+    each prompt with the next label's response, but not below 0; 0 where there are none. Left out: couples that are longer
+    than the context, and those of one prompt, whose response answers it."""
+    couples = [(ids[:n] + other[m:], n, True) for (ids, n, _), (other, m, _) in zip(labels, labels[1:] + labels[:1])
+               if ids[:n] != other[:m] and n + len(other) - m <= policy.config.block_size]
+    parts = [responses(policy, reference, couples[start:start + rows]) for start in range(0, len(couples), rows)]
+    return max(0.0, sum((b.policy - b.ref).sum().item() for b in parts) / max(1, len(couples)))
 
 
 def backward(policy, reference, items, config):
@@ -202,26 +201,21 @@ def backward(policy, reference, items, config):
         part = items[start:start + config.micro_batch]
         b = responses(policy, reference, labels_of(part), z0)
         loss = LOSSES[config.loss](b, config)
-        if loss.requires_grad:
+        if torch.is_grad_enabled():
             (loss * len(part) / len(items)).backward()
         r = config.beta * (b.policy - b.ref) if reference else b.policy / b.lengths
         if isinstance(part[0][2], bool):
             margin = torch.where(b.good, r - config.beta * z0, config.beta * z0 - r)
         else:
-            chosen, rejected = b.pairs(r)
-            margin = chosen - rejected  # r̂(x, y_w) - r̂(x, y_l)
+            margin = torch.sub(*r.chunk(2))  # r̂(x, y_w) - r̂(x, y_l)
         row = dict(loss=loss, accuracy=(margin > 0).float(), margin=margin)
         if reference and not isinstance(part[0][2], bool):
-            row.update(zip(("chosen_log_ratio", "rejected_log_ratio"), b.pairs(b.policy - b.ref)))
+            row.update(zip(("chosen_log_ratio", "rejected_log_ratio"), (b.policy - b.ref).chunk(2)))
         total = {name: total.get(name, 0.0) + x.detach().mean().item() * len(part) / len(items) for name, x in row.items()}
     return total
 
 
-@torch.no_grad()
-def evaluate(policy, reference, items, config):
-    """The figures of held-out items."""
-    return backward(policy, reference, items, config)
-
+evaluate = torch.no_grad()(backward)  # the figures of held-out items
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -268,47 +262,60 @@ def read_items(split, config, origin, tokenizer, block_size):
     if "label" not in split[0][0]:
         data = encode_comparisons(split, origin, tokenizer, block_size)
         return labels_of(data.pairs) if config.loss == "kto" else data.pairs, data.held_out, data.description
-    parts, dropped = [[], []], 0
-    for part, rows in zip(parts, split):
-        for good in (True, False):
-            ids, lengths, lost = encode_demonstrations([row for row in rows if row["label"] == good], tokenizer, block_size)
-            part += zip(ids, lengths, [good] * len(ids))
-            dropped += lost
-    if not all(parts):
-        raise InputError(f"{origin}: no label is left; {dropped} exceed the context of {block_size} tokens")
-    return *parts, f"{origin}: {len(parts[0]):,} labels, {len(parts[1]):,} held out; dropped {dropped} longer than the context"
+    labels = [[(prompt + tokenizer.response(row["completion"]), len(prompt), row["label"])
+               for row in rows for prompt in [tokenizer.prompt(row["prompt"])]] for rows in split]
+    items, held_out = ([label for label in part if len(label[0]) <= block_size] for part in labels)
+    dropped = len(labels[0]) + len(labels[1]) - len(items) - len(held_out)
+    if not items or not held_out:
+        raise InputError(f"{origin}: no label is left to {'hold out' if items else 'train on'}; dropped {dropped} longer than "
+                         f"the context of {block_size} tokens")
+    return items, held_out, f"{origin}: {len(items):,} labels, {len(held_out):,} held out; dropped {dropped} longer than the context"
 
 
 def train(config):
     """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
-    if config.online and config.data and config.judge == "annotator":
+    judged = config.online and config.judge == "reward_model"
+    if config.online and config.data and not judged:
         raise InputError(f"--judge annotator: knows the little world only, not the prompts of {config.data}")
+    if config.online and config.start == "gpt":
+        raise InputError("--online: asks the policy from the start, and the base model can't answer; give --start sft")
+    if config.loss == "ipo" and config.beta == 0:
+        raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
     read = read_labels if config.loss == "kto" else read_pairs
     split = hold_out(read(config.data), config.seed, config.data) if config.data else None  # before any training
-    rewarded = not config.data or (config.online and config.judge == "reward_model")
-    train_missing(config, EARLIER if rewarded else reward_model_stage.EARLIER, config.name)
+    train_missing(config, EARLIER if judged or not config.data else reward_model_stage.EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
     paths = {stage: stage_folder(config, stage) / "checkpoint.pt" for stage in ("gpt", "sft", "reward_model")}
-    policy, tokenizer, _ = load_checkpoint(paths[config.start], config.start, config.size, device)  # π_θ, trained
-    reference, reward_model = None, None
-    if config.loss not in WITHOUT_REFERENCE:
-        reference, _, _ = load_checkpoint(paths["sft"], "sft", config.size, device)  # π_ref, frozen
-    if config.online and rewarded:
-        reward_model, _, _ = load_checkpoint(paths["reward_model"], "reward_model", config.size, device, RewardModel)
+
+    def load(stage, kind=GPT):
+        return load_checkpoint(paths[stage], stage, config.size, device, kind)[:2]
+
+    policy, tokenizer = load(config.start)  # π_θ, trained
+    reference = None if config.loss in WITHOUT_REFERENCE else load("sft")[0]  # π_ref, frozen
+    reward_model = load("reward_model", RewardModel)[0] if judged else None
+    sources = [config.start] + ["sft"] * (reference is not None) + ["reward_model"] * bool(judged)
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
     files = [] if config.data else [paths["reward_model"].with_name(name) for name in ("pairs.jsonl", "held_out.jsonl")]
-    split = split or read_comparisons(paths["reward_model"].parent)
-    items, held_out, data = read_items(split, config, config.data or files[0], tokenizer, policy.config.block_size)
-    judge = annotator_judge if config.judge == "annotator" else reward_model_judge(reward_model, tokenizer)
+    split, origin = split or read_comparisons(paths["reward_model"].parent), config.data or files[0]
+    items, held_out, data = read_items(split, config, origin, tokenizer, policy.config.block_size)
+    prompts = list(dict.fromkeys(row["prompt"] for row in split[1]))
+    world = not config.data and all(map(stories.parse_request, prompts))  # the stage's pairs may be somebody's own too
     own = [row["prompt"] for row in split[0] if has_room(row["prompt"], tokenizer, config, policy.config.block_size)]
+    if config.online:
+        if not world and not (config.data and own):
+            raise InputError(f"{origin}: " + (f"no prompt leaves room for --max_new_tokens {config.max_new_tokens}" if config.data
+                                              else "is not of the little world; give --online your file with --data"))
+        data = f"{config.online} rounds of {config.pairs:,} samples, compared by the {config.judge}; held out:\n        {data}"
+    judge = reward_model_judge(reward_model, tokenizer) if judged else annotator_judge
 
     def draw(number):
         path = run.folder / f"pairs-{number + 1}.jsonl"
-        if not path.exists():
+        if not path.exists():  # a resumed run has those of the rounds that began
             rng = random.Random(f"dpo {config.seed} round {number}")
-            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, judge=judge, own=config.data and own)
+            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, judge=judge, own=None if world else own,
+                                    context=policy.config.block_size)
             write_jsonl(path, rows)
         pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)
         return labels_of(pairs) if config.loss == "kto" else pairs
@@ -316,10 +323,9 @@ def train(config):
     announce(config.name, config, device, data, policy)
 
     # 2. Gradient steps on the loss.
-    with Run(config.name, folder, config, config.report, [paths[config.start], paths["sft"], *files]) as run:
+    with Run(config.name, folder, config, config.report, [*map(paths.get, sources), *files]) as run:
         run.total, rng = steps_of(items, config), random.Random(f"dpo {config.seed}")
-        loop = fit(policy, reference, draw if config.online else items, held_out, config, rng, run.saved)
-        for step, row, state in loop:
+        for step, row, state in fit(policy, reference, draw if config.online else items, held_out, config, rng, run.saved):
             if row:
                 run(step, **row)
             run.end_step(step, **state)
@@ -328,12 +334,12 @@ def train(config):
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta,
                         metrics=run.figures())
         run.finish()
-    if not config.data:  # for the scores on the screen
-        reward_model, _, _ = load_checkpoint(paths["reward_model"], "reward_model", config.size, device, RewardModel)
-    before, _, _ = load_checkpoint(paths["sft"], "sft", config.size, device)
-    prompts = list(dict.fromkeys(row["prompt"] for row in split[1]))
-    world = not config.data and all(map(stories.parse_request, prompts))  # the stage's pairs may be somebody's own too
-    show_before_and_after(None if world else prompts, before, policy, tokenizer, config, reward_model)
+        for path in folder.glob("pairs-*.jsonl"):  # an earlier run may have had more rounds
+            if int(path.stem[6:]) > config.online:
+                path.unlink()
+    if not config.data and not reward_model:  # for the scores on the screen
+        reward_model, _ = load("reward_model", RewardModel)
+    show_before_and_after(None if world else prompts, reference or load("sft")[0], policy, tokenizer, config, reward_model)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 

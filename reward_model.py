@@ -129,15 +129,15 @@ def reward_model_judge(model, tokenizer):
     """A judge as annotator_judge is, by Bradley-Terry on a reward model's scores: P(first) = σ(r(first) - r(second))."""
     def judge(asked, rng):
         ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, *texts in asked for text in texts]
-        first, second = score_all(model, ids).view(-1, 2).unbind(dim=1)
+        first, second = score_all(model, ids).view(-1, 2).unbind(dim=1) if asked else torch.empty(2, 0)
         return [int(rng.random() >= p) for p in torch.sigmoid(first - second).tolist()]
 
     return judge
 
 
-def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=annotator_judge, own=None):
+def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=annotator_judge, own=None, context=math.inf):
     """Ask the policy twice for each of the world's requests (the held-out ones or the others), or for prompts of a user's
-    own, and let the judge choose.
+    own, and let the judge choose. context: encoded anew, a sample can be longer than it was, and have no end within it.
 
     Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
     """
@@ -154,7 +154,8 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=an
         asked = []
         for i, prompt in enumerate(prompts):
             first, second = texts[2 * i:2 * i + 2]
-            if not all(ended[2 * i:2 * i + 2]):
+            longest = max(len(tokenizer.response(text)) for text in (first, second))
+            if not all(ended[2 * i:2 * i + 2]) or len(ids[2 * i]) + longest > context:
                 dropped["no end"] += 1
             elif not first.strip() or not second.strip() or "\0" in first + second:
                 dropped["blank"] += 1  # data/files.py would refuse to read it back
