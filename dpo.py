@@ -14,7 +14,7 @@ Two models: the policy π_θ and the frozen reference π_ref, both from SFT. Sim
     python dpo.py --data FILE.jsonl     on your own pairs: {"prompt", "chosen", "rejected"}
     python dpo.py --loss kto --data FILE.jsonl      single labels: {"prompt", "completion", "label": true or false}
     python dpo.py --loss orpo           SFT and alignment in one stage: starts from the base model
-    python dpo.py --online 5            five rounds on fresh samples of the current policy, labelled by the reward model
+    python dpo.py --online 5            five rounds on samples of the current policy, compared by the reward model
     python dpo.py --prompt "…"          answer a prompt with the policy
 
 Departures from the slides: none in DPO, whose log-probabilities are sums over the response (means would be SimPO's).
@@ -25,7 +25,7 @@ Departures from the slides: none in DPO, whose log-probabilities are sums over t
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,8 @@ from data.files import InputError, hold_out, read_labels, read_pairs, run_script
 from data.run import Run, announce, check_name, parse_config, restore, stage_folder, train_missing
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
-from reward_model import (RewardModel, annotator_judge, collect_pairs, encode_comparisons, encode_pairs, read_comparisons,
-                          reward_model_judge, show_before_and_after)
+from reward_model import (RewardModel, annotator_judge, collect_pairs, encode_comparisons, encode_pairs,
+                          read_comparisons, reward_model_judge, show_before_and_after)
 from sft import answer, has_room
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
@@ -53,7 +53,7 @@ class Config:
     prompt: str = ""            # answer this prompt with the policy of --name, and stop
     temperature: float = 1.0    # of the answer to --prompt
     top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens only; 0: from all
-    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"     # what is minimized; changes some of the defaults below
+    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"     # what is minimized; changes some of the defaults
     start: Literal["sft", "gpt"] = "sft"    # the policy starts as the SFT model or as the base model
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step (KTO: labels)
@@ -73,7 +73,7 @@ class Config:
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
-PRESETS = {"loss": {"kto": dict(batch=64, micro_batch=64), "simpo": dict(beta=2.0), "orpo": dict(start="gpt", lr=1e-3)}}
+PRESETS = {"loss": dict(kto=dict(batch=64, micro_batch=64), simpo=dict(beta=2.0), orpo=dict(start="gpt", lr=1e-3))}
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -89,17 +89,10 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The losses that followed
-
-
 def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference of the log-ratios is
-    drawn to 1/(2β), and not beyond. Arguments as dpo_loss's, sums over the response.
-
-    >>> round(ipo_loss(*torch.tensor([[-15.2], [-14.8], [-16.0], [-14.5]]), beta=0.5).item(), 4)   # h = 1.1, 1/(2β) = 1
-    0.01
-    """
+    """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference h of log-ratios is
+    drawn to 1/(2β), and not beyond. Arguments as dpo_loss's. Returns a scalar. By hand: ipo_loss(-15.2, -14.8, -16.0,
+    -14.5, beta=0.5) = 0.01, with h = 1.1 and 1/(2β) = 1."""
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return ((h - 1 / (2 * beta)) ** 2).mean()  # E[(h - 1/(2β))²]
 
@@ -108,11 +101,10 @@ def kto_loss(policy, ref, desirable, baseline, beta, desirable_weight=1.0, undes
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, eq. 7 and 8; CS 224R, ch. 10): single labels, no pairs.
 
     policy, ref (B,): log-probabilities summed over the response; desirable (B,), bool; baseline: z0 >= 0, in nats (see
-    kto_baseline). Returns the mean of λ_y - v(x, y), a scalar.
-    """
+    kto_baseline). Returns the mean of λ_y - v(x, y), a scalar."""
     r = policy - ref  # r̂ = log π_θ(y|x) / π_ref(y|x)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)  # λ_y: λ_D or λ_U
-    v = weight * torch.sigmoid(beta * torch.where(desirable, r - baseline, baseline - r))  # λ_D σ(β(r̂ - z0)), λ_U σ(β(z0 - r̂))
+    v = weight * torch.sigmoid(beta * torch.where(desirable, r - baseline, baseline - r))  # λ_y σ(±β(r̂ - z0))
     return (weight - v).mean()
 
 
@@ -130,27 +122,14 @@ def orpo_loss(chosen_mean, rejected_mean, lam):
     return (-chosen_mean - lam * F.logsigmoid(chosen - rejected)).mean()
 
 
-class Responses(NamedTuple):
-    """What a loss needs of R responses, each (R,): summed log-probabilities of the policy and of the reference (None where
-    there is none), lengths in tokens, whether it is a good one; and KTO's z0. Of pairs, the chosen ones, then the rejected."""
-    policy: torch.Tensor
-    ref: torch.Tensor | None
-    lengths: torch.Tensor
-    good: torch.Tensor
-    baseline: float
-
-
-LOSSES = {  # --loss: the loss of Responses b with settings c; chunk(2): chosen, rejected
-    "dpo": lambda b, c: dpo_loss(*b.policy.chunk(2), *b.ref.chunk(2), c.beta),
-    "ipo": lambda b, c: ipo_loss(*b.policy.chunk(2), *b.ref.chunk(2), c.beta),
-    "kto": lambda b, c: kto_loss(b.policy, b.ref, b.good, b.baseline, c.beta),
-    "simpo": lambda b, c: simpo_loss(*(b.policy / b.lengths).chunk(2), c.beta, c.gamma),
-    "orpo": lambda b, c: orpo_loss(*(b.policy / b.lengths).chunk(2), c.lam),
+LOSSES = {  # --loss: of what responses() returns, of KTO's z0 and the settings; chunk(2): chosen, rejected
+    "dpo": lambda policy, ref, lengths, good, z0, c: dpo_loss(*policy.chunk(2), *ref.chunk(2), c.beta),
+    "ipo": lambda policy, ref, lengths, good, z0, c: ipo_loss(*policy.chunk(2), *ref.chunk(2), c.beta),
+    "kto": lambda policy, ref, lengths, good, z0, c: kto_loss(policy, ref, good, z0, c.beta),
+    "simpo": lambda policy, ref, lengths, good, z0, c: simpo_loss(*(policy / lengths).chunk(2), c.beta, c.gamma),
+    "orpo": lambda policy, ref, lengths, good, z0, c: orpo_loss(*(policy / lengths).chunk(2), c.lam),
 }
 WITHOUT_REFERENCE = ("simpo", "orpo")
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One batch of items: pairs (chosen ids, rejected ids, prompt length), or single labels (ids, prompt length, good or not)
 
 
 def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
@@ -160,65 +139,57 @@ def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
 
 
 def labels_of(items):
-    """Items as single labels; of pairs first the chosen ones, then the rejected ones."""
+    """Items, which are pairs (chosen ids, rejected ids, prompt length) or labels (ids, prompt length, good or not), as
+    labels; of pairs first the chosen ones, then the rejected ones."""
     if isinstance(items[0][2], bool):
         return items
     return [(chosen, n, True) for chosen, _, n in items] + [(rejected, n, False) for _, rejected, n in items]
 
 
-def responses(policy, reference, labels, baseline=0.0):
-    """The Responses of labels; π_ref gets no gradient."""
-    device, ref = policy.wte.weight.device, None
+def responses(policy, reference, labels):
+    """(log π_θ(y|x), log π_ref(y|x) or None for no reference, length in tokens, good or not) of R labels, each (R,)."""
     sequences, *columns = zip(*labels)
-    tokens, lengths = pad(sequences, device)
-    prompt_lengths, good = (torch.tensor(column, device=device) for column in columns)
-    if reference:
-        with torch.inference_mode():
-            ref = response_logprobs(reference, tokens, prompt_lengths, lengths)
-    return Responses(response_logprobs(policy, tokens, prompt_lengths, lengths), ref, lengths - prompt_lengths, good, baseline)
+    tokens, lengths = pad(sequences, policy.wte.weight.device)
+    prompt_lengths, good = (torch.tensor(column, device=tokens.device) for column in columns)
+    with torch.inference_mode():  # π_ref gets no gradient
+        ref = response_logprobs(reference, tokens, prompt_lengths, lengths) if reference else None
+    return response_logprobs(policy, tokens, prompt_lengths, lengths), ref, lengths - prompt_lengths, good
 
 
 @torch.inference_mode()
 def kto_baseline(policy, reference, labels, rows=64):
-    """KTO's z0, an estimate of KL(π_θ || π_ref) in nats: the mean log-ratio of mismatched prompts and responses of a batch,
-    each prompt with the next label's response, but not below 0; 0 where there are none. Left out: couples that are longer
-    than the context, and those of one prompt, whose response answers it."""
+    """KTO's z0, an estimate of KL(π_θ || π_ref): the mean log-ratio of a batch's prompts, each with the next label's
+    response, but not below 0. Left out: couples longer than the context, and responses to that very prompt."""
     couples = [(ids[:n] + other[m:], n, True) for (ids, n, _), (other, m, _) in zip(labels, labels[1:] + labels[:1])
                if ids[:n] != other[:m] and n + len(other) - m <= policy.config.block_size]
     parts = [responses(policy, reference, couples[start:start + rows]) for start in range(0, len(couples), rows)]
-    return max(0.0, sum((b.policy - b.ref).sum().item() for b in parts) / max(1, len(couples)))
+    return max(0.0, sum((logp - ref).sum().item() for logp, ref, *_ in parts) / max(1, len(couples)))
 
 
 def backward(policy, reference, items, config):
-    """Accumulate the gradient of the loss of a batch, config.micro_batch items at a time (evaluate: only its figures).
-
-    Returns name -> number: the loss; accuracy and margin of the implicit reward r̂, of pairs the chosen one's over the
-    rejected one's, of single labels on the right side of z0; log-ratios. r̂ is β log π_θ/π_ref (CS 224R, ch. 8), and where
-    there is no reference the mean log-probability, by which SimPO and ORPO rank.
-    """
+    """Accumulate the gradient of the loss of a batch of items, config.micro_batch at a time. Returns name -> number:
+    the loss; accuracy and margin of the implicit reward r̂, of pairs the chosen one's over the rejected one's, of labels
+    on the right side of z0; log-ratios. r̂ is β log π_θ/π_ref (CS 224R, ch. 8), and without a reference the mean
+    log-probability, by which SimPO and ORPO rank."""
     z0, total = kto_baseline(policy, reference, labels_of(items)) if config.loss == "kto" else 0.0, {}
     for start in range(0, len(items), config.micro_batch):
         part = items[start:start + config.micro_batch]
-        b = responses(policy, reference, labels_of(part), z0)
-        loss = LOSSES[config.loss](b, config)
+        logp, ref, lengths, good = found = responses(policy, reference, labels_of(part))
+        loss = LOSSES[config.loss](*found, z0, config)
         if torch.is_grad_enabled():
             (loss * len(part) / len(items)).backward()
-        r = config.beta * (b.policy - b.ref) if reference else b.policy / b.lengths
-        if isinstance(part[0][2], bool):
-            margin = torch.where(b.good, r - config.beta * z0, config.beta * z0 - r)
-        else:
-            margin = torch.sub(*r.chunk(2))  # r̂(x, y_w) - r̂(x, y_l)
+        r = config.beta * (logp - ref - z0) if reference else logp / lengths
+        pairs = not isinstance(part[0][2], bool)
+        margin = torch.sub(*r.chunk(2)) if pairs else torch.where(good, r, -r)  # r̂(x, y_w) - r̂(x, y_l)
         row = dict(loss=loss, accuracy=(margin > 0).float(), margin=margin)
-        if reference and not isinstance(part[0][2], bool):
-            row.update(zip(("chosen_log_ratio", "rejected_log_ratio"), (b.policy - b.ref).chunk(2)))
-        total = {name: total.get(name, 0.0) + x.detach().mean().item() * len(part) / len(items) for name, x in row.items()}
+        if pairs and reference:
+            row.update(zip(("chosen_log_ratio", "rejected_log_ratio"), (logp - ref).chunk(2)))
+        for name, x in row.items():
+            total[name] = total.get(name, 0.0) + x.detach().mean().item() * len(part) / len(items)
     return total
 
 
 evaluate = torch.no_grad()(backward)  # the figures of held-out items
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
 
 
 def steps_of(items, config):
@@ -231,16 +202,15 @@ def fit(policy, reference, items, held_out, config, rng, saved=None):
     """Fit the policy to items in place. A generator, after every step: (step, figures or None, state).
 
     items: a list, or for config.online a function, number of the round from 0 -> its list, called when the policy is
-    ready for that round (when a run goes on, for the rounds before it too). figures come every config.report steps; state
-    is what a later call needs as `saved`, with its "step", to go on.
-    """
+    ready for that round (when a run goes on, for the rounds before it too). figures come every config.report steps;
+    state is what a later call needs as `saved`, with its "step", to go on."""
     saved, step, steps = saved or {"step": 0}, 0, steps_of(items, config)
     optimizer = make_optimizer(policy, weight_decay=0.0)
     rows = restore(saved, steps, policy=policy, optimizer=optimizer, figures=[])["figures"]
     for number in range(max(1, config.online)):
         drawn = items(number) if config.online else items
         lengths = [max(len(ids) for ids, _, _ in labels_of([item])) for item in drawn]
-        for batch in [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]:
+        for batch in sum((batches_by_length(lengths, config.batch, rng) for _ in range(config.epochs)), []):
             step += 1
             if step <= saved["step"]:
                 continue
@@ -257,29 +227,26 @@ def fit(policy, reference, items, held_out, config, rng, saved=None):
 
 
 def read_items(split, config, origin, tokenizer, block_size):
-    """(items, held-out items, what to say of them) of split = (rows to train on, held-out rows). KTO takes a pair as two
-    labels; held-out pairs stay pairs. InputError, naming origin, if nothing is left."""
+    """(items, held-out items, what to say of them) of split = (rows to train on, held-out rows). KTO takes a pair as
+    two labels; held-out pairs stay pairs. InputError, naming origin, if nothing is left."""
     if "label" not in split[0][0]:
         data = encode_comparisons(split, origin, tokenizer, block_size)
         return labels_of(data.pairs) if config.loss == "kto" else data.pairs, data.held_out, data.description
-    labels = [[(prompt + tokenizer.response(row["completion"]), len(prompt), row["label"])
-               for row in rows for prompt in [tokenizer.prompt(row["prompt"])]] for rows in split]
-    items, held_out = ([label for label in part if len(label[0]) <= block_size] for part in labels)
-    dropped = len(labels[0]) + len(labels[1]) - len(items) - len(held_out)
-    if not items or not held_out:
-        raise InputError(f"{origin}: no label is left to {'hold out' if items else 'train on'}; dropped {dropped} longer than "
-                         f"the context of {block_size} tokens")
-    return items, held_out, f"{origin}: {len(items):,} labels, {len(held_out):,} held out; dropped {dropped} longer than the context"
+    parts = [[(prompt + response, len(prompt), row["label"]) for row in rows
+              for prompt, response in [(tokenizer.prompt(row["prompt"]), tokenizer.response(row["completion"]))]
+              if len(prompt + response) <= block_size] for rows in split]
+    dropped = f"dropped {sum(map(len, split)) - sum(map(len, parts))} longer than the context"
+    if not all(parts):
+        raise InputError(f"{origin}: no label is left to {'hold out' if parts[0] else 'train on'}; {dropped}")
+    return *parts, f"{origin}: {len(parts[0]):,} labels, {len(parts[1]):,} held out; {dropped}"
 
 
 def train(config):
     """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
-    judged = config.online and config.judge == "reward_model"
+    judged = bool(config.online) and config.judge == "reward_model"
     if config.online and config.data and not judged:
         raise InputError(f"--judge annotator: knows the little world only, not the prompts of {config.data}")
-    if config.online and config.start == "gpt":
-        raise InputError("--online: asks the policy from the start, and the base model can't answer; give --start sft")
     if config.loss == "ipo" and config.beta == 0:
         raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
     read = read_labels if config.loss == "kto" else read_pairs
@@ -287,45 +254,42 @@ def train(config):
     train_missing(config, EARLIER if judged or not config.data else reward_model_stage.EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
     paths = {stage: stage_folder(config, stage) / "checkpoint.pt" for stage in ("gpt", "sft", "reward_model")}
-
-    def load(stage, kind=GPT):
-        return load_checkpoint(paths[stage], stage, config.size, device, kind)[:2]
-
-    policy, tokenizer = load(config.start)  # π_θ, trained
-    reference = None if config.loss in WITHOUT_REFERENCE else load("sft")[0]  # π_ref, frozen
-    reward_model = load("reward_model", RewardModel)[0] if judged else None
-    sources = [config.start] + ["sft"] * (reference is not None) + ["reward_model"] * bool(judged)
+    load = lambda stage, kind=GPT: load_checkpoint(paths[stage], stage, config.size, device, kind)[0]
+    policy, tokenizer, _ = load_checkpoint(paths[config.start], config.start, config.size, device)  # π_θ, trained
+    reference = None if config.loss in WITHOUT_REFERENCE else load("sft")  # π_ref, frozen
+    reward_model = load("reward_model", RewardModel) if judged else None
+    judge = reward_model_judge(reward_model, tokenizer) if judged else annotator_judge
+    block_size = policy.config.block_size
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
     files = [] if config.data else [paths["reward_model"].with_name(name) for name in ("pairs.jsonl", "held_out.jsonl")]
     split, origin = split or read_comparisons(paths["reward_model"].parent), config.data or files[0]
-    items, held_out, data = read_items(split, config, origin, tokenizer, policy.config.block_size)
+    items, held_out, data = read_items(split, config, origin, tokenizer, block_size)
     prompts = list(dict.fromkeys(row["prompt"] for row in split[1]))
     world = not config.data and all(map(stories.parse_request, prompts))  # the stage's pairs may be somebody's own too
-    own = [row["prompt"] for row in split[0] if has_room(row["prompt"], tokenizer, config, policy.config.block_size)]
-    if config.online:
-        if not world and not (config.data and own):
-            raise InputError(f"{origin}: " + (f"no prompt leaves room for --max_new_tokens {config.max_new_tokens}" if config.data
-                                              else "is not of the little world; give --online your file with --data"))
-        data = f"{config.online} rounds of {config.pairs:,} samples, compared by the {config.judge}; held out:\n        {data}"
-    judge = reward_model_judge(reward_model, tokenizer) if judged else annotator_judge
+    own = [row["prompt"] for row in split[0] if config.data and has_room(row["prompt"], tokenizer, config, block_size)]
+    if config.online and not world and not own:
+        raise InputError(f"{origin}: holds no prompt for --online, the little world's or --data's with room for "
+                         f"--max_new_tokens {config.max_new_tokens}")
 
     def draw(number):
         path = run.folder / f"pairs-{number + 1}.jsonl"
-        if not path.exists():  # a resumed run has those of the rounds that began
+        if not path.exists():  # else the run goes on, and was sampled before
             rng = random.Random(f"dpo {config.seed} round {number}")
-            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, judge=judge, own=None if world else own,
-                                    context=policy.config.block_size)
+            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, False, judge, own, block_size)
             write_jsonl(path, rows)
-        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)
+        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, block_size)
         return labels_of(pairs) if config.loss == "kto" else pairs
 
+    if config.online:
+        items, data = draw, f"{config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
     announce(config.name, config, device, data, policy)
 
     # 2. Gradient steps on the loss.
-    with Run(config.name, folder, config, config.report, [*map(paths.get, sources), *files]) as run:
+    stages = [config.start] + ["sft"] * bool(reference) + ["reward_model"] * judged
+    with Run(config.name, folder, config, config.report, [*map(paths.get, stages), *files]) as run:
         run.total, rng = steps_of(items, config), random.Random(f"dpo {config.seed}")
-        for step, row, state in fit(policy, reference, draw if config.online else items, held_out, config, rng, run.saved):
+        for step, row, state in fit(policy, reference, items, held_out, config, rng, run.saved):
             if row:
                 run(step, **row)
             run.end_step(step, **state)
@@ -333,21 +297,19 @@ def train(config):
         # 3. Save; the same prompts before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta,
                         metrics=run.figures())
+        for path in folder.glob("pairs-*.jsonl"):
+            path.unlink()  # an earlier run may have had more rounds; those of this one are in run.folder
         run.finish()
-        for path in folder.glob("pairs-*.jsonl"):  # an earlier run may have had more rounds
-            if int(path.stem[6:]) > config.online:
-                path.unlink()
-    if not config.data and not reward_model:  # for the scores on the screen
-        reward_model, _ = load("reward_model", RewardModel)
-    show_before_and_after(None if world else prompts, reference or load("sft")[0], policy, tokenizer, config, reward_model)
+    reward_model = reward_model or (None if config.data else load("reward_model", RewardModel))  # scores for the screen
+    show_before_and_after(None if world else prompts, reference or load("sft"), policy, tokenizer, config, reward_model)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 
 def main(argv=None):
     needs = {"temperature": ("prompt",), "top_k": ("prompt",), "beta": ("loss", "dpo", "ipo", "kto", "simpo"),
              "gamma": ("loss", "simpo"), "lam": ("loss", "orpo"), "pairs": ("online",), "judge": ("online",),
-             "sample_batch": ("online",)}
-    config = parse_config(Config, GPU, argv, "Fit a policy to preferences with DPO, IPO, KTO, SimPO or ORPO.", needs, PRESETS)
+             "sample_batch": ("online",), "online": ("start", "sft")}  # a base model can't answer
+    config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO, IPO, KTO, SimPO, ORPO.", needs, PRESETS)
     if config.prompt:
         answer(config, "dpo", config.name)
     else:

@@ -51,10 +51,10 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     """Build a Config from the command line. Every field is a flag; the comment on its line is its help.
 
-    gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of them}}; needs: {flag:
-    (another flag, values)}: the flag means something only where the other one has one of these values, or, where none is
-    listed, is set at all. Fields must have the type int, float, str, bool or a Literal of strings, whose values are the
-    flag's choices. TypeError, a bug of ours, for a field without a comment.
+    gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of them, also of gpu's}};
+    needs: {flag: (another flag, values)}: the flag means something only where the other one has one of these values,
+    or, where none is listed, is set at all. Fields must have the type int, float, str, bool or a Literal of strings,
+    whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
     """
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     parser = _Parser(description=description, allow_abbrev=False)
@@ -73,15 +73,15 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
         parser.add_argument(f"--{field.name}", default=None, **kind,
                             help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    preset = {name: value for flag, rows in presets.items()
+              for name, value in rows.get(given.get(flag, getattr(Config, flag)), {}).items()}
     for name, (other, *values) in needs.items():
-        found = given.get(other, getattr(Config, other))
+        found = {**preset, **given}.get(other, getattr(Config, other))
         if name in given and not (found in values if values else found):
             raise InputError(f"--{name} {given[name]}: goes with --{other}{' ' * bool(values)}{' or '.join(values)} only")
     size = given.get("size", "auto")
     if size == "auto":
         size = "gpu" if torch.cuda.is_available() else "cpu"
-    preset = {name: value for flag, rows in presets.items()
-              for name, value in rows.get(given.get(flag, getattr(Config, flag)), {}).items()}
     config = Config(**{**(gpu if size == "gpu" else {}), **preset, **given, "size": size})
     for field in fields(Config):
         value = getattr(config, field.name)

@@ -250,12 +250,12 @@ def test_pairs_as_labels_and_their_responses():
     assert [n for _, n, _ in labels] == 2 * [n for _, _, n in PAIRS] and [good for *_, good in labels] == [True] * 5 + [False] * 5
     assert labels_of(labels) == labels  # single labels are their own
     policy, reference = tiny_gpt(0), tiny_gpt(1)
-    b = dpo.responses(policy, reference, labels, baseline=0.25)
-    assert b.lengths.tolist() == [len(ids) - n for ids, n, _ in labels] and b.baseline == 0.25
-    assert b.good.tolist() == [good for *_, good in labels] and b.policy.requires_grad and not b.ref.requires_grad
-    for model, found in ((policy, b.policy), (reference, b.ref)):
+    logp, ref, lengths, good = dpo.responses(policy, reference, labels)
+    assert lengths.tolist() == [len(ids) - n for ids, n, _ in labels] and good.tolist() == [good for *_, good in labels]
+    assert logp.requires_grad and not ref.requires_grad
+    for model, found in ((policy, logp), (reference, ref)):
         assert found.tolist() == pytest.approx([logprob_by_hand(model, ids, n).item() for ids, n, _ in labels], abs=1e-4)
-    assert dpo.responses(policy, None, labels).ref is None
+    assert dpo.responses(policy, None, labels)[1] is None
 
 
 @torch.no_grad()
@@ -487,7 +487,8 @@ def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     ("--loss orpo --beta 0.1", "--beta 0.1: goes with --loss dpo or ipo or kto or simpo only"),
     ("--pairs 8", "--pairs 8: goes with --online only"), ("--online 0 --pairs 8", "--pairs 8: goes with --online only"),
     ("--judge annotator", "--judge annotator: goes with --online only"), ("--sample_batch 8", "--sample_batch 8: goes with"),
-    ("--loss ipo --beta 0", "--beta 0.0: IPO"), ("--online 2 --loss orpo", "--online: .*--start sft"),
+    ("--loss ipo --beta 0", "--beta 0.0: IPO"), ("--online 2 --loss orpo", "--online 2: goes with --start sft only"),
+    ("--online 2 --start gpt", "--online 2: goes with --start sft only"),
     ("--online 2 --data {data} --judge annotator", "--judge annotator: knows the little world only, not the prompts of .*data")])
 def test_what_a_run_would_ignore_is_refused(argv, message, out, tmp_path):
     """A sweep over a flag that changes nothing; minutes of training before a run that can't be; half a run left behind."""
@@ -574,14 +575,14 @@ ONLINE = "--online 2 --pairs 12 --batch 4 --report 2 --max_new_tokens 16".split(
 def test_rounds_are_fresh_samples_of_the_policy(loss, judge, out, monkeypatch, capsys):
     """Every round on samples of the SFT model, which is offline DPO; a reference that moves along; a round trained on
     the pairs of another; a judge who isn't asked."""
-    rounds, collect, backward, fit = [], dpo.collect_pairs, dpo.backward, dpo.fit
+    rounds, collect, backward = [], dpo.collect_pairs, dpo.backward
     sft, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
 
-    def sample(model, *arguments, **keywords):
+    def sample(model, *arguments):
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         rounds.append([model, weights, []])
-        assert (keywords["judge"] is dpo.annotator_judge) == (judge == "annotator") and keywords["own"] is None
-        return collect(model, *arguments, **keywords)
+        assert (dpo.annotator_judge in arguments) == (judge == "annotator")
+        return collect(model, *arguments)
 
     def learn(policy, reference, items, config):
         assert policy is rounds[-1][0] and (reference is None if loss == "simpo" else same_weights(reference, sft))
@@ -605,7 +606,7 @@ def test_rounds_are_fresh_samples_of_the_policy(loss, judge, out, monkeypatch, c
     steps = 12 if loss == "kto" else 6
     assert [row["step"] for row in metrics(out / "cpu/dpo/metrics.jsonl")] == list(range(2, steps + 1, 2))
     assert loaded.index("reward_model") == (1 if loss == "simpo" else 2)  # before it trains, if it judges; else for the screen
-    assert f"2 rounds of 12 samples, compared by the {judge}" in capsys.readouterr().out
+    assert f"2 rounds of 12 pairs, by the {judge}; held out: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where, n", [("end_step", 1), ("end_step", 2), ("end_step", 3), ("end_step", 4), ("end_step", 5),
@@ -698,10 +699,10 @@ def test_online_on_somebodys_own_prompts(out, tmp_path):
     train, held_out = dpo.hold_out(read_pairs(tmp_path / "pairs.jsonl"), 1)
     assert len(asked) > 8 and asked <= {row["prompt"] for row in train}
     before = snapshot(out)
-    with pytest.raises(InputError, match="pairs.jsonl: no prompt leaves room for --max_new_tokens 124"):
+    with pytest.raises(InputError, match="pairs.jsonl: holds no prompt for --online.*room for --max_new_tokens 124"):
         dpo.main([*argv, *data, "--max_new_tokens", "124"])
     assert snapshot(out) == before
     reward_model.main(["--out", str(out), *data, *FLAGS])
     for judge in ("annotator", "reward_model"):
-        with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; give --online your file with --data"):
+        with pytest.raises(InputError, match="pairs.jsonl: holds no prompt for --online, the little world's or --data's"):
             dpo.main(["--out", str(out), *ONLINE, "--judge", judge])

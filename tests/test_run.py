@@ -173,10 +173,12 @@ class Choices:
     width: int = 3      # a width
     count: int = 0      # a number; 0: none
     depth: int = 2      # only with a count
+    goal: Literal["near", "far"] = "near"   # changed by a kind
+    speed: int = 1      # only on the way to what is near
 
 
-NEEDS = {"rate": ("kind", "plain", "fast"), "width": ("text",), "depth": ("count",)}
-PRESETS = {"kind": {"fast": dict(rate=2.0, width=7), "odd": dict(width=9)}}
+NEEDS = {"rate": ("kind", "plain", "fast"), "width": ("text",), "depth": ("count",), "speed": ("goal", "near")}
+PRESETS = {"kind": {"fast": dict(rate=2.0, width=7), "odd": dict(width=9, goal="far")}}
 
 
 def choose(*argv):
@@ -185,7 +187,8 @@ def choose(*argv):
 
 @pytest.mark.parametrize("argv, kind", [
     ("--rate 1", "plain"), ("--rate 1 --kind fast", "fast"), ("--kind plain --rate 1", "plain"),
-    ("--width 4 --text a", "plain"), ("--depth 5 --count 2", "plain"), ("", "plain"), ("--count 0 --kind odd", "odd")])
+    ("--width 4 --text a", "plain"), ("--depth 5 --count 2", "plain"), ("", "plain"), ("--count 0 --kind odd", "odd"),
+    ("--speed 2", "plain"), ("--speed 2 --kind odd --goal near", "odd")])
 def test_flags_that_mean_something(argv, kind):
     """The default of the other flag that is not counted; a flag that is refused beside the very value that it needs."""
     assert choose(*argv.split()).kind == kind
@@ -194,9 +197,10 @@ def test_flags_that_mean_something(argv, kind):
 @pytest.mark.parametrize("argv, message", [
     ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"), ("--width 4", "--width 4: goes with --text only"),
     ("--depth 5", "--depth 5: goes with --count only"), ("--depth 2", "--depth 2: goes with --count only"),
-    ("--count 0 --depth 5", "--depth 5: goes with --count only")])
+    ("--count 0 --depth 5", "--depth 5: goes with --count only"), ("--speed 2 --goal far", "--speed 2: goes with --goal near only"),
+    ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")])
 def test_flags_that_would_be_ignored_are_refused(argv, message):
-    """--count 0 that counts as given; a flag equal to its default that slips through."""
+    """--count 0 that counts as given; a flag equal to its default that slips through; what a preset changes of the other."""
     with pytest.raises(InputError) as error:
         choose(*argv.split())
     assert str(error.value) == message
