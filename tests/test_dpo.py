@@ -15,7 +15,7 @@ from data import stories
 from data.files import InputError, read_pairs, write_jsonl
 from data.run import Run
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, labels_of, orpo_loss, simpo_loss
-from gpt import load_checkpoint, pad
+from gpt import load_checkpoint, pad, save_checkpoint
 from helpers import metrics, noise, snapshot, tiny_gpt, untimed
 from reward_model import encode_pairs
 
@@ -598,7 +598,7 @@ def test_rounds_are_fresh_samples_of_the_policy(loss, judge, out, monkeypatch, c
     assert all(torch.equal(x, first[name]) for name, x in sft.state_dict().items())
     assert not all(torch.equal(x, second[name]) for name, x in sft.state_dict().items())
     texts = [read_pairs(out / f"cpu/dpo/pairs-{number}.jsonl") for number in (1, 2)]
-    assert texts[0] != texts[1]
+    assert [row["prompt"] for row in texts[0]] != [row["prompt"] for row in texts[1]]
     for rows, (_, _, items) in zip(texts, rounds):
         assert len(rows) == 12 and all(stories.parse_request(row["prompt"]) for row in rows)
         pairs, _, _ = encode_pairs(rows, tokenizer, 128)
@@ -675,9 +675,11 @@ def test_a_run_goes_on_with_its_own_judge_only(out, monkeypatch):
         patch.setattr(dpo, "fit", stop)
         with pytest.raises(KeyboardInterrupt):
             dpo.main(argv)
-    (out / "cpu/reward_model/checkpoint.pt").unlink()
-    reward_model.main(["--out", str(out), "--pairs", "64", "--held_out", "16", "--lr", "1e-2", *FLAGS[:4]])
-    with pytest.raises(InputError, match="began with another reward_model/"):
+    path = out / "cpu/reward_model/checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(path, "reward_model", "cpu", "cpu", reward_model.RewardModel)
+    model.head.weight.data *= 2
+    save_checkpoint(path, "reward_model", "cpu", model, tokenizer)
+    with pytest.raises(InputError, match="began with another reward_model/checkpoint.pt"):
         dpo.main([*argv, "--resume"])
 
 
