@@ -131,7 +131,8 @@ def all_pairs(rewards, copies):
     for i, j in itertools.combinations(range(len(ROWS)), 2):
         wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
         rest = wins - round(wins)  # what one pair's rounding loses, the next one gets
-        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins) + [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
+        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
+        pairs += [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
     assert len(pairs) == copies * 85 * 84 / 2
     return pairs
 
@@ -153,8 +154,8 @@ def test_ipo_finds_another_policy(world):
 
     Let u = log π/π_ref, c = 1/(2β), p = P(y ≻ y'). A pair's expected loss, p (u(y) - u(y') - c)² + (1-p) (u(y') - u(y) - c)²,
     is (u(y) - u(y') - c (2p - 1))² + const. With all pairs equally often, the gradient by u(y) is 0 where
-    Σ_y' [u(y) - u(y') - c (2p(y ≻ y') - 1)] = 0, that is u(y) = c · mean over y' of (2p(y ≻ y') - 1) + const. The mean is
-    over all 85 responses, y itself among them with 2p - 1 = 0: over the 84 others c would have to be 84/85 of it.
+    Σ_y' [u(y) - u(y') - c (2p(y ≻ y') - 1)] = 0, that is u(y) = c · mean over y' of (2p(y ≻ y') - 1) + const. The mean
+    is over all 85 responses, y itself among them with 2p - 1 = 0: over the 84 others c would have to be 84/85 of it.
     """
     reference, ref, rewards, dpos, _ = world
     policy, copies, beta = copy_of(reference), 4, 0.15
@@ -169,8 +170,8 @@ def test_ipo_finds_another_policy(world):
 
 
 def test_certain_labels_run_away_with_dpo_and_not_with_ipo(world):
-    """The lecture's claim: where the label is always the same, σ(margin) → 1 has no finite optimum and β no say, while IPO's
-    log-ratios stop 1/(2β) apart. A square around another target, or a logistic loss, does not."""
+    """The lecture's claim: where the label is always the same, σ(margin) → 1 has no finite optimum and β no say, while
+    IPO's log-ratios stop 1/(2β) apart. A square around another target, or a logistic loss, does not."""
     reference, _, rewards, _, _ = world
     order = rewards.argsort(descending=True).tolist()
     pairs = [(ROWS[i], ROWS[j], len(PROMPT)) for i, j in zip(order[:8], order[-8:])]  # no response in two of them

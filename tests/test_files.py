@@ -190,9 +190,9 @@ def test_pairs_serve_as_demonstrations(tmp_path):
 
 
 def test_labels_and_pairs_as_two_labels(tmp_path):
-    """A label that is turned round or always true; a rejected answer that is lost; the label of a pair's row overruled."""
-    rows = [{"prompt": "p", "completion": " c\n", "label": True}, {"label": False, "completion": "d", "prompt": "q", "n": 1},
-            {"prompt": "r", "chosen": "good", "rejected": "bad"},
+    """A label that is turned round or always true; a rejected answer that is lost; a label beside a pair overruled."""
+    rows = [{"prompt": "p", "completion": " c\n", "label": True},
+            {"label": False, "completion": "d", "prompt": "q", "n": 1}, {"prompt": "r", "chosen": "good", "rejected": "bad"},
             {"prompt": "s", "completion": "e", "label": False, "chosen": "good", "rejected": "bad"}]
     write_jsonl(tmp_path / "labels.jsonl", rows)
     assert read_labels(tmp_path / "labels.jsonl") == [

@@ -272,7 +272,8 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer,
 def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
     """The better score always, which no finite margin can fit; a choice turned round, or of another pair's scores."""
     model, rng = tiny_reward_model(1, vocab=tokenizer.n_vocab, block_size=64), random.Random(3)
-    asked = [("Hi.", "Good morning.", "No."), ("Hi.", "No.", "Good morning."), ("Who?", "A fox.", "Me."), ("Why?", "So.", "So so.")]
+    asked = [("Hi.", "Good morning.", "No."), ("Hi.", "No.", "Good morning."), ("Who?", "A fox.", "Me."),
+             ("Why?", "So.", "So so.")]
     model.head.weight.data *= 0.3
     judge, p = reward_model.reward_model_judge(model, tokenizer), []
     for prompt, *texts in asked:
@@ -310,7 +311,8 @@ def test_another_judge_and_prompts_of_a_users_own(tokenizer, monkeypatch):
         asked.clear()
         rows, dropped = reward_model.collect_pairs(None, tokenizer, 12, config, random.Random(2), judge=judge,
                                                    own=list(answers), context=context)
-        assert {row["prompt"] for row in rows} == kept == {prompt for prompt, *_ in asked} and len(rows) == len(asked) == 12
+        assert len(rows) == len(asked) == 12
+        assert {row["prompt"] for row in rows} == kept == {prompt for prompt, *_ in asked}
         for row in rows:
             assert [row["rejected"], row["chosen"]] == answers[row["prompt"]]  # the second one won
         assert dropped["blank"] and dropped["equal texts"] and bool(dropped["no end"]) == (context == 20)

@@ -79,9 +79,10 @@ def test_help_explains_every_flag(helps, name):
                 for line in source.splitlines()[1:]}
     assert set(comments) == {field.name for field in fields(module.Config)} and len(comments) > 5
     assert set(module.GPU) <= set(comments) and helps[name].startswith(f"usage: {name}.py")
-    changed = {"gpu": module.GPU, **{name: row for rows in getattr(module, "PRESETS", {}).values() for name, row in rows.items()}}
+    presets = [preset for rows in getattr(module, "PRESETS", {}).values() for preset in rows.items()]
     for field in fields(module.Config):
-        default = repr(field.default) + "".join(f"; {name}: {row[field.name]!r}" for name, row in changed.items() if field.name in row)
+        default = repr(field.default) + "".join(f"; {name}: {row[field.name]!r}" for name, row in
+                                                [("gpu", module.GPU), *presets] if field.name in row)
         assert f"--{field.name} " in helps[name]
         assert f" {comments[field.name]} (default: {default})\n" in helps[name]
 
@@ -195,19 +196,21 @@ def test_flags_that_mean_something(argv, kind):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"), ("--width 4", "--width 4: goes with --text only"),
+    ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"),
+    ("--width 4", "--width 4: goes with --text only"),
     ("--depth 5", "--depth 5: goes with --count only"), ("--depth 2", "--depth 2: goes with --count only"),
-    ("--count 0 --depth 5", "--depth 5: goes with --count only"), ("--speed 2 --goal far", "--speed 2: goes with --goal near only"),
+    ("--count 0 --depth 5", "--depth 5: goes with --count only"),
+    ("--speed 2 --goal far", "--speed 2: goes with --goal near only"),
     ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")])
 def test_flags_that_would_be_ignored_are_refused(argv, message):
-    """--count 0 that counts as given; a flag equal to its default that slips through; what a preset changes of the other."""
+    """--count 0 that counts as given; a flag equal to its default that slips through; a preset of the other flag's."""
     with pytest.raises(InputError) as error:
         choose(*argv.split())
     assert str(error.value) == message
 
 
 def test_presets(capsys):
-    """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or that --help is silent on."""
+    """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or is not in --help."""
     def found(*argv):
         config = choose("--size", *argv)
         return config.rate, config.width
