@@ -295,8 +295,8 @@ def train(config):
             run.end_step(step, **state)
 
         # 3. Save; the same prompts before and after.
-        save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, beta=config.beta,
-                        metrics=run.figures())
+        save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, metrics=run.figures(),
+                        **{"beta": config.beta} if reference else {})  # SimPO's is no price of KL
         for path in folder.glob("pairs-*.jsonl"):
             path.unlink()  # an earlier run may have had more rounds; those of this one are in run.folder
         run.finish()

@@ -484,11 +484,13 @@ def loads(monkeypatch):
     ("kto", ["sft", "sft"], ["reward_model"]), ("simpo", ["sft"], ["reward_model", "sft"]),
     ("orpo", ["gpt"], ["reward_model", "sft"])])
 def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
-    """A reference that the loss doesn't need; ORPO on top of SFT, two stages. Texts on the screen need SFT afterwards."""
+    """A reference that the loss doesn't need; ORPO on top of SFT, two stages. Texts on the screen need SFT afterwards.
+    SimPO's β taken for a price of KL by whoever reads the checkpoint."""
     events, save = loads(monkeypatch), dpo.save_checkpoint
     monkeypatch.setattr(dpo, "save_checkpoint", lambda *rest, **extra: events.append("saved") or save(*rest, **extra))
     dpo.main(["--out", str(out), "--loss", loss, *FLAGS])
     assert events == [*before, "saved", *after]
+    assert ("beta" in load_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu")[2]) == (loss in ("dpo", "ipo", "kto"))
     rows = metrics(out / "cpu/dpo/metrics.jsonl")
     assert set(rows[0]) == (KEYS if loss in ("dpo", "ipo") else KEYS - {"chosen_log_ratio", "rejected_log_ratio"})
     assert [row["step"] for row in rows] == list(range(2, 17 if loss == "kto" else 9, 2))  # 64 pairs, or 128 labels
