@@ -452,7 +452,7 @@ def answer(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.",
-                          needs=dict(n="prompt"))
+                          needs={"n": ("prompt",)})
     if config.prompt:
         answer(config)
     else:

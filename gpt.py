@@ -587,7 +587,7 @@ def sample(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or on a text file.",
-                          needs=dict(temperature="sample", top_k="sample"))
+                          needs={"temperature": ("sample",), "top_k": ("sample",)})
     if config.sample:
         sample(config)
     else:

@@ -339,7 +339,7 @@ def train(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.",
-                          needs=dict(top_k="prompt"))
+                          needs={"top_k": ("prompt",)})
     if config.prompt:
         answer(config, "ppo", config.name)
     else:

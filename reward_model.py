@@ -120,8 +120,24 @@ def gold_rewards(rollout, tokenizer):
     return torch.tensor(list(map(annotator.gold_reward, prompts, response_texts(rollout, tokenizer))))
 
 
-def collect_pairs(model, tokenizer, count, config, rng, held_out=False):
-    """Ask the policy twice for each of the world's requests (the held-out ones or the others) and let the annotator choose.
+def annotator_judge(asked, rng):
+    """The annotator's choices, 0 or 1, for a list of (prompt, first response, second response)."""
+    return [annotator.choose(*one, rng) for one in asked]
+
+
+def reward_model_judge(model, tokenizer):
+    """A judge as annotator_judge is, by Bradley-Terry on a reward model's scores: P(first) = σ(r(first) - r(second))."""
+    def judge(asked, rng):
+        ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, *texts in asked for text in texts]
+        first, second = score_all(model, ids).view(-1, 2).unbind(dim=1) if asked else torch.empty(2, 0)
+        return [int(rng.random() >= p) for p in torch.sigmoid(first - second).tolist()]
+
+    return judge
+
+
+def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=annotator_judge, own=None, context=math.inf):
+    """Ask the policy twice for each of the world's requests (the held-out ones or the others), or for prompts of a user's
+    own, and let the judge choose. context: encoded anew, a sample can be longer than it was, and have no end within it.
 
     Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
     """
@@ -131,21 +147,24 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False):
         if sum(dropped.values()) > 10 * count:
             raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends "
                              f"its answers within --max_new_tokens {config.max_new_tokens}; train it longer")
-        prompts = [stories.request(rng, held_out=held_out).text for _ in range(min(config.sample_batch, count - len(rows)))]
+        number = min(config.sample_batch, count - len(rows))
+        prompts = rng.choices(own, k=number) if own else [stories.request(rng, held_out=held_out).text for _ in range(number)]
         ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(2)]
         texts, ended = respond(model, tokenizer, ids, config.max_new_tokens, seed=rng.getrandbits(48))
+        asked = []
         for i, prompt in enumerate(prompts):
             first, second = texts[2 * i:2 * i + 2]
-            if not all(ended[2 * i:2 * i + 2]):
+            longest = max(len(tokenizer.response(text)) for text in (first, second))
+            if not all(ended[2 * i:2 * i + 2]) or len(ids[2 * i]) + longest > context:
                 dropped["no end"] += 1
             elif not first.strip() or not second.strip() or "\0" in first + second:
                 dropped["blank"] += 1  # data/files.py would refuse to read it back
             elif first == second:
                 dropped["equal texts"] += 1
             else:
-                choice = annotator.choose(prompt, first, second, rng)
-                chosen, rejected = (first, second) if choice == 0 else (second, first)
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+                asked.append((prompt, first, second))
+        for (prompt, *texts), choice in zip(asked, judge(asked, rng)):
+            rows.append({"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]})
         report(len(rows))
     return rows, dropped
 

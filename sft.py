@@ -222,7 +222,7 @@ def answer(config, stage, name):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Fine-tune the base model on demonstrations, loss on the response only.",
-                          needs=dict(temperature="prompt", top_k="prompt"))
+                          needs={"temperature": ("prompt",), "top_k": ("prompt",)})
     if config.prompt:
         answer(config, "sft", "sft")
     else:

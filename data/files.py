@@ -3,6 +3,7 @@
     corpus.txt             plain UTF-8 text, for pretraining
     demonstrations.jsonl   {"prompt": "...", "completion": "..."}                   one object a line
     pairs.jsonl            {"prompt": "...", "chosen": "...", "rejected": "..."}    one object a line
+    labels.jsonl           {"prompt": "...", "completion": "...", "label": true}    one object a line, label true or false
 
 A file that is wrong ends in one line that says where and why, never in a traceback:
 
@@ -73,6 +74,20 @@ def read_demonstrations(path):
 def read_pairs(path):
     """Rows {"prompt", "chosen", "rejected"}."""
     return read_jsonl(path, ("prompt", "chosen", "rejected"))
+
+
+def read_labels(path):
+    """Rows {"prompt", "completion", "label"}, label true for a good response. A pair, without a label, serves as two."""
+    rows = []
+    for row, where in objects(path):
+        if "label" not in row and "completion" in row:
+            raise InputError(f'{where}: the field "label" is missing; true for a good completion, false for a bad one')
+        if not isinstance(row.get("label", True), bool):
+            raise InputError(f'{where}: "label" must be true or false, found {kind(row["label"])}')
+        texts = {"completion": row["label"]} if "label" in row else {"chosen": True, "rejected": False}
+        rows += [{"prompt": text_of(row, "prompt", where), "completion": text_of(row, field, where), "label": label}
+                 for field, label in texts.items()]
+    return rows
 
 
 def read_prompts(path):

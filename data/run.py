@@ -48,19 +48,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def parse_config(Config, gpu, argv, description, needs={}):
+def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     """Build a Config from the command line. Every field is a flag; the comment on its line is its help.
 
-    gpu: what --size gpu changes of the defaults; needs: {flag: another flag without which it means nothing}. Fields must
-    have the type int, float, str, bool or a Literal of strings, whose values are the flag's choices. TypeError, a bug of
-    ours, for a field without a comment.
+    gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of them, also of gpu's}};
+    needs: {flag: (another flag, values)}: the flag means something only where the other one has one of these values,
+    or, where none is listed, is set at all. Fields must have the type int, float, str, bool or a Literal of strings,
+    whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
     """
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     parser = _Parser(description=description, allow_abbrev=False)
     for field in fields(Config):
         if field.name not in comments:
             raise TypeError(f"{Config.__module__}.{Config.__name__}.{field.name} has no comment on its line to be its help")
-        default = f"{field.default!r}" + (f"; gpu: {gpu[field.name]!r}" if field.name in gpu else "")
+        changed = [("gpu", gpu), *(row for rows in presets.values() for row in rows.items())]
+        default = "; ".join([f"{field.default!r}", *(f"{name}: {row[field.name]!r}" for name, row in changed
+                                                     if field.name in row)])
         if field.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(field.type) is typing.Literal:
@@ -70,13 +73,16 @@ def parse_config(Config, gpu, argv, description, needs={}):
         parser.add_argument(f"--{field.name}", default=None, **kind,
                             help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, other in needs.items():
-        if name in given and other not in given:
-            raise InputError(f"--{name} {given[name]}: goes with --{other} only")
+    preset = {name: value for flag, rows in presets.items()
+              for name, value in rows.get(given.get(flag, getattr(Config, flag)), {}).items()}
+    for name, (other, *values) in needs.items():
+        found = {**preset, **given}.get(other, getattr(Config, other))
+        if name in given and not (found in values if values else found):
+            raise InputError(f"--{name} {given[name]}: goes with --{other}{' ' * bool(values)}{' or '.join(values)} only")
     size = given.get("size", "auto")
     if size == "auto":
         size = "gpu" if torch.cuda.is_available() else "cpu"
-    config = Config(**{**(gpu if size == "gpu" else {}), **given, "size": size})
+    config = Config(**{**(gpu if size == "gpu" else {}), **preset, **given, "size": size})
     for field in fields(Config):
         value = getattr(config, field.name)
         if field.type is int and value < (0 if field.name == "seed" or field.default == 0 else 1):

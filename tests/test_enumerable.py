@@ -125,21 +125,71 @@ class Blocks(random.Random):
         return [i for block in blocks for i in block]
 
 
+def all_pairs(rewards, copies):
+    """Every pair of responses, as often either way as Bradley-Terry says, in whole numbers: `copies` of it in a row."""
+    pairs, rest = [], 0.0
+    for i, j in itertools.combinations(range(len(ROWS)), 2):
+        wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
+        rest = wins - round(wins)  # what one pair's rounding loses, the next one gets
+        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
+        pairs += [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
+    assert len(pairs) == copies * 85 * 84 / 2
+    return pairs
+
+
 def test_dpo_finds_the_same_policy(world):
     """The lecture's claim that DPO and RLHF share one optimum; averaged log-probs or a lost <|end|> would move DPO's."""
     reference, ref, rewards, best, _ = world
-    policy, pairs, copies, rest = copy_of(reference), [], 8, 0.0
+    policy, pairs, copies = copy_of(reference), all_pairs(rewards, copies=8), 8
     assert kl(ref, best) >= 0.5
-    for i, j in itertools.combinations(range(len(ROWS)), 2):  # every pair, as often either way as Bradley-Terry says ...
-        wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
-        rest = wins - round(wins)  # ... in whole numbers: what one pair's rounding loses, the next one gets
-        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins) + [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
-    assert len(pairs) == copies * 85 * 84 / 2
     config = dpo.Config(epochs=6, batch=256, micro_batch=256, lr=3e-3, beta=BETA, report=100_000)
     *_, (step, report, _) = dpo.fit(policy, reference, pairs, pairs[::4000], config, Blocks(0, copies))
     assert step == 6 * math.ceil(len(pairs) / 256) and report["loss"] < math.log(2)
     with torch.no_grad():
         assert kl(exact_logprobs(policy), best) <= 0.005
+
+
+def test_ipo_finds_another_policy(world):
+    """IPO with a mean for the sum, or with another target than 1/(2β), ends elsewhere. Where it should end:
+
+    Let u = log π/π_ref, c = 1/(2β), p = P(y ≻ y'). A pair's expected loss, p (u(y) - u(y') - c)² + (1-p) (u(y') - u(y) - c)²,
+    is (u(y) - u(y') - c (2p - 1))² + const. With all pairs equally often, the gradient by u(y) is 0 where
+    Σ_y' [u(y) - u(y') - c (2p(y ≻ y') - 1)] = 0, that is u(y) = c · mean over y' of (2p(y ≻ y') - 1) + const. The mean
+    is over all 85 responses, y itself among them with 2p - 1 = 0: over the 84 others c would have to be 84/85 of it.
+    """
+    reference, ref, rewards, dpos, _ = world
+    policy, copies, beta = copy_of(reference), 4, 0.15
+    p = torch.sigmoid(rewards[:, None] - rewards)
+    best = (ref + (2 * p - 1).mean(dim=1) / (2 * beta)).log_softmax(0)
+    config = dpo.Config(loss="ipo", epochs=6, batch=256, micro_batch=256, lr=3e-3, beta=beta, report=100_000)
+    pairs = all_pairs(rewards, copies)
+    for _ in dpo.fit(policy, reference, pairs, pairs[::4000], config, Blocks(0, copies)):
+        pass
+    with torch.no_grad():
+        assert kl(exact_logprobs(policy), best) <= 0.005 < 0.1 < min(kl(ref, best), kl(dpos, best))
+
+
+def test_certain_labels_run_away_with_dpo_and_not_with_ipo(world):
+    """The lecture's claim: where the label is always the same, σ(margin) → 1 has no finite optimum and β no say, while
+    IPO's log-ratios stop 1/(2β) apart. A square around another target, or a logistic loss, does not."""
+    reference, _, rewards, _, _ = world
+    order = rewards.argsort(descending=True).tolist()
+    pairs = [(ROWS[i], ROWS[j], len(PROMPT)) for i, j in zip(order[:8], order[-8:])]  # no response in two of them
+
+    def log_ratios_apart(loss, beta, epochs):
+        policy = copy_of(reference)
+        config = dpo.Config(loss=loss, epochs=epochs, batch=8, micro_batch=8, lr=3e-3, beta=beta, report=100_000)
+        for _ in dpo.fit(policy, reference, pairs, pairs, config, random.Random(0)):
+            pass
+        found = dpo.evaluate(policy, reference, pairs, config)
+        return found["margin"] / beta, found["loss"]
+
+    for beta in (0.5, 0.1):
+        (short, _), (long, _) = (log_ratios_apart("dpo", beta, epochs) for epochs in (100, 400))
+        assert long > 1.25 * short > 1.25 * 1.5 / (2 * beta)
+        for epochs in (100, 400):
+            mean, loss = log_ratios_apart("ipo", beta, epochs)  # loss: the mean square of the distance to 1/(2β)
+            assert mean == pytest.approx(1 / (2 * beta), rel=0.02) and loss < (0.05 / (2 * beta)) ** 2
 
 
 def test_value_model_learns_the_expected_return(world):

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from data import files
-from data.files import (InputError, hold_out, lock_folder, read_demonstrations, read_jsonl, read_pairs, read_prompts,
-                        read_text, split_prompts, write_atomic, write_jsonl)
+from data.files import (InputError, hold_out, lock_folder, read_demonstrations, read_jsonl, read_labels, read_pairs,
+                        read_prompts, read_text, split_prompts, write_atomic, write_jsonl)
 
 FORMATS = {
     read_demonstrations: ("prompt", "completion"),
@@ -187,6 +187,36 @@ def test_pairs_serve_as_demonstrations(tmp_path):
     write_jsonl(tmp_path / "mixed.jsonl", rows)
     assert read_demonstrations(tmp_path / "mixed.jsonl") == [
         {"prompt": "p", "completion": "good"}, {"prompt": "q", "completion": "c"}, {"prompt": "r", "completion": "c"}]
+
+
+def test_labels_and_pairs_as_two_labels(tmp_path):
+    """A label that is turned round or always true; a rejected answer that is lost; a label beside a pair overruled."""
+    rows = [{"prompt": "p", "completion": " c\n", "label": True},
+            {"label": False, "completion": "d", "prompt": "q", "n": 1}, {"prompt": "r", "chosen": "good", "rejected": "bad"},
+            {"prompt": "s", "completion": "e", "label": False, "chosen": "good", "rejected": "bad"}]
+    write_jsonl(tmp_path / "labels.jsonl", rows)
+    assert read_labels(tmp_path / "labels.jsonl") == [
+        {"prompt": "p", "completion": " c\n", "label": True}, {"prompt": "q", "completion": "d", "label": False},
+        {"prompt": "r", "completion": "good", "label": True}, {"prompt": "r", "completion": "bad", "label": False},
+        {"prompt": "s", "completion": "e", "label": False}]
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"completion": "b", "label": 1}, '"label" must be true or false, found the number 1'),
+    ({"completion": "b", "label": "true"}, '"label" must be true or false, found a string'),
+    ({"completion": "b", "label": None}, '"label" must be true or false, found null'),
+    ({"chosen": "b", "rejected": "c", "label": 0}, '"label" must be true or false, found the number 0'),
+    ({"completion": "b"}, 'the field "label" is missing; true for a good completion, false for a bad one'),
+    ({"label": True}, "the field \"completion\" is missing; found 'prompt', 'label'"),
+    ({"completion": " ", "label": True}, '"completion" is blank; give it a text or remove the line'),
+    ({"chosen": "b"}, "the field \"rejected\" is missing; found 'prompt', 'chosen'"),
+    ({"chosen": "b", "rejected": 3}, '"rejected" must be text, found the number 3; put it in quotes')])
+def test_wrong_labels_are_named(tmp_path, row, reason):
+    """A 0 or a "false" that is taken for true, as every text is; a KeyError that names no line."""
+    write_jsonl(tmp_path / "l.jsonl", [{"prompt": "a", "completion": "b", "label": False}, {"prompt": "a", **row}])
+    with pytest.raises(InputError) as error:
+        read_labels(tmp_path / "l.jsonl")
+    assert str(error.value) == f"{tmp_path / 'l.jsonl'}:2: {reason}"
 
 
 def test_prompts_are_distinct_and_in_order(tmp_path):

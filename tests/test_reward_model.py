@@ -16,7 +16,7 @@ import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import metrics, snapshot
+from helpers import metrics, snapshot, tiny_reward_model
 from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all
 
 V = 11
@@ -267,6 +267,55 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer,
     assert abs(wins - sum(p)) < 4 * math.sqrt(sum(x * (1 - x) for x in p))      # as noisy as Bradley-Terry, no more, no less
     first_wins = sum(row["chosen"] == first[1] for row, (first, _) in zip(rows, usable))
     assert abs(first_wins - 200) < 4 * 10                               # no preference for the first answer
+
+
+def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
+    """The better score always, which no finite margin can fit; a choice turned round, or of another pair's scores."""
+    model, rng = tiny_reward_model(1, vocab=tokenizer.n_vocab, block_size=64), random.Random(3)
+    asked = [("Hi.", "Good morning.", "No."), ("Hi.", "No.", "Good morning."), ("Who?", "A fox.", "Me."),
+             ("Why?", "So.", "So so.")]
+    model.head.weight.data *= 0.3
+    judge, p = reward_model.reward_model_judge(model, tokenizer), []
+    for prompt, *texts in asked:
+        rewards = []
+        for text in texts:
+            tokens = torch.tensor([tokenizer.prompt(prompt) + tokenizer.response(text)])
+            rewards.append(model(tokens)[0, -1].item())
+        p.append(1 / (1 + math.exp(rewards[1] - rewards[0])))
+    assert p[0] == pytest.approx(1 - p[1], abs=1e-5) and max(p) - min(p) > 0.3 and 0.02 < min(p)
+    chosen = torch.tensor([judge(asked, rng) for _ in range(500)] + [judge(5 * asked, rng)[:4] for _ in range(500)])
+    assert set(chosen.unique().tolist()) == {0, 1}
+    for share, x in zip((chosen == 0).double().mean(dim=0).tolist(), p):  # 0: the first one
+        assert abs(share - x) < 4 * math.sqrt(x * (1 - x) / 1000)
+    assert judge(asked, random.Random(5)) == judge(asked, random.Random(5))  # the seed's noise, nobody else's
+    assert judge([], rng) == [] == reward_model.annotator_judge([], rng)  # a batch of which nothing is usable
+
+
+def test_another_judge_and_prompts_of_a_users_own(tokenizer, monkeypatch):
+    """The annotator asked, who knows no reward there; requests of the world beside one's own; an unusable pair that is
+    judged; a sample that, encoded anew, no longer fits the context, and ends in a traceback of the judge's."""
+    answers = {"Hi.": ["Good morning.", "No."], "Who?": ["Me.", "Me."], "Why?": ["So. " * 9, "So."], "How?": [" ", "So."]}
+    asked = []
+
+    def respond(model, tokenizer, prompts, max_new_tokens, seed):
+        texts = [answers[tokenizer.decode(ids[1:-1])][i % 2] for i, ids in enumerate(prompts)]
+        return texts, [True] * len(texts)
+
+    def judge(batch, rng):
+        asked.extend(batch)
+        return [1] * len(batch)
+
+    monkeypatch.setattr(reward_model, "respond", respond)
+    config = reward_model.Config(sample_batch=2)
+    for context, kept in ((20, {"Hi."}), (1000, {"Hi.", "Why?"})):
+        asked.clear()
+        rows, dropped = reward_model.collect_pairs(None, tokenizer, 12, config, random.Random(2), judge=judge,
+                                                   own=list(answers), context=context)
+        assert len(rows) == len(asked) == 12
+        assert {row["prompt"] for row in rows} == kept == {prompt for prompt, *_ in asked}
+        for row in rows:
+            assert [row["rejected"], row["chosen"]] == answers[row["prompt"]]  # the second one won
+        assert dropped["blank"] and dropped["equal texts"] and bool(dropped["no end"]) == (context == 20)
 
 
 def test_a_policy_that_never_ends_is_named(tokenizer, monkeypatch):

@@ -79,8 +79,10 @@ def test_help_explains_every_flag(helps, name):
                 for line in source.splitlines()[1:]}
     assert set(comments) == {field.name for field in fields(module.Config)} and len(comments) > 5
     assert set(module.GPU) <= set(comments) and helps[name].startswith(f"usage: {name}.py")
+    presets = [preset for rows in getattr(module, "PRESETS", {}).values() for preset in rows.items()]
     for field in fields(module.Config):
-        default = repr(field.default) + (f"; gpu: {module.GPU[field.name]!r}" if field.name in module.GPU else "")
+        default = repr(field.default) + "".join(f"; {name}: {row[field.name]!r}" for name, row in
+                                                [("gpu", module.GPU), *presets] if field.name in row)
         assert f"--{field.name} " in helps[name]
         assert f" {comments[field.name]} (default: {default})\n" in helps[name]
 
@@ -161,6 +163,66 @@ def test_defaults_sizes_and_flags():
     assert typed.n_head == gpt.GPU["n_head"] != gpt.Config.n_head
     assert parse().size == ("gpu" if torch.cuda.is_available() else "cpu")
     assert parse("--resume").resume is True and parse("--no-resume").resume is False is parse().resume
+
+
+@dataclass
+class Choices:
+    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    kind: Literal["plain", "fast", "odd"] = "plain"     # changes some of the defaults below
+    text: str = ""      # a flag that is set or not
+    rate: float = 0.5   # a rate, 10 % of something
+    width: int = 3      # a width
+    count: int = 0      # a number; 0: none
+    depth: int = 2      # only with a count
+    goal: Literal["near", "far"] = "near"   # changed by a kind
+    speed: int = 1      # only on the way to what is near
+
+
+NEEDS = {"rate": ("kind", "plain", "fast"), "width": ("text",), "depth": ("count",), "speed": ("goal", "near")}
+PRESETS = {"kind": {"fast": dict(rate=2.0, width=7), "odd": dict(width=9, goal="far")}}
+
+
+def choose(*argv):
+    return parse_config(Choices, dict(width=64, rate=0.1), list(argv), "", NEEDS, PRESETS)
+
+
+@pytest.mark.parametrize("argv, kind", [
+    ("--rate 1", "plain"), ("--rate 1 --kind fast", "fast"), ("--kind plain --rate 1", "plain"),
+    ("--width 4 --text a", "plain"), ("--depth 5 --count 2", "plain"), ("", "plain"), ("--count 0 --kind odd", "odd"),
+    ("--speed 2", "plain"), ("--speed 2 --kind odd --goal near", "odd")])
+def test_flags_that_mean_something(argv, kind):
+    """The default of the other flag that is not counted; a flag that is refused beside the very value that it needs."""
+    assert choose(*argv.split()).kind == kind
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"),
+    ("--width 4", "--width 4: goes with --text only"),
+    ("--depth 5", "--depth 5: goes with --count only"), ("--depth 2", "--depth 2: goes with --count only"),
+    ("--count 0 --depth 5", "--depth 5: goes with --count only"),
+    ("--speed 2 --goal far", "--speed 2: goes with --goal near only"),
+    ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")])
+def test_flags_that_would_be_ignored_are_refused(argv, message):
+    """--count 0 that counts as given; a flag equal to its default that slips through; a preset of the other flag's."""
+    with pytest.raises(InputError) as error:
+        choose(*argv.split())
+    assert str(error.value) == message
+
+
+def test_presets(capsys):
+    """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or is not in --help."""
+    def found(*argv):
+        config = choose("--size", *argv)
+        return config.rate, config.width
+    assert found("cpu") == (0.5, 3) and found("cpu", "--kind", "fast") == (2.0, 7)
+    assert found("gpu") == (0.1, 64) and found("gpu", "--kind", "fast") == (2.0, 7)
+    assert found("cpu", "--kind", "odd") == (0.5, 9) and found("gpu", "--kind", "odd") == (0.1, 9)
+    assert found("cpu", *"--kind fast --rate 0.5 --text a --width 3".split()) == (0.5, 3)
+    with pytest.raises(SystemExit):
+        choose("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a rate, 10 % of something (default: 0.5; gpu: 0.1; fast: 2.0)" in text
+    assert "a width (default: 3; gpu: 64; fast: 7; odd: 9)" in text and "only with a count (default: 2)" in text
 
 
 @pytest.mark.parametrize("argv", [["--steps", "0"], ["--batch", "-3"], ["--n_layer", "-1"], ["--seed", "-1"],
