@@ -241,6 +241,25 @@ def read_items(split, config, origin, tokenizer, block_size):
     return *parts, f"{origin}: {len(parts[0]):,} labels, {len(parts[1]):,} held out; {dropped}"
 
 
+def load(config, stage, kind=GPT):
+    """(a stage's model, its tokenizer)."""
+    return load_checkpoint(stage_folder(config, stage) / "checkpoint.pt", stage, config.size, get_device(), kind)[:2]
+
+
+def fresh_pairs(policy, tokenizer, judge, own, folder, config):
+    """What fit calls in every round of online DPO: it samples the policy, asks the judge, and keeps the pairs in folder."""
+    def draw(number):
+        path = folder / f"pairs-{number + 1}.jsonl"
+        if not path.exists():  # else the run goes on, and was sampled before
+            rng = random.Random(f"dpo {config.seed} round {number}")
+            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, False, judge, own, policy.config.block_size)
+            write_jsonl(path, rows)
+        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)
+        return labels_of(pairs) if config.loss == "kto" else pairs
+
+    return draw
+
+
 def train(config):
     """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
@@ -252,42 +271,32 @@ def train(config):
     read = read_labels if config.loss == "kto" else read_pairs
     split = hold_out(read(config.data), config.seed, config.data) if config.data else None  # before any training
     train_missing(config, EARLIER if judged or not config.data else reward_model_stage.EARLIER, config.name)
-    folder, device = stage_folder(config, config.name), get_device()
-    paths = {stage: stage_folder(config, stage) / "checkpoint.pt" for stage in ("gpt", "sft", "reward_model")}
-    load = lambda stage, kind=GPT: load_checkpoint(paths[stage], stage, config.size, device, kind)[0]
-    policy, tokenizer, _ = load_checkpoint(paths[config.start], config.start, config.size, device)  # π_θ, trained
-    reference = None if config.loss in WITHOUT_REFERENCE else load("sft")  # π_ref, frozen
-    reward_model = load("reward_model", RewardModel) if judged else None
-    judge = reward_model_judge(reward_model, tokenizer) if judged else annotator_judge
-    block_size = policy.config.block_size
+    folder, stage = stage_folder(config, config.name), stage_folder(config, "reward_model")
+    policy, tokenizer = load(config, config.start)  # π_θ, trained
+    reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
+    reward_model, _ = load(config, "reward_model", RewardModel) if judged else (None, None)
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
-    files = [] if config.data else [paths["reward_model"].with_name(name) for name in ("pairs.jsonl", "held_out.jsonl")]
-    split, origin = split or read_comparisons(paths["reward_model"].parent), config.data or files[0]
-    items, held_out, data = read_items(split, config, origin, tokenizer, block_size)
+    files = [] if config.data else [stage / "pairs.jsonl", stage / "held_out.jsonl"]
+    split, origin = split or read_comparisons(stage), config.data or files[0]
+    items, held_out, data = read_items(split, config, origin, tokenizer, policy.config.block_size)
     prompts = list(dict.fromkeys(row["prompt"] for row in split[1]))
     world = not config.data and all(map(stories.parse_request, prompts))  # the stage's pairs may be somebody's own too
-    own = [row["prompt"] for row in split[0] if config.data and has_room(row["prompt"], tokenizer, config, block_size)]
-    if config.online and not world and not own:
-        raise InputError(f"{origin}: holds no prompt for --online, the little world's or --data's with room for "
-                         f"--max_new_tokens {config.max_new_tokens}")
-
-    def draw(number):
-        path = run.folder / f"pairs-{number + 1}.jsonl"
-        if not path.exists():  # else the run goes on, and was sampled before
-            rng = random.Random(f"dpo {config.seed} round {number}")
-            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, False, judge, own, block_size)
-            write_jsonl(path, rows)
-        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, block_size)
-        return labels_of(pairs) if config.loss == "kto" else pairs
-
     if config.online:
-        items, data = draw, f"{config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
-    announce(config.name, config, device, data, policy)
+        judge = reward_model_judge(reward_model, tokenizer) if judged else annotator_judge
+        own = [row["prompt"] for row in split[0]
+               if config.data and has_room(row["prompt"], tokenizer, config, policy.config.block_size)]
+        if not world and not own:
+            raise InputError(f"{origin}: holds no prompt for --online, the little world's or --data's with room for "
+                             f"--max_new_tokens {config.max_new_tokens}")
+        items = fresh_pairs(policy, tokenizer, judge, own, folder / "unfinished", config)
+        data = f"{config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
+    announce(config.name, config, get_device(), data, policy)
 
     # 2. Gradient steps on the loss.
-    stages = [config.start] + ["sft"] * bool(reference) + ["reward_model"] * judged
-    with Run(config.name, folder, config, config.report, [*map(paths.get, stages), *files]) as run:
+    used = [config.start] + ["sft"] * bool(reference) + ["reward_model"] * judged
+    sources = [stage_folder(config, name) / "checkpoint.pt" for name in used] + files
+    with Run(config.name, folder, config, config.report, sources) as run:
         run.total, rng = steps_of(items, config), random.Random(f"dpo {config.seed}")
         for step, row, state in fit(policy, reference, items, held_out, config, rng, run.saved):
             if row:
@@ -297,11 +306,14 @@ def train(config):
         # 3. Save; the same prompts before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, metrics=run.figures(),
                         **{"beta": config.beta} if reference else {})  # SimPO's is no price of KL
-        for path in folder.glob("pairs-*.jsonl"):
-            path.unlink()  # an earlier run may have had more rounds; those of this one are in run.folder
         run.finish()
-    reward_model = reward_model or (None if config.data else load("reward_model", RewardModel))  # scores for the screen
-    show_before_and_after(None if world else prompts, reference or load("sft"), policy, tokenizer, config, reward_model)
+    for path in folder.glob("pairs-*.jsonl"):
+        if int(path.stem.removeprefix("pairs-")) > config.online:
+            path.unlink()  # of an earlier run with more rounds
+    if not config.data:  # for the scores on the screen
+        reward_model, _ = load(config, "reward_model", RewardModel)
+    before = reference or load(config, "sft")[0]
+    show_before_and_after(None if world else prompts, before, policy, tokenizer, config, reward_model)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 
