@@ -433,12 +433,11 @@ def gold_margins(rows):
 def learning_curve(config):
     """How many pairs does it take? Train a fresh reward model on the first 256, 512, ... pairs of --data, or of those that
     the stage collected, and print a row for each."""
-    if config.data:
-        split = hold_out(read_pairs(config.data), config.seed, config.data)
-        train_missing(config, EARLIER, "reward_model")
-    else:
-        train_missing(config, {**EARLIER, "reward_model": main}, "the learning curve")
-        split = read_comparisons(stage_folder(config, "reward_model"))
+    split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else None
+    train_missing(config, EARLIER, "reward_model")
+    if not config.data and not (stage_folder(config, "reward_model") / "checkpoint.pt").exists():
+        train(config)  # with this run's --pairs
+    split = split or read_comparisons(stage_folder(config, "reward_model"))
     device = get_device()
     policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
     data = encode_comparisons(split, config.data or stage_folder(config, "reward_model") / "pairs.jsonl", tokenizer,
