@@ -10,8 +10,9 @@ and <|end|> is one of them: a model that is not taught <|end|> never stops talki
     python sft.py --data FILE.jsonl     on your own: {"prompt", "completion"}, or pairs, whose "chosen" is taken
     python sft.py --prompt "…"          answer a prompt
 
-Departure from the slides: the loss is the mean over all response tokens of the batch, not the sum over a response,
-so the learning rate does not depend on how long people's answers are.
+Departure from the slides: the loss is the sum over a batch's response tokens, divided by the mean number of them in a
+batch of the whole training: the learning rate does not depend on how long people's answers are, and every token counts
+alike.
 """
 
 import random
