@@ -9,7 +9,7 @@ Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen rew
     python ppo.py                       everything: a stage whose checkpoint is missing is trained first
     python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on your own data
     python ppo.py --prompt "…"          answer a prompt with the policy
-    python ppo.py --beta 1e-6 --iterations 80 --name ppo-beta0         over-optimization: reward rises, gold falls
+    python ppo.py --beta 1e-6 --name ppo-beta0                         over-optimization: reward rises, gold falls
     python ppo.py --method grpo --name ppo-grpo                        the family, from REINFORCE to GRPO (PRESETS)
 
 The loop is the lecture's: 1 generate, 2 score, 3 estimate advantages, 4 update (K epochs), 5 repeat.
