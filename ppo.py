@@ -31,13 +31,12 @@ from typing import Literal, NamedTuple
 import torch
 
 import reward_model as reward_model_stage
-from data import stories
 from data.files import InputError, run_script, split_prompts
 from data.run import Run, announce, check_name, parse_config, peak_memory, restore, stage_folder, train_missing
 from gpt import (autocast, generate, get_device, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step,
                  response_mask, save_checkpoint)
 from reward_model import RewardModel, gold_rewards, show_before_and_after
-from sft import answer, prompts_with_room
+from sft import answer, prompts_with_room, sample_prompts
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
 
@@ -313,12 +312,11 @@ def train(config):
     train_missing(config, EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
     policy, reference, reward_model, value_model, tokenizer, sources = load_models(config, device)
-    fitting, data = (prompts_with_room(own, tokenizer, config, policy.config.block_size) if own else
-                     (None, "fresh requests of the little world"))
+    fitting, data = prompts_with_room(own, tokenizer, config, policy.config.block_size)
     announce(config.name, config, device, data, policy)
 
     def draw_prompts(count, rng):
-        return rng.choices(fitting, k=count) if own else [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
+        return [tokenizer.prompt(text) for text in sample_prompts(fitting, count, rng)]
 
     unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
     with Run(config.name, folder, config, config.save, sources, unprinted) as run:

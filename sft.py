@@ -145,13 +145,21 @@ def has_room(prompt, tokenizer, config, block_size):
 
 
 def prompts_with_room(prompts, tokenizer, config, block_size):
-    """(the ids of the prompts that leave room for a response, what to say of them). InputError if none does."""
-    fitting = [tokenizer.prompt(prompt) for prompt in prompts if has_room(prompt, tokenizer, config, block_size)]
+    """(the prompts that leave room for a response, what to say of them). InputError if none does. None stands for the
+    little world: all of its requests do."""
+    if prompts is None:
+        return None, "fresh requests of the little world"
+    fitting = [prompt for prompt in prompts if has_room(prompt, tokenizer, config, block_size)]
     if not fitting:
         raise InputError(f"{config.data or 'the little world'}: no prompt leaves room for --max_new_tokens "
                          f"{config.max_new_tokens} in the context of {block_size}")
     return fitting, (f"{config.data}: {len(fitting)} prompts, dropped {len(prompts) - len(fitting)} that leave no room for "
                      f"{config.max_new_tokens} new tokens")
+
+
+def sample_prompts(own, count, rng, held_out=False):
+    """`count` prompts of a user's own, or requests of the little world (own None): held-out ones or the others."""
+    return rng.choices(own, k=count) if own else [stories.request(rng, held_out=held_out).text for _ in range(count)]
 
 
 def train(config):

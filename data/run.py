@@ -373,6 +373,13 @@ def move_finished(folder):
         finished.rmdir()
 
 
+def forget_rounds(folder, rounds):
+    """Remove the files NAME-N.jsonl of rounds N > rounds: a run before this one had more of them."""
+    for path in folder.glob("*-*.jsonl"):
+        if int(path.stem.rpartition("-")[2]) > rounds:
+            path.unlink()
+
+
 def complete(folder):
     """Whoever reads a stage's files calls this first: it completes a run that was killed while its files took their places."""
     if (folder / "finished").exists():
