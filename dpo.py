@@ -298,7 +298,7 @@ def train(config):
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, metrics=run.figures(),
                         **{"beta": config.beta} if reference else {})  # SimPO's is no price of KL
         run.finish()
-    forget_rounds(folder, config.online)
+    forget_rounds(folder, "pairs", config.online)
     scorer, _ = load(config, "reward_model", RewardModel) if judged or not config.data else (None, None)
     before = reference or load(config, "sft")[0]
     show_before_and_after(None if world else prompts, before, policy, tokenizer, config, scorer)
