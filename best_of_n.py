@@ -217,11 +217,12 @@ def selection_figures(rewards, kept):
     """What a selection favours: rewards (M, N), kept (K, 2) -> name -> number.
 
     prompts: how many have a response among the kept; most: the most that one has; reward, spread: mean and standard
-    deviation of the kept rewards; ease: mean reward of all N responses to a kept one's prompt, above that of all prompts:
-    0 for the best per prompt, above 0 where easy prompts are favoured (ECE 7115, "Rejection Sampling")."""
+    deviation of the kept rewards; prompts_reward: the mean of all N responses to a kept one's prompt, and all_reward of all
+    prompts: equal for the best per prompt, the first one larger where easy prompts are favoured (ECE 7115)."""
     rows, best, count = kept[:, 0], rewards[kept[:, 0], kept[:, 1]], kept[:, 0].bincount()
     return dict(prompts=(count > 0).sum().item(), most=count.max().item(), reward=best.mean().item(),
-                spread=best.std(correction=0).item(), ease=(rewards.mean(dim=1)[rows].mean() - rewards.mean()).item())
+                spread=best.std(correction=0).item(), prompts_reward=rewards.mean(dim=1)[rows].mean().item(),
+                all_reward=rewards.mean().item())
 
 
 def select(prompts, one, tokenizer, config, block_size):
@@ -238,10 +239,9 @@ def select(prompts, one, tokenizer, config, block_size):
     if len(rows) == longer:
         raise InputError(f"of the {M} best responses {dropped}: none is left to train on; train SFT longer")
     found = selection_figures(one.reward, kept)
-    print(f"kept    {M:,} of {M * N:,} responses; {dropped}\n"
-          f"        for {found['prompts']:,} of {M:,} prompts, at most {found['most']} for one; ease {round(found['ease'], 2) + 0:.2f}\n"
-          f"        reward {found['reward']:.2f}, spread {found['spread']:.2f} (of all {one.reward.mean():.2f}, "
-          f"{one.reward.std(correction=0):.2f})", flush=True)
+    print("kept    {:,} of {:,} responses, for {prompts:,} of {:,} prompts, at most {most} for one\n        {}\n"
+          "        reward {reward:.2f}, spread {spread:.2f}; of all responses to these prompts {prompts_reward:.2f}, "
+          "of all {all_reward:.2f}".format(M, M * N, M, dropped, **found), flush=True)
     return rows, found
 
 

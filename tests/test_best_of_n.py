@@ -877,9 +877,10 @@ def test_figures_of_a_selection_by_brute_force(seed):
     for chosen in (flat, per_prompt, flat[:1]):
         found = selection_figures(rewards, torch.tensor([[i, j] for _, i, j in chosen]))
         values, prompts = [r for r, _, _ in chosen], [i for _, i, _ in chosen]
-        ease = np.mean([np.mean(rewards[i].tolist()) for i in prompts]) - np.mean(rewards.tolist())
-        assert found == pytest.approx(dict(prompts=len(set(prompts)), most=max(map(prompts.count, prompts)),
-                                           reward=np.mean(values), spread=np.std(values), ease=ease), abs=1e-5)
+        expected = dict(prompts=len(set(prompts)), most=max(map(prompts.count, prompts)), reward=np.mean(values),
+                        spread=np.std(values), prompts_reward=np.mean([rewards[i].tolist() for i in prompts]),
+                        all_reward=np.mean(rewards.tolist()))
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_best_overall_favour_easy_prompts(tokenizer, capsys):
@@ -897,14 +898,14 @@ def test_the_best_overall_favour_easy_prompts(tokenizer, capsys):
     assert len(kept["overall"]) == M and {row["prompt"] for row in kept["overall"]} == set(prompts[:3])
     assert len({row["completion"] for row in kept["overall"]}) == M  # none twice
     assert all(row["prompt"] == f"prompt {row['completion'].split()[0]}" for row in kept["overall"])
-    assert found["per_prompt"] == dict(found["per_prompt"], prompts=M, most=1, ease=pytest.approx(0, abs=1e-5))
-    assert found["overall"] == dict(found["overall"], prompts=3, ease=pytest.approx(2.25, abs=0.3))
+    assert (found["per_prompt"]["prompts"], found["per_prompt"]["most"], found["overall"]["prompts"]) == (M, 1, 3)
+    assert found["per_prompt"]["prompts_reward"] == pytest.approx(found["per_prompt"]["all_reward"], abs=1e-5)
+    assert found["overall"]["prompts_reward"] > found["overall"]["all_reward"] + 2
     assert found["overall"]["reward"] > found["per_prompt"]["reward"] + 1
     assert found["overall"]["spread"] < found["per_prompt"]["spread"] and 4 <= found["overall"]["most"] <= N
     printed = capsys.readouterr().out
-    assert "kept    12 of 96 responses; dropped 0 without an end or a text, 0 longer than the context\n" in printed
-    assert "        for 12 of 12 prompts, at most 1 for one; ease 0.00\n" in printed
-    assert f"        for 3 of 12 prompts, at most {found['overall']['most']} for one; ease 2." in printed
+    assert "kept    12 of 96 responses, for 12 of 12 prompts, at most 1 for one\n        dropped 0 without" in printed
+    assert f"kept    12 of 96 responses, for 3 of 12 prompts, at most {found['overall']['most']} for one\n" in printed
 
 
 def test_what_cannot_be_learnt_from_is_counted(tokenizer, capsys):
@@ -915,7 +916,7 @@ def test_what_cannot_be_learnt_from_is_counted(tokenizer, capsys):
     rows, _ = select(list("abcdef"), one, tokenizer, best_of_n.Config(finetune="per_prompt"), 64)
     assert [(row["prompt"], row["completion"]) for row in rows if len(row["completion"]) < 64] == [
         ("a", "fine"), ("f", "fine too")]
-    assert "kept    6 of 6 responses; dropped 3 without an end or a text, 1 longer" in capsys.readouterr().out
+    assert "\n        dropped 3 without an end or a text, 1 longer than the context\n" in capsys.readouterr().out
     rest = Samples(*(None if x is None else x[1:5] for x in one))
     with pytest.raises(InputError, match="of the 4 best responses dropped 3 without .*, 1 longer .*: none is left"):
         select(list("bcde"), rest, tokenizer, best_of_n.Config(finetune="overall"), 64)
@@ -973,7 +974,7 @@ def test_rounds_of_finetuning(how, out, monkeypatch, capsys):
     learnt = [row["loss"] for row in rows if "loss" in row]
     assert learnt[-1] < learnt[0]
     assert "fresh requests of the little world; 4 responses to each of 12, 2 x\n" in printed
-    assert printed.count("kept    12 of 48 responses; ") == 2
+    assert printed.count("kept    12 of 48 responses, for ") == 2
     assert "before and after on 33 held-out prompts: reward" in printed
     policy, _, checkpoint = load_checkpoint(folder / "checkpoint.pt", "rsft", "cpu")
     assert checkpoint["distils"] == 16 and not equal(policy.state_dict(), rounds[1][2])
