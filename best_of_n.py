@@ -1,11 +1,15 @@
 """
-best_of_n.py: best-of-N and the selections of rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling";
-CME 295, Lecture 5), and the yardstick that puts all policies side by side with the best that is possible.
+best_of_n.py: best-of-N and rejection sampling (ECE 7115, "Rejection Sampling", "Best-of-N Sampling"; CME 295, Lecture 5),
+and the yardstick that puts all policies side by side with the best that is possible.
 
 Best-of-N samples N responses, scores them with the reward model and returns the best. No training; N times the cost.
+Rejection-sampling fine-tuning (RSFT) spends that cost once: it keeps the best of N responses to each of many prompts, and
+fine-tunes the policy on them with the SFT loss. Its single answer should then be as good as the winner of N.
 Departures from the slides: completions are counted from 0, and the k best overall come best first.
 
     python best_of_n.py --prompt "Tell me a story about a shy fox and a kite." --n 16      candidates and the winner
+    python best_of_n.py --finetune per_prompt       RSFT on the best response to every prompt; --prompt "…" asks its policy
+    python best_of_n.py --finetune overall          RSFT on as many responses, the best of all: easy prompts get more
     python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
     python best_of_n.py --data FILE.jsonl   the same over prompts of your own, without the gold columns
 
@@ -15,8 +19,10 @@ w = r(x, y)/β - log π(y|x)/π_ref(y|x). Then J = β E[w] and Z(x) = E_π[exp w
 β KL(π || π*) >= 0: samples of a policy give its objective and its distance from the optimum.
 """
 
+import copy
 import math
 import random
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,34 +31,45 @@ import torch
 import dpo
 import ppo
 from data import stories
-from data.files import InputError, run_script, split_prompts, write_jsonl
-from data.run import (announce, complete, parse_config, progress, read_torch, refused_if_broken, stage_folder,
-                      train_missing)
+from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
+from data.run import (Run, announce, check_name, complete, forget_rounds, parse_config, progress, read_torch,
+                      refused_if_broken, stage_folder, train_missing)
 from dpo import response_logprobs
-from gpt import autocast, generate, get_device, load_checkpoint, response_texts
-from reward_model import RewardModel, gold_rewards
-from sft import has_room, prompts_with_room
+from gpt import autocast, generate, get_device, load_checkpoint, response_texts, save_checkpoint
+from reward_model import RewardModel, gold_rewards, show_before_and_after
+from sft import encode_demonstrations, fit, prompts_with_room, sample_prompts
 
 
 @dataclass
 class Config:
     size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
-    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/best_of_n
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/best_of_n, RSFT to OUT/SIZE/NAME
     seed: int = 1               # fixes the samples; a missing stage is trained with it
     prompt: str = ""            # answer this prompt with best-of-N, and stop
     n: int = 16                 # N: candidates for --prompt
-    data: str = ""              # yardstick over the prompts of a .jsonl file instead of the little world's
+    data: str = ""              # prompts of a .jsonl file instead of the little world's
+    finetune: Literal["no", "per_prompt", "overall"] = "no"     # RSFT on the best response to each prompt, or of all
+    name: str = ""              # name of its policy's folder: rsft-… keeps an experiment apart
+    rounds: int = 1             # RSFT, repeated from the policy of the round before
+    epochs: int = 2             # passes over the responses that a round kept
+    batch: int = 32             # responses in a step
+    micro_batch: int = 32       # responses in one forward pass; less memory, the same gradient
+    lr: float = 2e-4            # peak learning rate of a round (linear warm-up, cosine to zero)
+    warmup: int = 10            # steps of warm-up
+    weight_decay: float = 0.1   # AdamW's, on matrices only
+    report: int = 16            # steps between two reports; the state for --resume is saved as often
     policies: str = "ppo,dpo"   # the folders of the policies to compare, with commas between
-    prompts: int = 32           # held-out prompts of the yardstick
-    samples: int = 64           # samples a prompt and policy, twice as many from SFT; best-of-N for N up to this
+    prompts: int = 32           # held-out prompts of the yardstick; RSFT: prompts to train on in a round, as many are kept
+    samples: int = 64           # samples a prompt and policy, twice as many from SFT; best-of-N for N up to this; RSFT: N
     sample_batch: int = 256     # responses in one batch of sampling or scoring
     beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
-    resume: bool = False        # a missing stage that was interrupted goes on
+    resume: bool = False        # --finetune, or a missing stage, that was interrupted goes on
 
 
-GPU = dict(prompts=128, sample_batch=1024, max_new_tokens=128)
+GPU = dict(prompts=128, sample_batch=1024, max_new_tokens=128, batch=64, micro_batch=64, lr=5e-5)
+PRESETS = {"finetune": {kind: dict(name=f"rsft-{kind}", prompts=1024, samples=16) for kind in ("per_prompt", "overall")}}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Selection
@@ -162,7 +179,7 @@ def share_and_error(part, way):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The yardstick
+# Rejection-sampling fine-tuning
 
 
 class Samples(NamedTuple):
@@ -194,6 +211,85 @@ def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rn
         report(len(texts))
     rewards, golds, ended, lengths = torch.cat(columns, dim=1).view(4, *shape)
     return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended)
+
+
+def selection_figures(rewards, kept):
+    """What a selection favours: rewards (M, N), kept (K, 2) -> name -> number.
+
+    prompts: how many have a response among the kept; most: the most that one has; reward, spread: mean and standard
+    deviation of the kept rewards; prompts_reward: the mean of all N responses to a kept one's prompt, and all_reward of all
+    prompts: equal for the best per prompt, the first one larger where easy prompts are favoured (ECE 7115)."""
+    rows, best, count = kept[:, 0], rewards[kept[:, 0], kept[:, 1]], kept[:, 0].bincount()
+    return dict(prompts=(count > 0).sum().item(), most=count.max().item(), reward=best.mean().item(),
+                spread=best.std(correction=0).item(), prompts_reward=rewards.mean(dim=1)[rows].mean().item(),
+                all_reward=rewards.mean().item())
+
+
+def select(prompts, one, tokenizer, config, block_size):
+    """The responses to train on, of the Samples to these M prompts the M best ones, per prompt or overall: (rows {"prompt",
+    "completion"}, selection_figures). Some can't be learnt from: they are counted, and dropped here or by
+    encode_demonstrations. InputError if none is left."""
+    M, N = one.reward.shape
+    kept = (top_k_overall(one.reward, M) if config.finetune == "overall" else
+            torch.stack([torch.arange(M), top_per_prompt(one.reward)], dim=1))
+    ended = [(prompts[i], one.texts[N * i + j]) for i, j in kept.tolist() if one.ended[i, j]]
+    rows = [{"prompt": prompt, "completion": text} for prompt, text in ended if text.strip() and "\0" not in text]
+    _, _, longer = encode_demonstrations(rows, tokenizer, block_size)
+    dropped = f"dropped {M - len(rows)} without an end or a text, {longer} longer than the context"
+    if len(rows) == longer:
+        raise InputError(f"of the {M} best responses {dropped}: none is left to train on; train SFT longer")
+    found = selection_figures(one.reward, kept)
+    print("kept    {:,} of {:,} responses, for {prompts:,} of {:,} prompts, at most {most} for one\n        {}\n"
+          "        reward {reward:.2f}, spread {spread:.2f}; of all responses to these prompts {prompts_reward:.2f}, "
+          "of all {all_reward:.2f}".format(M, M * N, M, dropped, **found), flush=True)
+    return rows, found
+
+
+def finetune(config):
+    """Rejection-sampling fine-tuning (ECE 7115, "Rejection Sampling Fine-Tuning (RSFT)") of the SFT model, its stages
+    numbered as there. Saved to OUT/SIZE/NAME: checkpoint.pt, and of every round the responses that it kept."""
+    check_name(config.name, "rsft")
+    own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)  # before minutes of training
+    policies, reward_model, tokenizer = load_policies(config, [], config.name)
+    reference, folder, step = policies["sft"][0], stage_folder(config, config.name), 0
+    policy, block_size = copy.deepcopy(reference), reference.config.block_size
+    own, data = prompts_with_room(own, tokenizer, config, block_size)
+    M = min(config.prompts, len(own)) if own else config.prompts
+    announce(config.name, config, get_device(), f"{data}; {config.samples} responses to each of {M:,}, {config.rounds} x",
+             policy)
+    sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in ("sft", "reward_model")]
+    with Run(config.name, folder, config, config.report, sources) as run:
+        run.total = config.rounds * config.epochs * math.ceil(M / config.batch)  # fewer if responses are dropped
+        for number in range(1, config.rounds + 1):
+            path, rng = run.folder / f"kept-{number}.jsonl", random.Random(f"rsft {config.seed} round {number}")
+            if run.saved["step"] <= step:  # else the run goes on behind this
+                # 1. Select prompts. 2. Generate N completions per prompt from the current model. 3. Score all completions.
+                prompts = rng.sample(own, M) if own else sample_prompts(None, M, rng)
+                one = draw(f"round {number}", policy, reward_model, tokenizer, prompts, config.samples, config, False, rng)
+                rows, found = select(prompts, one, tokenizer, config, block_size)
+                write_jsonl(path, rows)
+                run.record(step, round=number, **found)
+
+            # 4. Fine-tune on the top completions (same SFT loss).
+            sequences, prompt_lengths, _ = encode_demonstrations(read_demonstrations(path), tokenizer, block_size)
+            steps, done = config.epochs * math.ceil(len(sequences) / config.batch), max(0, run.saved["step"] - step)
+            order = random.Random(f"rsft {config.seed} order {number}")
+            if done <= steps:
+                for i, figures, state in fit(policy, sequences, prompt_lengths, config, order, {**run.saved, "step": done}):
+                    if figures:
+                        run(step + i, loss=figures[0], grad_norm=figures[1])
+                    run.end_step(step + i, **state)
+            step += steps
+        save_checkpoint(run.folder / "checkpoint.pt", "rsft", config.size, policy, tokenizer, metrics=run.figures(),
+                        missing_end_score=config.missing_end_score, distils=config.samples ** config.rounds)
+        run.finish()
+    forget_rounds(folder, "kept", config.rounds)
+    show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model)
+    print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --policies ppo,dpo,{config.name}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The yardstick
 
 
 @torch.no_grad()
@@ -233,35 +329,26 @@ def distinct_2(texts):
     return len(set(pairs)) / max(1, len(pairs))
 
 
-def choose_prompts(held_out, tokenizer, config, block_size):
-    """(the yardstick's prompts, what to say of them): held-out requests of the world, or of a user's held-out prompts
-    those that leave room for a response."""
-    if not config.data:
-        rng = random.Random("yardstick prompts")
-        prompts = [stories.request(rng, held_out=True).text for _ in range(config.prompts)]
-        return prompts, f"the little world: {len(prompts)} held-out prompts"
-    _, data = prompts_with_room(held_out, tokenizer, config, block_size)
-    prompts = [text for text in held_out if has_room(text, tokenizer, config, block_size)][:config.prompts]
-    return prompts, f"held out of {data}; {len(prompts)} of them"
-
-
 def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
     names = list(dict.fromkeys(name for name in config.policies.split(",") if name))
-    policies, reward_model, tokenizer = load_policies(config, names)
-    gold, (reference, _) = not config.data, policies["sft"]
+    policies, reward_model, tokenizer = load_policies(config, names, "best_of_n")
+    gold, reference = not config.data, policies["sft"][0]
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
 
     # 1. Held-out prompts: the world's, or those that every stage held out of the user's own.
-    prompts, data = choose_prompts(held_out, tokenizer, config, reference.config.block_size)
+    fitting, data = prompts_with_room(held_out, tokenizer, config, reference.config.block_size)
+    prompts = (sample_prompts(None, config.prompts, random.Random("yardstick prompts"), held_out=True) if gold else
+               fitting[:config.prompts])
+    data = f"the little world: {len(prompts)} held-out prompts" if gold else f"held out of {data}; {len(prompts)} of them"
     announce("best_of_n", config, get_device(), f"{data}; {config.samples} samples each, {2 * config.samples} of SFT",
              reference)
 
     # 2. The same number of samples from every policy, twice as many from SFT: its samples are everybody's opponents and
     # best-of-N's candidates, and best-of-N plays against those that it did not choose from.
     rng, samples = random.Random(f"yardstick {config.seed}"), {}
-    for name, (policy, temperature) in policies.items():
+    for name, (policy, temperature, _) in policies.items():
         count = config.samples * (2 if name == "sft" else 1)
         samples[name] = draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature)
 
@@ -269,7 +356,7 @@ def yardstick(config):
     log_ratios, report = {}, progress("log-probabilities under every policy", len(samples) * len(policies))
     for name, one in samples.items():
         x = []
-        for policy, temperature in policies.values():
+        for policy, temperature, _ in policies.values():
             x.append(sequence_logprobs(policy, temperature, one.rollouts))
             report(len(log_ratios) * len(policies) + len(x))
         x = torch.stack(x, dim=1)
@@ -277,7 +364,7 @@ def yardstick(config):
 
     # 4. Best-of-N picks among SFT's samples by the reward model; best of 1 is SFT. Then the tables.
     rows, sft = {}, samples["sft"]
-    for n in [n for n in (1, 4, 16, 64) if n <= config.samples]:
+    for n in sorted(n for n in {1, 4, 16, 64, *(n for _, _, n in policies.values())} if n <= config.samples):
         wins = dict(win_rate=best_of_n_win_rate(sft.reward, sft.gold, n)) if gold else {}
         kl = torch.full((len(prompts),), best_of_n_kl(n))
         rows["sft" if n == 1 else f"best of {n}"] = make_row(sft, n, **wins, kl=kl)
@@ -330,9 +417,8 @@ def cell(x, error=None, form=".3f"):
 def print_table(rows, formats):
     """Print rows, dicts with a "policy" and figures, in columns: those of formats, each with its figure_error."""
     columns = [key for key in formats if key in rows[0]]
-    table = [["", *columns]]
-    for row in rows:
-        table.append([row["policy"], *(cell(row[key], row.get(f"{key}_error"), formats[key]) for key in columns)])
+    table = [["", *columns]] + [[row["policy"], *(cell(row[key], row.get(f"{key}_error"), formats[key]) for key in columns)]
+                                for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     for name, *cells in table:
         print("  ".join([name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))]))
@@ -412,23 +498,25 @@ def close_to_the_best(stages, figures):
         print_table(rows, dict(measured=".3f", possible=".3f", share=".1%"))
 
 
-def load_policies(config, names):
-    """({name: (GPT, temperature of its training)}, reward model, tokenizer); InputError if the vocabularies differ."""
-    mains = {"ppo": ppo.main, "dpo": dpo.main}
+def load_policies(config, names, stage):
+    """({name: (GPT, temperature of its training, N of the best-of-N that it distils, else 1)}, reward model, tokenizer) for
+    a stage; InputError if the vocabularies differ."""
+    mains, earlier, kinds = {"ppo": ppo.main, "dpo": dpo.main}, dict(ppo.EARLIER), {"sft": "sft"}
     for name in names:
         complete(stage_folder(config, name))
-    absent = [name for name in names if not (stage_folder(config, name) / "checkpoint.pt").exists()]
-    for name in names:
-        if name[:3] not in mains or name in absent and name not in mains:  # before minutes of training
-            raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a finished run of one of them")
-    train_missing(config, {**ppo.EARLIER, **{name: mains[name] for name in absent}}, "best_of_n")
+        kinds[name] = re.match("ppo|dpo|rsft|", name).group()
+        if not (kinds[name] and (stage_folder(config, name) / "checkpoint.pt").exists()):
+            if name not in mains:  # before minutes of training
+                raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a finished run of them or RSFT")
+            earlier[name] = mains[name]
+    train_missing(config, earlier, stage)
     device, policies = get_device(), {}
     path = stage_folder(config, "reward_model") / "checkpoint.pt"
     reward_model, tokenizer, _ = load_checkpoint(path, "reward_model", config.size, device, RewardModel)
-    for name in ["sft", *names]:
+    for name, kind in kinds.items():
         policy_path = stage_folder(config, name) / "checkpoint.pt"
-        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, name[:3], config.size, device)
-        policies[name] = policy, checkpoint.get("temperature", 1.0)
+        policy, policy_tokenizer, checkpoint = load_checkpoint(policy_path, kind, config.size, device)
+        policies[name] = policy, checkpoint.get("temperature", 1.0), checkpoint.get("distils", 1)
         for key in ("beta", "missing_end_score"):
             ours = getattr(config, key)
             if checkpoint.get(key, ours) != ours:
@@ -439,22 +527,29 @@ def load_policies(config, names):
 
 
 def answer(config):
-    """Best-of-N for one prompt: print the candidates, best first, and the winner."""
-    policies, reward_model, tokenizer = load_policies(config, [])
+    """Best-of-N for one prompt: print the candidates, best first, and the winner. They are SFT's, or with --finetune those
+    of the fine-tuned policy."""
+    name = config.name or "sft"
+    policies, reward_model, tokenizer = load_policies(config, [name] * bool(config.name), "best_of_n")
     gold = stories.parse_request(config.prompt) is not None  # the annotator judges the world's own requests only
     rng = random.Random(f"candidates {config.seed}")
-    policy, _ = policies["sft"]
-    one = draw("sft", policy, reward_model, tokenizer, [config.prompt], config.n, config, gold, rng)
+    policy, temperature, _ = policies[name]
+    one = draw(name, policy, reward_model, tokenizer, [config.prompt], config.n, config, gold, rng, temperature)
     for _, j in top_k_overall(one.reward, config.n).tolist():
         print(f"{one.reward[0, j]:+7.3f}" + (f"  gold {one.gold[0, j]:+7.3f}" if gold else "") + f"  {one.texts[j]}")
     print(f"\nwinner of {config.n}: {one.texts[top_per_prompt(one.reward)[0]]}")
 
 
 def main(argv=None):
-    config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.",
-                          needs={"n": ("prompt",)})
+    needs = {"n": ("prompt",), "policies": ("finetune", "no"), "beta": ("finetune", "no")}
+    for flag in ("name", "rounds", "epochs", "batch", "micro_batch", "lr", "warmup", "weight_decay", "report"):
+        needs[flag] = ("finetune", "per_prompt", "overall")
+    config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, rejection-sampling fine-tuning, or the yardstick "
+                                             "that compares all policies.", needs, PRESETS)
     if config.prompt:
         answer(config)
+    elif config.finetune != "no":
+        finetune(config)
     else:
         yardstick(config)
 

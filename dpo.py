@@ -33,12 +33,12 @@ import torch.nn.functional as F
 import reward_model as reward_model_stage
 from data import stories
 from data.files import InputError, hold_out, read_labels, read_pairs, run_script, write_jsonl
-from data.run import Run, announce, check_name, parse_config, restore, stage_folder, train_missing
+from data.run import Run, announce, check_name, forget_rounds, parse_config, restore, stage_folder, train_missing
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
 from reward_model import (RewardModel, annotator_judge, collect_pairs, encode_comparisons, encode_pairs,
                           read_comparisons, reward_model_judge, show_before_and_after)
-from sft import answer, has_room
+from sft import answer, encode_demonstrations, prompts_with_room
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
 
@@ -171,7 +171,7 @@ def backward(policy, reference, items, config):
     the loss; accuracy and margin of the implicit reward r̂, of pairs the chosen one's over the rejected one's, of labels
     on the right side of z0; log-ratios. r̂ is β log π_θ/π_ref (CS 224R, ch. 8), and without a reference the mean
     log-probability, by which SimPO and ORPO rank."""
-    z0, total = kto_baseline(policy, reference, labels_of(items)) if config.loss == "kto" else 0.0, {}
+    z0, total = kto_baseline(policy, reference, labels_of(items)) if config.loss == "kto" else 0.0, 0.0
     for start in range(0, len(items), config.micro_batch):
         part = items[start:start + config.micro_batch]
         logp, ref, lengths, good = found = responses(policy, reference, labels_of(part))
@@ -184,9 +184,8 @@ def backward(policy, reference, items, config):
         row = dict(loss=loss, accuracy=(margin > 0).float(), margin=margin)
         if pairs and reference:
             row.update(zip(("chosen_log_ratio", "rejected_log_ratio"), (logp - ref).chunk(2)))
-        for name, x in row.items():
-            total[name] = total.get(name, 0.0) + x.detach().mean().item() * len(part) / len(items)
-    return total
+        total += torch.stack([x.detach().mean() for x in row.values()]).cpu() * len(part) / len(items)
+    return dict(zip(row, total.tolist()))
 
 
 evaluate = torch.no_grad()(backward)  # the figures of held-out items
@@ -232,9 +231,8 @@ def read_items(split, config, origin, tokenizer, block_size):
     if "label" not in split[0][0]:
         data = encode_comparisons(split, origin, tokenizer, block_size)
         return labels_of(data.pairs) if config.loss == "kto" else data.pairs, data.held_out, data.description
-    parts = [[(prompt + response, len(prompt), row["label"]) for row in rows
-              for prompt, response in [(tokenizer.prompt(row["prompt"]), tokenizer.response(row["completion"]))]
-              if len(prompt + response) <= block_size] for rows in split]
+    parts = [[(ids, n, row["label"]) for row in rows
+              for ids, n in zip(*encode_demonstrations([row], tokenizer, block_size)[:2])] for rows in split]
     dropped = f"dropped {sum(map(len, split)) - sum(map(len, parts))} longer than the context"
     if not all(parts):
         raise InputError(f"{origin}: no label is left to {'hold out' if parts[0] else 'train on'}; {dropped}")
@@ -246,18 +244,14 @@ def load(config, stage, kind=GPT):
     return load_checkpoint(stage_folder(config, stage) / "checkpoint.pt", stage, config.size, get_device(), kind)[:2]
 
 
-def fresh_pairs(policy, tokenizer, judge, own, folder, config):
-    """What fit calls in every round of online DPO: it samples the policy, asks the judge, and keeps the pairs in folder."""
-    def draw(number):
-        path = folder / f"pairs-{number + 1}.jsonl"
-        if not path.exists():  # else the run goes on, and was sampled before
-            rng = random.Random(f"dpo {config.seed} round {number}")
-            rows, _ = collect_pairs(policy, tokenizer, config.pairs, config, rng, False, judge, own, policy.config.block_size)
-            write_jsonl(path, rows)
-        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)
-        return labels_of(pairs) if config.loss == "kto" else pairs
-
-    return draw
+def fresh_pairs(number, policy, tokenizer, judge, own, folder, config):
+    """A round of online DPO, counted from 0: samples of the policy, compared by the judge. The pairs are kept in folder."""
+    path, block_size = folder / f"pairs-{number + 1}.jsonl", policy.config.block_size
+    if not path.exists():  # else the run goes on, and was sampled before
+        rng = random.Random(f"dpo {config.seed} round {number}")
+        write_jsonl(path, collect_pairs(policy, tokenizer, config.pairs, config, rng, False, judge, own, block_size)[0])
+    pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, block_size)
+    return labels_of(pairs) if config.loss == "kto" else pairs
 
 
 def train(config):
@@ -274,23 +268,20 @@ def train(config):
     folder, stage = stage_folder(config, config.name), stage_folder(config, "reward_model")
     policy, tokenizer = load(config, config.start)  # π_θ, trained
     reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
-    reward_model, _ = load(config, "reward_model", RewardModel) if judged else (None, None)
+    judge = reward_model_judge(*load(config, "reward_model", RewardModel)) if judged else annotator_judge
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
     files = [] if config.data else [stage / "pairs.jsonl", stage / "held_out.jsonl"]
     split, origin = split or read_comparisons(stage), config.data or files[0]
     items, held_out, data = read_items(split, config, origin, tokenizer, policy.config.block_size)
-    prompts = list(dict.fromkeys(row["prompt"] for row in split[1]))
+    own, prompts = (list(dict.fromkeys(row["prompt"] for row in rows)) for rows in split)
     world = not config.data and all(map(stories.parse_request, prompts))  # the stage's pairs may be somebody's own too
     if config.online:
-        judge = reward_model_judge(reward_model, tokenizer) if judged else annotator_judge
-        own = [row["prompt"] for row in split[0]
-               if config.data and has_room(row["prompt"], tokenizer, config, policy.config.block_size)]
-        if not world and not own:
-            raise InputError(f"{origin}: holds no prompt for --online, the little world's or --data's with room for "
-                             f"--max_new_tokens {config.max_new_tokens}")
-        items = fresh_pairs(policy, tokenizer, judge, own, folder / "unfinished", config)
-        data = f"{config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
+        if not world and not config.data:
+            raise InputError(f"{origin}: is not of the little world; --online needs its prompts, with --data")
+        own, asked = prompts_with_room(None if world else own, tokenizer, config, policy.config.block_size)
+        items = lambda number: fresh_pairs(number, policy, tokenizer, judge, own, folder / "unfinished", config)
+        data = f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
     announce(config.name, config, get_device(), data, policy)
 
     # 2. Gradient steps on the loss.
@@ -307,13 +298,10 @@ def train(config):
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, metrics=run.figures(),
                         **{"beta": config.beta} if reference else {})  # SimPO's is no price of KL
         run.finish()
-    for path in folder.glob("pairs-*.jsonl"):
-        if int(path.stem.removeprefix("pairs-")) > config.online:
-            path.unlink()  # of an earlier run with more rounds
-    if not config.data:  # for the scores on the screen
-        reward_model, _ = load(config, "reward_model", RewardModel)
+    forget_rounds(folder, "pairs", config.online)
+    scorer, _ = load(config, "reward_model", RewardModel) if judged or not config.data else (None, None)
     before = reference or load(config, "sft")[0]
-    show_before_and_after(None if world else prompts, before, policy, tokenizer, config, reward_model)
+    show_before_and_after(None if world else prompts, before, policy, tokenizer, config, scorer)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 

@@ -35,7 +35,6 @@ import torch
 
 import reward_model as reward_model_stage
 import sft
-from data import stories
 from data.files import InputError, run_script, split_prompts
 from data.run import (Run, announce, check_name, parse_config, peak_memory, restore, show_models, stage_folder,
                       train_missing)
@@ -171,13 +170,13 @@ def adapt_beta(beta, kl, kl_target):
 # ----------------------------------------------------------------------------------------------------------------------
 # The family: what other methods have in the place of GAE, of the clipped objective and of the KL penalty in the rewards.
 
-ONE_STEP = dict(objective="policy_gradient", epochs=1, minibatch=10 ** 6)  # a batch: then it is another policy's
+ONE_PASS = dict(objective="policy_gradient", epochs=1)  # over a batch: then it is another policy's
 PRESETS = {"method": {
     "ppo": {},
     "ppo_penalty": dict(objective="penalty"),
-    "a2c": ONE_STEP,
-    "reinforce": dict(ONE_STEP, advantage="reward_to_go"),
-    "reinforce_baseline": dict(ONE_STEP, advantage="reward_to_go", baseline="batch"),
+    "a2c": ONE_PASS,
+    "reinforce": dict(ONE_PASS, advantage="reward_to_go"),
+    "reinforce_baseline": dict(ONE_PASS, advantage="reward_to_go", baseline="batch"),
     "grpo": dict(advantage="group", group=8, kl="loss", mean="responses")}}
 NEEDS = {  # flags that mean nothing without another one's value
     **dict.fromkeys(("lam", "value_lr", "value_clip"), ("advantage", "gae")), "gamma": ("advantage", "gae", "reward_to_go"),
@@ -414,13 +413,12 @@ def train(config):
     folder, device = stage_folder(config, config.name), get_device()
     models, tokenizer, sources = load_models(config, device)
     policy, reference, reward_model, _ = models.values()
-    fitting, data = (sft.prompts_with_room(own, tokenizer, config, policy.config.block_size) if own else
-                     (None, "fresh requests of the little world"))
+    fitting, data = sft.prompts_with_room(own, tokenizer, config, policy.config.block_size)
     announce(config.name, config, device, data, policy)
     show_models(trained=("policy", "value_model"), **models)
 
     def draw_prompts(count, rng):
-        return rng.choices(fitting, k=count) if own else [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
+        return [tokenizer.prompt(text) for text in sft.sample_prompts(fitting, count, rng)]
 
     draw_documents, documents, texts = (pretraining_text(config, tokenizer, policy.config.block_size) if config.ptx else
                                         (None, [], []))

@@ -32,7 +32,7 @@ from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, counts, parse_config, progress, restore, show, stage_folder, train_missing
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, held_out_loss, learning_rate, load_checkpoint,
                  make_optimizer, optimizer_step, pad, respond, response_texts, save_checkpoint)
-from sft import has_room, prompts_with_room
+from sft import has_room, prompts_with_room, sample_prompts
 
 EARLIER = {**sft.EARLIER, "sft": sft.main}  # the stages that this one builds on
 
@@ -148,7 +148,7 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=an
             raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} others: it rarely ends "
                              f"its answers within --max_new_tokens {config.max_new_tokens}; train it longer")
         number = min(config.sample_batch, count - len(rows))
-        prompts = rng.choices(own, k=number) if own else [stories.request(rng, held_out=held_out).text for _ in range(number)]
+        prompts = sample_prompts(own, number, rng, held_out)
         ids = [tokenizer.prompt(prompt) for prompt in prompts for _ in range(2)]
         texts, ended = respond(model, tokenizer, ids, config.max_new_tokens, seed=rng.getrandbits(48))
         asked = []
@@ -360,9 +360,9 @@ def train(config):
 def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     """Step 3. Shift the rewards to mean 0 over the SFT policy's own responses: the constant that Bradley-Terry leaves free."""
     fitting, _ = prompts_with_room(prompts, tokenizer, config, policy.config.block_size)
+    ids = [tokenizer.prompt(text) for text in random.Random(f"shift {config.seed}").choices(fitting, k=samples)]
     with autocast(get_device()):
-        rollout = generate(policy, random.Random(f"shift {config.seed}").choices(fitting, k=samples), config.max_new_tokens,
-                           tokenizer.end_token, seed=config.seed)
+        rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, seed=config.seed)
     scores = score_all(model, [row[:length] for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())])
     with torch.no_grad():
         model.head.bias -= scores.mean().to(model.head.bias.device)
@@ -401,8 +401,7 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
         print(f"pretraining loss {held_out_loss(before, documents, 1):.3f} → {held_out_loss(after, documents, 1):.3f} "
               "nats per token")
     if prompts is None:
-        rng = random.Random("before and after")
-        prompts = [stories.request(rng, held_out=True).text for _ in range(33)]
+        prompts = sample_prompts(None, 33, random.Random("before and after"), held_out=True)
     prompts = [prompt for prompt in prompts if has_room(prompt, tokenizer, config, after.config.block_size)][:33]
     if not prompts:
         return

@@ -15,6 +15,7 @@ batch of the whole training: the learning rate does not depend on how long peopl
 alike.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -76,6 +77,24 @@ def backward(model, sequences, prompt_lengths, tokens_per_batch, micro_batch):
         loss.backward()
         total_loss += loss.detach()
     return total_loss
+
+
+def fit(model, sequences, prompt_lengths, config, rng, saved=None):
+    """Fine-tune a model on responses, in place. A generator, after every step: (step, (loss since the last report, norm of
+    the gradient) or None, state). state is what a later call needs as `saved`, with its "step", to go on."""
+    saved, lengths = saved or {"step": 0}, list(map(len, sequences))
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]
+    tokens_per_batch = config.epochs * (sum(lengths) - sum(prompt_lengths)) / len(batches)
+    optimizer = make_optimizer(model, config.weight_decay)
+    losses = restore(saved, len(batches), model=model, optimizer=optimizer, losses=[])["losses"]
+    for step in range(saved["step"], len(batches)):
+        loss = backward(model, [sequences[i] for i in batches[step]], [prompt_lengths[i] for i in batches[step]],
+                        tokens_per_batch, config.micro_batch)
+        norm = optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
+        losses, figures = [*losses, loss.item()], None
+        if (step + 1) % config.report == 0 or step + 1 == len(batches):
+            losses, figures = [], (sum(losses) / len(losses), norm)
+        yield step + 1, figures, dict(model=model, optimizer=optimizer, losses=losses)
 
 
 def draw_demonstrations(rng, count, held_out=False):
@@ -145,13 +164,21 @@ def has_room(prompt, tokenizer, config, block_size):
 
 
 def prompts_with_room(prompts, tokenizer, config, block_size):
-    """(the ids of the prompts that leave room for a response, what to say of them). InputError if none does."""
-    fitting = [tokenizer.prompt(prompt) for prompt in prompts if has_room(prompt, tokenizer, config, block_size)]
+    """(the prompts that leave room for a response, what to say of them). InputError if none does. None stands for the
+    little world: all of its requests do."""
+    if prompts is None:
+        return None, "fresh requests of the little world"
+    fitting = [prompt for prompt in prompts if has_room(prompt, tokenizer, config, block_size)]
     if not fitting:
         raise InputError(f"{config.data or 'the little world'}: no prompt leaves room for --max_new_tokens "
                          f"{config.max_new_tokens} in the context of {block_size}")
     return fitting, (f"{config.data}: {len(fitting)} prompts, dropped {len(prompts) - len(fitting)} that leave no room for "
                      f"{config.max_new_tokens} new tokens")
+
+
+def sample_prompts(own, count, rng, held_out=False):
+    """`count` prompts of a user's own, or requests of the little world (own None): held-out ones or the others."""
+    return rng.choices(own, k=count) if own else [stories.request(rng, held_out=held_out).text for _ in range(count)]
 
 
 def train(config):
@@ -173,30 +200,20 @@ def train(config):
     before = respond(model, tokenizer, plain, config.max_new_tokens, config.seed) if plain else ([], [])
 
     # 2. Next-token prediction on the responses.
-    lengths, order = list(map(len, data.sequences)), random.Random(f"demonstrations' order {config.seed}")
-    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, order)]
-    tokens_per_batch = config.epochs * (sum(lengths) - sum(data.prompt_lengths)) / len(batches)
-    optimizer = make_optimizer(model, config.weight_decay)
+    order = random.Random(f"demonstrations' order {config.seed}")
     with Run("sft", folder, config, config.report, [base_path]) as run:
-        run.total = len(batches)
-        losses = restore(run.saved, run.total, model=model, optimizer=optimizer, losses=[])["losses"]
-        for step in range(run.saved["step"], len(batches)):
-            loss = backward(model, [data.sequences[i] for i in batches[step]],
-                            [data.prompt_lengths[i] for i in batches[step]], tokens_per_batch, config.micro_batch)
-            norm = optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
-            losses.append(loss.item())
-            if (step + 1) % config.report == 0 or step + 1 == len(batches):
-                row = dict(loss=sum(losses) / len(losses),
-                           held_out=held_out_loss(model, data.held_out, data.held_out_prompts))
-                run(step + 1, **row, **excess(row["held_out"], data.entropy), grad_norm=norm)
-                losses = []
-            run.end_step(step + 1, model=model, optimizer=optimizer, losses=losses)
+        run.total = config.epochs * math.ceil(len(data.sequences) / config.batch)
+        for step, figures, state in fit(model, data.sequences, data.prompt_lengths, config, order, run.saved):
+            if figures:
+                held_out = held_out_loss(model, data.held_out, data.held_out_prompts)
+                run(step, loss=figures[0], held_out=held_out, **excess(held_out, data.entropy), grad_norm=figures[1])
+            run.end_step(step, **state)
 
         # 3. Save; the same questions before and after.
         after = respond(model, tokenizer, chat, config.max_new_tokens, config.seed) if chat else ([], [])
         if not config.data and data.questions:
             (base_told, base_flawless), (told, flawless) = answers(*before), answers(*after)
-            run.record(len(batches), base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
+            run.record(run.total, base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
             print(f"answers {len(chat)} held-out requests with a story: base model {with_error(base_told, len(chat))}, SFT "
                   f"{with_error(told, len(chat))}; with a flawless one: {with_error(base_flawless, len(chat))}, "
                   f"{with_error(flawless, len(chat))}")

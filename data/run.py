@@ -104,12 +104,12 @@ def stage_folder(config, stage):
 
 
 def check_name(name, stage):
-    """--name of a PPO or DPO run begins with its stage, so that no run can overwrite another stage's folder."""
+    """--name of a run that makes a policy begins with its stage: no run can overwrite another stage's folder."""
     if not re.fullmatch(rf"{stage}[\w.-]*", name):
         raise InputError(f"--name {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
 
 
-MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5}  # size cpu, two cores
+MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5, "rsft": 3.0}  # size cpu, two cores
 
 
 def train_missing(config, earlier, stage):
@@ -380,6 +380,13 @@ def move_finished(folder):
         for path in sorted(finished.iterdir()):
             os.replace(path, folder / path.name)
         finished.rmdir()
+
+
+def forget_rounds(folder, name, rounds):
+    """Remove the files NAME-N.jsonl of rounds N > rounds: a run before this one had more of them."""
+    for path in folder.glob(f"{name}-*.jsonl"):
+        if int(path.stem.removeprefix(f"{name}-")) > rounds:
+            path.unlink()
 
 
 def complete(folder):

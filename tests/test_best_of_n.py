@@ -1,5 +1,6 @@
 """best_of_n.py against the lecture's matrix and numbers, enumeration and brute force."""
 
+import copy
 import itertools
 import math
 import random
@@ -18,10 +19,10 @@ import reward_model
 import sft
 from best_of_n import (FORMATS, Samples, best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2,
                        judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum, print_table,
-                       sequence_logprobs, share_and_error, subset_weights, top_k_overall, top_per_prompt,
-                       where_gold_is_lost, win_rate, with_errors)
+                       select, selection_figures, sequence_logprobs, share_and_error, subset_weights, top_k_overall,
+                       top_per_prompt, where_gold_is_lost, win_rate, with_errors)
 from data import stories
-from data.files import InputError, hold_out, read_pairs, write_jsonl
+from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
 from data.run import Run, read_torch, write_torch
 from data.tokenizer import Tokenizer
 from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
@@ -847,3 +848,237 @@ def test_policy_of_another_vocabulary(trained, tmp_path, capsys):
     with pytest.raises(InputError, match="ppo.checkpoint.pt: its vocabulary"):
         run(out, capsys, "--prompts", "2", "--samples", "4")
     assert snapshot(out) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rejection-sampling fine-tuning
+
+
+def samples_of(rewards, ended=None, texts=None):
+    """Samples with these rewards (M, N); the text of (i, j) is "i j"."""
+    M, N = rewards.shape
+    return Samples([], texts or [f"{i} {j}" for i in range(M) for j in range(N)], rewards, None, torch.ones(M, N),
+                   torch.ones(M, N) if ended is None else ended)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer([bytes([i]) for i in range(256)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_of_a_selection_by_brute_force(seed):
+    """A prompt counted once for every response of its, the spread of all rewards, or the ease of every prompt once,
+    however many of its responses were kept."""
+    M, N = 6, 5
+    rewards = coarse(seed, M, N) + noise(seed, M, 1)
+    flat = sorted(((rewards[i, j].item(), i, j) for i in range(M) for j in range(N)), reverse=True)[:M]
+    per_prompt = [max((rewards[i, j].item(), i, j) for j in range(N)) for i in range(M)]
+    for chosen in (flat, per_prompt, flat[:1]):
+        found = selection_figures(rewards, torch.tensor([[i, j] for _, i, j in chosen]))
+        values, prompts = [r for r, _, _ in chosen], [i for _, i, _ in chosen]
+        expected = dict(prompts=len(set(prompts)), most=max(map(prompts.count, prompts)), reward=np.mean(values),
+                        spread=np.std(values), prompts_reward=np.mean([rewards[i].tolist() for i in prompts]),
+                        all_reward=np.mean(rewards.tolist()))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_best_overall_favour_easy_prompts(tokenizer, capsys):
+    """Both selections the same, or of another size; the lecture: the best overall are better, but "can bias toward easy
+    prompts"."""
+    M, N = 12, 8
+    easy = torch.tensor([3.0] * 3 + [0.0] * 9)[:, None]  # three easy prompts, whose every response is better
+    one, prompts = samples_of(easy + 0.5 * noise(0, M, N).clamp(-2, 2)), [f"prompt {i}" for i in range(M)]
+    kept, found = {}, {}
+    for how in ("per_prompt", "overall"):
+        kept[how], found[how] = select(prompts, one, tokenizer, best_of_n.Config(finetune=how), 128)
+    by_hand = [{"prompt": f"prompt {i}", "completion": f"{i} {max(range(N), key=one.reward[i].tolist().__getitem__)}"}
+               for i in range(M)]
+    assert kept["per_prompt"] == by_hand
+    assert len(kept["overall"]) == M and {row["prompt"] for row in kept["overall"]} == set(prompts[:3])
+    assert len({row["completion"] for row in kept["overall"]}) == M  # none twice
+    assert all(row["prompt"] == f"prompt {row['completion'].split()[0]}" for row in kept["overall"])
+    assert (found["per_prompt"]["prompts"], found["per_prompt"]["most"], found["overall"]["prompts"]) == (M, 1, 3)
+    assert found["per_prompt"]["prompts_reward"] == pytest.approx(found["per_prompt"]["all_reward"], abs=1e-5)
+    assert found["overall"]["prompts_reward"] > found["overall"]["all_reward"] + 2
+    assert found["overall"]["reward"] > found["per_prompt"]["reward"] + 1
+    assert found["overall"]["spread"] < found["per_prompt"]["spread"] and 4 <= found["overall"]["most"] <= N
+    printed = capsys.readouterr().out
+    assert "kept    12 of 96 responses, for 12 of 12 prompts, at most 1 for one\n        dropped 0 without" in printed
+    assert f"kept    12 of 96 responses, for 3 of 12 prompts, at most {found['overall']['most']} for one\n" in printed
+
+
+def test_what_cannot_be_learnt_from_is_counted(tokenizer, capsys):
+    """A response cut off at the limit, learnt as if it ended there; one that data/files.py refuses to read back, and
+    --resume can't go on; a sequence beyond the context; all of them, and a division by zero."""
+    texts = ["fine", "cut", " \n", "N\0", "long " * 50, "fine too"]
+    one = samples_of(torch.zeros(6, 1), torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None], texts)
+    rows, _ = select(list("abcdef"), one, tokenizer, best_of_n.Config(finetune="per_prompt"), 64)
+    assert [(row["prompt"], row["completion"]) for row in rows if len(row["completion"]) < 64] == [
+        ("a", "fine"), ("f", "fine too")]
+    assert "\n        dropped 3 without an end or a text, 1 longer than the context\n" in capsys.readouterr().out
+    rest = Samples(*(None if x is None else x[1:5] for x in one))
+    with pytest.raises(InputError, match="of the 4 best responses dropped 3 without .*, 1 longer .*: none is left"):
+        select(list("bcde"), rest, tokenizer, best_of_n.Config(finetune="overall"), 64)
+
+
+def rsft(out, *flags, how="per_prompt"):
+    small = "--size cpu --prompts 12 --samples 4 --batch 4 --report 4 --lr 1e-2 --warmup 1 --max_new_tokens 16".split()
+    best_of_n.main(["--out", str(out), "--finetune", how, *small, *flags])
+
+
+def equal(a, b):
+    return all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def watch(monkeypatch):
+    """What every round does from here on: [[prompts, Samples, weights that sampled, sequences that were learnt], ...]."""
+    rounds, draw_samples, backward = [], best_of_n.draw, sft.backward
+
+    def drawing(name, policy, scorer, tokenizer, prompts, *arguments):
+        one = draw_samples(name, policy, scorer, tokenizer, prompts, *arguments)
+        rounds.append([prompts, one, copy.deepcopy(policy.state_dict()), []])
+        return one
+
+    monkeypatch.setattr(best_of_n, "draw", drawing)
+    monkeypatch.setattr(sft, "backward", lambda model, sequences, *rest: (
+        rounds[-1][3].extend(map(tuple, sequences)) or backward(model, sequences, *rest)))
+    return rounds
+
+
+@pytest.mark.parametrize("how", ["per_prompt", "overall"])
+def test_rounds_of_finetuning(how, out, monkeypatch, capsys):
+    """Every round on samples of the SFT model; the worst of N, or all; held-out requests; another stage written over; a
+    policy that learns from other responses than those beside its checkpoint."""
+    before, rounds = snapshot(out), watch(monkeypatch)
+    rsft(out, "--rounds", "2", how=how)
+    printed, folder = capsys.readouterr().out, out / "cpu" / f"rsft-{how}"
+    assert {path: data for path, data in snapshot(out).items() if folder not in path.parents} == before
+    reference, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    assert len(rounds) == 2 and equal(reference.state_dict(), rounds[0][2])
+    assert not equal(rounds[0][2], rounds[1][2]) and not set(rounds[0][0]) & set(rounds[1][0])
+    for number, (prompts, one, _, learnt) in enumerate(rounds, start=1):
+        assert one.reward.shape == (12, 4) and not any(map(stories.is_held_out, prompts))
+        rows = read_demonstrations(folder / f"kept-{number}.jsonl")
+        sequences, _, _ = sft.encode_demonstrations(rows, tokenizer, 128)
+        assert sorted(learnt) == sorted(2 * list(map(tuple, sequences)))  # two epochs
+        flat = sorted(((one.reward[i, j].item(), i, j) for i in range(12) for j in range(4)), reverse=True)
+        best = flat[:12] if how == "overall" else [max(row for row in flat if row[1] == i) for i in range(12)]
+        kept = [(prompts[i], one.texts[4 * i + j]) for _, i, j in best if one.ended[i, j]]
+        assert sorted((row["prompt"], row["completion"]) for row in rows) == sorted(kept) and len(kept) > 6
+        found = next(row for row in metrics(folder / "metrics.jsonl") if row.get("round") == number)
+        assert found["reward"] == pytest.approx(np.mean([reward for reward, _, _ in best]), abs=1e-5)
+    steps = sum(2 * math.ceil(len(learnt) / 2 / 4) for *_, learnt in rounds)
+    rows = metrics(folder / "metrics.jsonl")
+    assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
+    learnt = [row["loss"] for row in rows if "loss" in row]
+    assert learnt[-1] < learnt[0]
+    assert "fresh requests of the little world; 4 responses to each of 12, 2 x\n" in printed
+    assert printed.count("kept    12 of 48 responses, for ") == 2
+    assert "before and after on 33 held-out prompts: reward" in printed
+    policy, _, checkpoint = load_checkpoint(folder / "checkpoint.pt", "rsft", "cpu")
+    assert checkpoint["distils"] == 16 and not equal(policy.state_dict(), rounds[1][2])
+
+
+@pytest.mark.parametrize("where, n", [("end_step", 1), ("end_step", 4), ("end_step", 5), ("end_step", 6), ("end_step", 11),
+                                      ("draw", 1), ("draw", 2), ("write_jsonl", 1), ("write_jsonl", 2)])
+def test_finetuning_goes_on_bit_for_bit(where, n, out, monkeypatch):
+    """A round that is sampled anew from a policy further on, or learnt twice; figures of a round that are lost or stand
+    there twice; a schedule that begins again. Rounds end after step 6, the state is saved every 4 steps."""
+    argv = ["--rounds", "2", "--name"]
+    rsft(out, *argv, "rsft-whole")
+    owner = Run if where == "end_step" else best_of_n
+    calls, original = [], getattr(owner, where)
+
+    def interrupted(*arguments, **keywords):
+        result = original(*arguments, **keywords)
+        calls.append(where)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rsft(out, *argv, "rsft-killed")
+    assert not (out / "cpu/rsft-killed/checkpoint.pt").exists()
+    rsft(out, *argv, "rsft-killed", "--resume")
+    whole, killed = (out / "cpu" / name for name in ("rsft-whole", "rsft-killed"))
+    found, expected = (read_torch(folder / "checkpoint.pt") for folder in (killed, whole))
+    assert equal(found["model"], expected["model"]) and found["metrics"] == expected["metrics"]
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for name in ("kept-1.jsonl", "kept-2.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_fewer_rounds_leave_no_responses_of_a_run_before(out):
+    """kept-2.jsonl of last week beside the checkpoint of a run of one round."""
+    for rounds in (2, 1):
+        rsft(out, "--rounds", str(rounds), "--epochs", "1")
+        assert len(list((out / "cpu/rsft-per_prompt").glob("kept-*.jsonl"))) == rounds
+
+
+def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch, capsys):
+    """Held-out prompts that are learnt; the world's requests put to a policy of other prompts; a prompt asked twice and
+    another one never; prompts too long to answer, left out without a word."""
+    rows = [{"prompt": f"Who sings {i}?"} for i in range(20)] + [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    short = [row["prompt"] for row in hold_out(rows, 1)[0] if "long" not in row["prompt"]]
+    rounds = watch(monkeypatch)
+    rsft(out, "--data", str(tmp_path / "prompts.jsonl"), "--prompts", "999", "--rounds", "2")
+    assert [sorted(prompts) for prompts, *_ in rounds] == [sorted(short)] * 2 and len(short) < 20
+    assert (f"prompts.jsonl: {len(short)} prompts, dropped {36 - len(short)} that leave no room for 16 new tokens; 4 "
+            f"responses to each of {len(short)}, 2 x\n") in capsys.readouterr().out
+    rsft(out, "--data", str(tmp_path / "prompts.jsonl"), "--prompts", "7")
+    assert len(set(rounds[-1][0])) == 7 and set(rounds[-1][0]) < set(short)
+    before = snapshot(out)
+    for rows, reason in (([{"prompt": f"{i} " + "long " * 200} for i in range(9)], "no prompt leaves room"),
+                         ([{"prompt": "Why?"}] * 9, "same prompt")):
+        write_jsonl(tmp_path / "prompts.jsonl", rows)
+        with pytest.raises(InputError, match=f"prompts.jsonl.*{reason}"):
+            rsft(out, "--data", str(tmp_path / "prompts.jsonl"))
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("argv, message", [
+    *((f"--{flag}", f"--{flag.split()[0]} .*: goes with --finetune per_prompt or overall only$") for flag in (
+        "name rsft-x", "rounds 2", "epochs 2", "batch 8", "micro_batch 8", "lr 0.1", "warmup 1", "weight_decay 0.0",
+        "report 2")),
+    *((f"--finetune overall --{flag}", f"--{flag.split()[0]} .*: goes with --finetune no only$") for flag in (
+        "policies ppo", "beta 0.2")),
+    ("--finetune overall --n 4", "--n 4: goes with --prompt only$"),
+    ("--finetune overall --rounds 0", "--rounds 0: must be positive"),
+    ("--finetune overall --name rsft/../sft", "--name .*: must be rsft"),
+    ("--finetune overall --name ppo", "--name ppo: must be rsft"),
+    ("--finetune overall --name best_of_n", "--name best_of_n: must be rsft"),
+    ("--finetune overall --data none.jsonl", "none.jsonl: no such file"),
+    ("--finetune overall --prompt Why?", "--policies rsft-overall: must be ppo or dpo, or the --name of a finished run")])
+def test_what_finetuning_would_ignore_is_refused(argv, message, tmp_path):
+    """A sweep over a flag that changes nothing; the reference written over; minutes of training before a refusal."""
+    with pytest.raises(InputError, match=message) as error:
+        best_of_n.main(["--size", "cpu", "--out", str(tmp_path / "out"), *argv.split()])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_finetuned_policy_stands_in_the_yardstick(trained, tmp_path, capsys):
+    """A policy that the yardstick does not find, or takes for another stage's; the best-of-N that it distils, which the
+    table leaves out unless N is 4, 16 or 64; --prompt that asks the SFT model whatever was fine-tuned."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    rsft(out, "--samples", "3")
+    rsft(out, "--rounds", "2", "--samples", "3", "--name", "rsft-2", how="overall")
+    capsys.readouterr()
+    printed = run(out, capsys, *"--prompts 3 --samples 8 --policies rsft-2,ppo,rsft-per_prompt".split())
+    rows = metrics(out / "cpu/best_of_n/metrics.jsonl")
+    names = ["sft", "best of 3", "best of 4", "rsft-2", "ppo", "rsft-per_prompt"]  # best of 9 would need --samples 9
+    for under in (None, "reward model", "gold"):
+        assert [row["policy"] for row in rows if row.get("under") == under] == names
+    table = {row["policy"]: row for row in rows if "under" not in row}
+    assert table["rsft-per_prompt"]["kl"] != 0 and table["best of 3"]["kl"] == pytest.approx(best_of_n_kl(3))
+    assert "rsft-per_prompt, J under gold" in printed
+    asked, draw_samples = [], best_of_n.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_of_n, "draw", lambda *arguments: asked.append(arguments) or draw_samples(*arguments))
+        printed = run(out, capsys, "--finetune", "per_prompt", "--prompt", "Who are you?", "--n", "2")
+    name, policy, *_ = asked[0]
+    assert name == "rsft-per_prompt" and "winner of 2: " in printed
+    assert equal(policy.state_dict(), read_torch(out / "cpu/rsft-per_prompt/checkpoint.pt")["model"])

@@ -704,20 +704,26 @@ def test_fewer_rounds_leave_no_pairs_of_a_run_before(out):
         assert len(list((out / "cpu/dpo").glob("pairs-*.jsonl"))) == rounds
 
 
-def test_online_on_somebodys_own_prompts(out, tmp_path):
+def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
     """The world's requests put to a policy of other prompts; held-out prompts that are trained on; prompts too long to
-    answer; a stage's pairs that are not of the world, for which the annotator has no reward."""
+    answer, left out without a word; a stage's pairs that are not of the world, for which the annotator has no reward."""
     data = own_pairs(tmp_path / "pairs.jsonl")
+    rows = read_pairs(tmp_path / "pairs.jsonl")
+    write_jsonl(tmp_path / "pairs.jsonl", rows + [{**row, "prompt": row["prompt"] + " Now" * 120} for row in rows])
     argv = ["--out", str(out), "--judge", "reward_model", *ONLINE]
     dpo.main([*argv, *data])
     asked = {row["prompt"] for number in (1, 2) for row in read_pairs(out / f"cpu/dpo/pairs-{number}.jsonl")}
     train, held_out = dpo.hold_out(read_pairs(tmp_path / "pairs.jsonl"), 1)
-    assert len(asked) > 8 and asked <= {row["prompt"] for row in train}
+    short = {row["prompt"] for row in train if "Now" not in row["prompt"]}
+    assert len(train) == 72 and 30 < len(short) < 40 and len(asked) > 8 and asked <= short
+    assert (f"pairs.jsonl: {len(short)} prompts, dropped {72 - len(short)} that leave no room for 16 new tokens\n"
+            in capsys.readouterr().out)
+    own_pairs(tmp_path / "pairs.jsonl")
     before = snapshot(out)
-    with pytest.raises(InputError, match="pairs.jsonl: holds no prompt for --online.*room for --max_new_tokens 124"):
+    with pytest.raises(InputError, match="pairs.jsonl: no prompt leaves room for --max_new_tokens 124"):
         dpo.main([*argv, *data, "--max_new_tokens", "124"])
     assert snapshot(out) == before
     reward_model.main(["--out", str(out), *data, *FLAGS])
     for judge in ("annotator", "reward_model"):
-        with pytest.raises(InputError, match="pairs.jsonl: holds no prompt for --online, the little world's or"):
+        with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; --online"):
             dpo.main(["--out", str(out), *ONLINE, "--judge", judge])
