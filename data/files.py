@@ -13,11 +13,15 @@ Fields other than the ones asked for are ignored, and so are blank lines, a byte
 ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.
 """
 
+import codecs
+import functools
+import itertools
 import json
 import os
 import random
 import re
 import sys
+import zlib
 from pathlib import Path
 
 try:
@@ -37,20 +41,31 @@ class InputError(ValueError):
 # ----------------------------------------------------------------------------------------------------
 # Reading
 
-def read_text(path):
-    """The text of a UTF-8 file; line ends become "\\n". InputError if it is missing, empty, not UTF-8 or holds a NUL."""
-    data = read_bytes(path)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-                         "save the file as UTF-8") from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
+def read_chunks(path, size=2 ** 20):
+    """Yield the text of a UTF-8 file in pieces of about `size` bytes, so that it never is in memory whole; line ends become
+    "\\n". A piece ends behind a sign that is no white space, before one that is: there a tokenizer makes an end as well.
+
+    InputError if the file is missing, empty, not UTF-8 or holds a NUL.
+    """
+    decoder, rest, offset, characters, empty = codecs.getincrementaldecoder("utf-8-sig")(), "", 0, 0, True
+    for block in itertools.chain(read_blocks(path, size), [b""]):
+        offset += len(block)
+        try:
+            rest += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset -= len(error.object) - error.start
+            raise InputError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}; "
+                             "save the file as UTF-8") from None
+        end = re.match(r"(?s:.*)\S(?=[ \t\r\n])|", rest).end() if block else len(rest)
+        text, rest = rest[:end].replace("\r\n", "\n").replace("\r", "\n"), rest[end:]
+        if "\0" in text:
+            raise InputError(f"{path}: holds a NUL at character {characters + text.index(chr(0)) + 1}; "
+                             "save the file as UTF-8 text")
+        characters, empty = characters + len(text), empty and not text.strip()
+        if text:
+            yield text
+    if empty:
         raise InputError(f"{path}: the file is empty")
-    if "\0" in text:
-        raise InputError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save the file as UTF-8 text")
-    return text
 
 
 def read_jsonl(path, fields):
@@ -116,17 +131,28 @@ def split_prompts(path, seed):
     return [[row["prompt"] for row in part] for part in hold_out(rows, seed, path)]
 
 
-def read_bytes(path):
-    """The bytes of a file; InputError if there is no such file or it cannot be read."""
+def read_blocks(path, size=2 ** 20):
+    """Yield the bytes of a file, `size` at a time; InputError if there is no such file or it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read()
+            while block := file.read(size):
+                yield block
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; name a file in it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_bytes(path):
+    """The bytes of a file; InputError if there is no such file or it cannot be read."""
+    return b"".join(read_blocks(path, -1))
+
+
+def checksum(path):
+    """The CRC-32 of a file's bytes, without holding them all."""
+    return functools.reduce(lambda crc, block: zlib.crc32(block, crc), read_blocks(path), 0)
 
 
 def objects(path):
@@ -208,7 +234,8 @@ def shown(value):
 # Writing
 
 def write_atomic(path, data):
-    """Write bytes, or a str as UTF-8, so that path holds the old file or all of the new one, never a part.
+    """Write bytes, a str as UTF-8, or what a function of the open file writes, so that path holds the old file or all of
+    the new one, never a part.
 
     The data goes to a temporary file in the same folder, to the disk, and then takes the old file's name.
     If anything fails, the old file is intact, the temporary one is gone, and the error goes on its way.
@@ -221,7 +248,7 @@ def write_atomic(path, data):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
