@@ -5,6 +5,9 @@
     pairs.jsonl            {"prompt": "...", "chosen": "...", "rejected": "..."}    one object a line
     labels.jsonl           {"prompt": "...", "completion": "...", "label": true}    one object a line, label true or false
 
+A text may also be TRL's list of messages, [{"role": "user" or "assistant", "content": "..."}], a demonstration also
+{"messages": [...]}; one exchange only (see plain). A .jsonl.gz is read as what it holds.
+
 A file that is wrong ends in one line that says where and why, never in a traceback:
 
     reward_model.py: pairs.jsonl:17: "chosen" must be text, found the number 3; put it in quotes
@@ -15,6 +18,7 @@ ends of Windows. The texts themselves are taken as they are: nothing is stripped
 
 import codecs
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -156,8 +160,18 @@ def checksum(path):
 
 
 def objects(path):
-    """Yield (row, "FILE:LINE") for each line that isn't blank; InputError if a line isn't a JSON object."""
-    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    """Yield (row, "FILE:LINE") for each line that isn't blank, messages as plain texts; InputError if it is no object."""
+    data = read_bytes(path)
+    if data.startswith(b"PAR1"):
+        raise InputError(f"{path}: is a Parquet file; convert it (pip install pandas pyarrow): python -c \"import pandas; "
+                         f"pandas.read_parquet('{path}').to_json('{Path(path).with_suffix('.jsonl')}', orient='records', "
+                         "lines=True)\"")
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
     where = None
     # Bytes are split, not text: str.splitlines would also cut at U+2028, which may stand inside a string.
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -181,9 +195,30 @@ def objects(path):
             raise InputError(f"{where}: a number has too many digits") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: found {kind(row)}; each line must be one JSON object")
-        yield row, where
+        yield plain(row, where), where
     if where is None:
         raise InputError(f"{path}: the file is empty; each line must be one JSON object")
+
+
+def plain(row, where):
+    """A row whose texts may be TRL's lists of messages, with strings in their place. A "prompt" is a message of the user, the
+    others are one of the assistant, perhaps after one of the user, which then is the prompt. Nothing is cut: InputError if
+    there are more turns, another role, or two prompts that differ."""
+    if isinstance(row.get("messages"), list) and not {"prompt", "completion", "chosen", "rejected"} & row.keys():
+        row = {**row, "completion": row["messages"]}
+    for field in ("prompt", "completion", "chosen", "rejected"):
+        turns, wanted = row.get(field), ["user"] if field == "prompt" else ["user", "assistant"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+                                                  for turn in turns or [None]):
+            continue
+        roles = [turn["role"] for turn in turns]
+        if roles not in (wanted, wanted[-1:]):
+            raise InputError(f'{where}: "{field}" has the turns {shown(", ".join(map(str, roles)))}, but must be one '
+                             f'exchange, {" then ".join(wanted)}; make a row of each')
+        if len(turns) == 2 and row.get("prompt", turns[0]["content"]) != turns[0]["content"]:
+            raise InputError(f'{where}: "{field}" begins with another prompt than the row has; keep one of them')
+        row = {**row, **({"prompt": turns[0]["content"]} if len(turns) == 2 else {}), field: turns[-1]["content"]}
+    return row
 
 
 def dict_of_distinct_keys(pairs):
