@@ -51,7 +51,7 @@ def read_chunks(path, size=2 ** 20):
 
     InputError if the file is missing, empty, not UTF-8 or holds a NUL.
     """
-    decoder, rest, offset, characters, empty = codecs.getincrementaldecoder("utf-8-sig")(), "", 0, 0, True
+    decoder, rest, offset, characters, empty, mark = codecs.getincrementaldecoder("utf-8")(), "", 0, 0, True, "\ufeff"
     for block in itertools.chain(read_blocks(path, size), [b""]):
         offset += len(block)
         try:
@@ -60,6 +60,8 @@ def read_chunks(path, size=2 ** 20):
             offset -= len(error.object) - error.start
             raise InputError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}; "
                              "save the file as UTF-8") from None
+        if rest:
+            rest, mark = rest.removeprefix(mark), ""  # a byte order mark, at the beginning
         end = re.match(r"(?s:.*)\S(?=[ \t\r\n])|", rest).end() if block else len(rest)
         text, rest = rest[:end].replace("\r\n", "\n").replace("\r", "\n"), rest[end:]
         if "\0" in text:
@@ -201,15 +203,15 @@ def objects(path):
 
 
 def plain(row, where):
-    """A row whose texts may be TRL's lists of messages, with strings in their place. A "prompt" is a message of the user, the
-    others are one of the assistant, perhaps after one of the user, which then is the prompt. Nothing is cut: InputError if
-    there are more turns, another role, or two prompts that differ."""
+    """A row whose texts may be TRL's lists of messages, with strings in their place. A "prompt" is a message of the user,
+    the others are one of the assistant, perhaps after one of the user, which then is the prompt. Nothing is cut:
+    InputError if there are more turns, another role, or two prompts that differ."""
     if isinstance(row.get("messages"), list) and not {"prompt", "completion", "chosen", "rejected"} & row.keys():
         row = {**row, "completion": row["messages"]}
     for field in ("prompt", "completion", "chosen", "rejected"):
         turns, wanted = row.get(field), ["user"] if field == "prompt" else ["user", "assistant"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys()
-                                                  for turn in turns or [None]):
+        if not isinstance(turns, list) or not turns or not all(
+                isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
             continue
         roles = [turn["role"] for turn in turns]
         if roles not in (wanted, wanted[-1:]):
