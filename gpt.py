@@ -191,11 +191,34 @@ def masked_logprobs(model, tokens, mask, temperature=1.0):
         s_t           x y y             the state ends with this token: its hidden vector gives the N logits
         a_t             y y E           the action is the next token
     """
-    with autocast(tokens.device):
-        hidden = model.hidden(tokens)[:, :-1][mask]  # (N, C): the states s_t, row after row
-    logits = model.logits(hidden).float() / temperature  # (N, V)
+    logits = masked_logits(model, tokens, mask, temperature)  # (N, V)
     logprobs = -F.cross_entropy(logits, tokens[:, 1:][mask], reduction="none")  # (N,): log π(a_t|s_t)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def masked_logits(model, tokens, mask, temperature=1.0):
+    """The logits, divided by the temperature, in the N states s_t where mask is true, row after row: (N, V)."""
+    with autocast(tokens.device):
+        hidden = model.hidden(tokens)[:, :-1][mask]  # (N, C)
+    return model.logits(hidden).float() / temperature
+
+
+def log_distribution(model, tokens, mask, temperature=1.0):
+    """log π(·|s_t) over the whole vocabulary where mask is true, and 0 elsewhere: (B, T-1, V)."""
+    logprobs = masked_logits(model, tokens, mask, temperature).log_softmax(dim=-1)  # (N, V)
+    return logprobs.new_zeros(*mask.shape, logprobs.shape[1]).masked_scatter(mask[..., None], logprobs)
+
+
+def kl_estimators(log_ratio):
+    """Three estimates of KL(p || q) from samples of p, one by one (Schulman 2020, "Approximating KL Divergence").
+
+    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2 is not; k2 and k3 are
+    never negative. The shaped rewards need k1: its sum is the log-ratio of the whole response, which the objective holds.
+    """
+    k1 = log_ratio
+    k2 = log_ratio ** 2 / 2
+    k3 = (-log_ratio).exp() - 1 + log_ratio
+    return k1, k2, k3
 
 
 def response_mask(prompt_lengths, lengths, T):
@@ -476,21 +499,56 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(config):
-    """The Corpus of a text file: random windows of it; the last tenth is held out. It may be larger than the memory."""
+    """The Corpus of a text file: random windows of it; the last tenth is held out."""
     tokenizer = Tokenizer(train_vocabulary(sample_text(config.text), config.vocab_size))
-    tokens = encode_file(config.text, tokenizer, stage_folder(config, "gpt"))
+    tokens, held_out, description = split_text(config, config.text, tokenizer, config.block_size)
+    rng = random.Random(f"pretraining {config.seed}")
+    windows = draw_windows(tokens, config.steps * config.batch, config.block_size, rng)
+    return Corpus(tokenizer, windows, held_out, [], None, description)
+
+
+def split_text(config, path, tokenizer, block_size):
+    """A text file, which may be larger than the memory, as tokens: (array of those to train on; held-out lists of ids, at
+    most 1,000 or so from all of the last tenth; a description)."""
+    tokens = encode_file(path, tokenizer, stage_folder(config, "gpt"))
     cut = len(tokens) * 9 // 10
-    train_tokens, rest = tokens[:cut], tokens[cut:]
-    starts = range(0, len(rest) - 1, config.block_size)
-    held_out = [rest[i:i + config.block_size].tolist() for i in starts[::max(1, len(starts) // 500)]]
-    if cut < config.block_size or not held_out:
-        raise InputError(f"{config.text}: {len(tokens)} tokens are too few for a context of {config.block_size}")
-    offsets = random.Random(f"pretraining {config.seed}").choices(range(cut - config.block_size + 1),
-                                                                  k=config.steps * config.batch)
-    windows = [train_tokens[i:i + config.block_size] for i in offsets]  # views, no copies
-    return Corpus(tokenizer, windows, held_out, [], None,
-                  f"{config.text}: {cut:,} tokens to train on, the last {len(rest):,} held out, of which "
-                  f"{sum(map(len, held_out)):,} are read")
+    starts = range(cut, len(tokens) - 1, block_size)
+    held_out = [tokens[i:i + block_size].tolist() for i in starts[::max(1, len(starts) // 500)]]
+    if cut < block_size or not held_out:
+        raise InputError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}")
+    return tokens[:cut], held_out, (f"{path}: {cut:,} tokens to train on, the last {len(tokens) - cut:,} held out, "
+                                    f"{sum(map(len, held_out)):,} of them read")
+
+
+def draw_windows(tokens, count, block_size, rng):
+    """count windows of an array of tokens, from anywhere: views, no copies."""
+    return [tokens[i:i + block_size] for i in rng.choices(range(len(tokens) - block_size + 1), k=count)]
+
+
+def encode_documents(documents, tokenizer):
+    """Every document of the little world between two <|end|>, as ids."""
+    end = [tokenizer.end_token]
+    return [end + ids + end for ids in tokenizer.encode_batch(document.text for document in documents)]
+
+
+def held_out_documents():
+    """The 500 documents of the little world that every run holds out."""
+    rng = random.Random("held-out documents")
+    return [stories.document(rng) for _ in range(500)]
+
+
+def pretraining_text(config, tokenizer):
+    """What the gpt stage was trained on, for a later stage: (draw(count, rng) -> lists of ids, held-out lists of ids)."""
+    path = stage_folder(config, "gpt") / "checkpoint.pt"
+    model, _, checkpoint = load_checkpoint(path, "gpt", config.size)
+    if checkpoint.get("loaded"):
+        raise InputError(f"{path}: came from {checkpoint['loaded']}, and nobody knows what that was trained on")
+    if not checkpoint["text"]:
+        return (lambda count, rng: encode_documents((stories.document(rng) for _ in range(count)), tokenizer),
+                encode_documents(held_out_documents(), tokenizer))
+    size = model.config.block_size
+    tokens, held_out, _ = split_text(config, checkpoint["text"], tokenizer, size)
+    return lambda count, rng: draw_windows(tokens, count, size, rng), held_out
 
 
 def draw_corpus(config):
@@ -502,18 +560,16 @@ def draw_corpus(config):
     rng = random.Random(f"pretraining {config.seed}")
     sample_text = "\n".join(stories.document(rng).text for _ in range(4000))
     tokenizer = Tokenizer(train_vocabulary(sample_text, config.vocab_size))
-    start = [tokenizer.end_token]
-    held_out_rng = random.Random("held-out documents")
-    documents = [stories.document(held_out_rng) for _ in range(500)]
-    held_out = [start + ids + start for ids in tokenizer.encode_batch(document.text for document in documents)]
+    documents = held_out_documents()
+    held_out = encode_documents(documents, tokenizer)
     entropy = -sum(document.logprob for document in documents) / sum(len(ids) - 1 for ids in held_out)
 
     def draw():
-        texts, report = [], progress("documents drawn", config.steps * config.batch)
-        while len(texts) < config.steps * config.batch:
-            texts.append(stories.document(rng).text)
-            report(len(texts))
-        return [start + ids + start for ids in tokenizer.encode_batch(texts)]
+        drawn, report = [], progress("documents drawn", config.steps * config.batch)
+        while len(drawn) < config.steps * config.batch:
+            drawn.append(stories.document(rng))
+            report(len(drawn))
+        return encode_documents(drawn, tokenizer)
 
     # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
     world = zlib.crc32(sample_text.encode())
@@ -522,7 +578,7 @@ def draw_corpus(config):
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
-    return Corpus(tokenizer, sequences, held_out, start, entropy,
+    return Corpus(tokenizer, sequences, held_out, [tokenizer.end_token], entropy,
                   f"the little world: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} tokens; "
                   f"{len(documents)} documents held out")
 
@@ -592,7 +648,7 @@ def load(config):
     announce(name, config, get_device(), f"the weights in {config.load}", model)
     with Run(name, stage_folder(config, name), config, every=1) as run:
         save_checkpoint(run.folder / "checkpoint.pt", config.stage, config.size, model, tokenizer, metrics=[],
-                        text="" if begins else config.load)
+                        text="" if begins else config.load, loaded=config.load)
         run.finish()
     print(f"saved {run.home / 'checkpoint.pt'}", flush=True)
 

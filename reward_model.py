@@ -30,8 +30,8 @@ import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, counts, parse_config, progress, restore, show, stage_folder, train_missing
-from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 optimizer_step, pad, respond, response_texts, save_checkpoint)
+from gpt import (GPT, autocast, batches_by_length, generate, get_device, held_out_loss, learning_rate, load_checkpoint,
+                 make_optimizer, optimizer_step, pad, respond, response_texts, save_checkpoint)
 from sft import has_room, prompts_with_room
 
 EARLIER = {**sft.EARLIER, "sft": sft.main}  # the stages that this one builds on
@@ -393,10 +393,13 @@ def print_answer_key(figures, table):
         print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
 
 
-def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0):
+def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0, documents=()):
     """Two policies answer the same prompts (None: 33 held-out requests of the world), with one seed, the second one at the
     temperature at which it was trained: prints the mean scores of both, and both texts for the prompt whose gain is the
-    median, in gold where it is known, else in reward."""
+    median, in gold where it is known, else in reward. documents: lists of ids, of which both tell the loss."""
+    if documents:
+        print(f"pretraining loss {held_out_loss(before, documents, 1):.3f} → {held_out_loss(after, documents, 1):.3f} "
+              "nats per token")
     if prompts is None:
         rng = random.Random("before and after")
         prompts = [stories.request(rng, held_out=True).text for _ in range(33)]
