@@ -36,7 +36,7 @@ from sft import has_room, prompts_with_room
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/best_of_n
     seed: int = 1               # fixes the samples; a missing stage is trained with it
     prompt: str = ""            # answer this prompt with best-of-N, and stop
@@ -53,6 +53,7 @@ class Config:
 
 
 GPU = dict(prompts=128, sample_batch=1024, max_new_tokens=128)
+PRESETS = {"size": {"gpt2": dict(sample_batch=128, max_new_tokens=128)}}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Selection
@@ -452,7 +453,7 @@ def answer(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.",
-                          needs={"n": ("prompt",)})
+                          needs={"n": ("prompt",)}, presets=PRESETS)
     if config.prompt:
         answer(config)
     else:

@@ -459,7 +459,7 @@ def excess(held_out, entropy):
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/gpt
     seed: int = 1               # fixes weights, data and samples
     text: str = ""              # pretrain on this text file instead of the little world
@@ -586,6 +586,9 @@ def draw_corpus(config):
 def train(config):
     """Pretrain a GPT and save it to OUT/SIZE/gpt/checkpoint.pt."""
     folder, device = stage_folder(config, "gpt"), get_device()
+    if config.size == "gpt2":
+        raise InputError("--size gpt2: is that of a published GPT-2, which is not trained here: python gpt.py --size gpt2 "
+                         "--load FOLDER")
     if config.n_embd % config.n_head:
         raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
     if config.vocab_size < 259:

@@ -143,11 +143,17 @@ def announce(stage, config, device, data, model):
 
 
 def show_models(trained, **models):
-    """How many models a stage holds in memory, and how much that is. trained: the names of those that learn."""
+    """How many models a stage holds in memory, and how much that is. trained: the names of those that learn. InputError if
+    the GPU has less."""
     size = sum(x.numel() * x.element_size() * (4 if name in trained else 1)  # itself, its gradient, Adam's two moments
                for name, model in models.items() for x in model.parameters())
     print(f"models in memory: {len(models)} ({', '.join(models)}), {size / 2 ** 20:.0f} MB with gradients and optimizer",
           flush=True)
+    # What is needed besides hangs on --micro_batch.
+    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+    if size > room:
+        raise InputError(f"{len(models)} models of {size / 2 ** 20:.0f} MB do not fit the GPU's {room / 2 ** 20:.0f}: begin "
+                         "with a smaller GPT-2, or export the stages and go on with several GPUs (README)")
 
 
 def show(*lines):
@@ -439,8 +445,8 @@ def refused_if_broken(path, advice, of="this project"):
 
 
 def memory_mapped(path, draw, joined=False):
-    """The sequences of ids that draw() yields, as views of a memory-mapped file (joined: as one); where the file is, draw is
-    not called. None of them need ever be in memory together.
+    """The sequences of ids that draw() yields, as views of a memory-mapped file (joined: as one); where the file is, draw
+    is not called. They are never in memory together.
 
     The file holds int32s, all tokens, then the length of each sequence and how many they are, and a checksum. Atomic.
     """

@@ -1,22 +1,28 @@
 """GPT-2 folders in and out, against files that transformers, tokenizers and safetensors wrote (huggingface/make.py)."""
 
+import contextlib
 import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import dpo
 import gpt
+import ppo
+import reward_model
+import sft
 from data import huggingface
 from data.files import InputError
 from data.huggingface import read_folder, write_folder
+from data.run import parse_config, show_models
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, train
 from gpt import load_checkpoint, pad
 from helpers import snapshot, tiny_gpt, tiny_reward_model
-from reward_model import RewardModel
 
 FOLDERS = Path(__file__).parent / "huggingface"
 folders = pytest.mark.parametrize("folder", [FOLDERS / "published", FOLDERS / "saved"], ids=lambda folder: folder.name)
@@ -291,3 +297,53 @@ def test_written_safetensors_has_the_real_layout(copies, tmp_path):
     for name, entry in ours.items():
         like = theirs[name.removeprefix("transformer.")]
         assert entry.keys() == like.keys() and entry["dtype"] == like["dtype"] and len(entry["shape"]) == len(like["shape"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# At real size
+
+
+def test_later_stages_run_on_what_was_loaded(tmp_path):
+    """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other ids than in training."""
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "we'd"}]} for i in range(10)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--size", "gpt2", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="--load FOLDER"):
+        sft.main([*common, "--data", str(tmp_path / "own.jsonl")])
+    gpt.main([*common, "--load", str(FOLDERS / "published")])
+    sft.main([*common, "--data", str(tmp_path / "own.jsonl"), "--max_new_tokens", "4"])
+    gpt.main([*common, "--export", str(tmp_path / "sft"), "--stage", "sft"])
+    _, _, loaded, _ = read_folder(FOLDERS / "published")
+    model, tokenizer, _ = load_checkpoint(tmp_path / "gpt2" / "sft" / "checkpoint.pt", "sft", "gpt2")
+    _, weights, exported, _ = read_folder(tmp_path / "sft")
+    assert loaded.vocabulary == tokenizer.vocabulary == exported.vocabulary
+    assert loaded.pattern == tokenizer.pattern == exported.pattern == "gpt2"
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
+    with pytest.raises(InputError, match="nobody knows what that was trained on"):
+        gpt.pretraining_text(gpt.Config(size="gpt2", out=str(tmp_path)), tokenizer)
+
+
+def test_settings_of_a_published_model():
+    """The little model's learning rates, a hundred times too large, tear a pretrained one apart in a few steps; a size's
+    preset that overrides a method's makes four passes over samples that may be used once."""
+    def parsed(module, *flags):
+        needs = getattr(module, "NEEDS", {})
+        return parse_config(module.Config, module.GPU, ["--size", "gpt2", *flags], "", needs, module.PRESETS)
+
+    assert [parsed(module).lr for module in (sft, reward_model, ppo, dpo)] == [2e-5, 5e-5, 1e-5, 1e-6]
+    assert all(parsed(module).micro_batch <= 8 for module in (sft, reward_model, ppo, dpo))
+    assert parsed(ppo, "--method", "reinforce").epochs == 1 and parsed(ppo).epochs == 4
+    assert parsed(dpo, "--loss", "simpo").beta == 2.0 and parsed(dpo, "--loss", "kto").micro_batch == 4
+
+
+def test_models_that_do_not_fit_are_refused(monkeypatch, capsys):
+    """Out of memory after minutes of sampling, in the first step of the optimizer."""
+    model = tiny_gpt(0)
+    size = sum(x.numel() for x in model.parameters()) * 4 * (4 + 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for room, fits in ((size, True), (size - 1, False)):
+        properties = SimpleNamespace(total_memory=room)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        with contextlib.nullcontext() if fits else pytest.raises(InputError, match="2 models .* smaller GPT-2"):
+            show_models(trained=("policy",), policy=model, reference=model)
+    assert "models in memory: 2 (policy, reference)" in capsys.readouterr().out
