@@ -305,7 +305,8 @@ def test_written_safetensors_has_the_real_layout(copies, tmp_path):
 
 def test_later_stages_run_on_what_was_loaded(tmp_path):
     """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other ids than in training."""
-    rows = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "we'd"}]} for i in range(10)]
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "we'd"}]}
+            for i in range(10)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--size", "gpt2", "--out", str(tmp_path)]
     with pytest.raises(InputError, match="--load FOLDER"):
@@ -324,8 +325,8 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
 
 
 def test_settings_of_a_published_model():
-    """The little model's learning rates, a hundred times too large, tear a pretrained one apart in a few steps; a size's
-    preset that overrides a method's makes four passes over samples that may be used once."""
+    """The little model's learning rates, a hundred times too large, tear a pretrained one apart in a few steps; where the
+    size overrides the method, there are four passes over samples that may be used once."""
     def parsed(module, *flags):
         needs = getattr(module, "NEEDS", {})
         return parse_config(module.Config, module.GPU, ["--size", "gpt2", *flags], "", needs, module.PRESETS)

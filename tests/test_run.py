@@ -93,7 +93,7 @@ def test_help_shows_the_choices(helps, name, capsys):
     module = importlib.import_module(name)
     choices = {field.name: typing.get_args(field.type) for field in fields(module.Config)
                if not isinstance(field.type, type)}
-    assert choices["size"] == ("auto", "cpu", "gpu")
+    assert choices["size"] == ("auto", "cpu", "gpu", "gpt2")
     for flag, values in choices.items():
         assert f"\n  --{flag} {{{','.join(values)}}}" in helps[name]
         for value in values:
