@@ -42,7 +42,7 @@ from sft import encode_demonstrations, fit, prompts_with_room, sample_prompts
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/best_of_n, RSFT to OUT/SIZE/NAME
     seed: int = 1               # fixes the samples; a missing stage is trained with it
     prompt: str = ""            # answer this prompt with best-of-N, and stop
@@ -69,7 +69,8 @@ class Config:
 
 
 GPU = dict(prompts=128, sample_batch=1024, max_new_tokens=128, batch=64, micro_batch=64, lr=5e-5)
-PRESETS = {"finetune": {kind: dict(name=f"rsft-{kind}", prompts=1024, samples=16) for kind in ("per_prompt", "overall")}}
+PRESETS = {"size": {"gpt2": dict(sample_batch=128, max_new_tokens=128, micro_batch=8, lr=5e-5)},
+           "finetune": {kind: dict(name=f"rsft-{kind}", prompts=1024, samples=16) for kind in ("per_prompt", "overall")}}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Selection

@@ -45,7 +45,7 @@ EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
     name: str = "dpo"           # name of this run's folder: dpo-… keeps an experiment apart
     seed: int = 1               # fixes the order of the pairs and the samples
@@ -73,7 +73,9 @@ class Config:
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
-PRESETS = {"loss": dict(kto=dict(batch=64, micro_batch=64), simpo=dict(beta=2.0), orpo=dict(start="gpt", lr=1e-3))}
+PRESETS = {"loss": dict(kto=dict(batch=64, micro_batch=64), simpo=dict(beta=2.0), orpo=dict(start="gpt", lr=1e-3)),
+           # Rafailov et al. 2023, appendix B: batches of 64, lr 1e-6 (with RMSprop), 150 steps of warm-up
+           "size": {"gpt2": dict(batch=64, micro_batch=4, lr=1e-6, warmup=150, max_new_tokens=128, sample_batch=128)}}
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):

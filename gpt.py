@@ -6,7 +6,9 @@ Pretraining is next-token prediction, max_θ E_{x~D} Σ_t log p_θ(x_t | x_{<t})
 
     python gpt.py                           pretrain on the little world (data/stories.py), no download
     python gpt.py --text FILE               pretrain on any UTF-8 text file
+    python gpt.py --load FOLDER             take a GPT-2 as it is published instead (config.json, model.safetensors, …)
     python gpt.py --sample "Once"           print samples from the checkpoint
+    python gpt.py --export FOLDER --stage ppo       write any stage as a folder for transformers, TRL, vLLM
     python gpt.py --resume                  go on with a run that was interrupted (every stage has this flag)
 
 Here also stand the conventions that every later file keeps:
@@ -20,6 +22,7 @@ Here also stand the conventions that every later file keeps:
 import contextlib
 import math
 import random
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +33,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import stories
-from data.files import InputError, read_text, run_script
-from data.run import (Run, announce, complete, memory_mapped, parse_config, progress, read_torch, refused_if_broken,
-                      restore, show, stage_folder, write_torch)
-from data.tokenizer import Tokenizer, train as train_vocabulary
+from data import huggingface, stories
+from data.files import InputError, run_script
+from data.run import (Run, announce, check_name, complete, memory_mapped, parse_config, progress, read_torch,
+                      refused_if_broken, restore, show, stage_folder, write_torch)
+from data.tokenizer import Tokenizer, encode_file, sample_text, train as train_vocabulary
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
@@ -375,7 +378,7 @@ def save_checkpoint(path, stage, size, model, tokenizer, **extra):
     extra: more values that torch.load(weights_only=True) accepts (numbers, strings, lists, dicts, tensors).
     """
     checkpoint = {"stage": stage, "size": size, "config": asdict(model.config), "vocabulary": tokenizer.to_strings(),
-                  "model": model.state_dict(), **extra}
+                  "pattern": tokenizer.pattern, "model": model.state_dict(), **extra}
     write_torch(path, checkpoint)
 
 
@@ -392,7 +395,7 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         if found != (stage, size):
             raise InputError(f"{path}: is a {found[0]} checkpoint of size {found[1]}, "
                              f"but {stage} of size {size} is wanted")
-        tokenizer = Tokenizer.from_strings(checkpoint["vocabulary"])
+        tokenizer = Tokenizer.from_strings(checkpoint["vocabulary"], checkpoint.get("pattern", "words"))
         config = GPTConfig(**checkpoint["config"])
         if config.vocab_size != tokenizer.n_vocab:
             raise ValueError(f"the model has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
@@ -461,10 +464,14 @@ def excess(held_out, entropy):
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/gpt
     seed: int = 1               # fixes weights, data and samples
     text: str = ""              # pretrain on this text file instead of the little world
+    load: str = ""              # take the GPT-2 in this folder, as transformers writes it, instead of pretraining one
+    export: str = ""            # write the checkpoint of --stage to this folder, for transformers, and stop
+    stage: str = "gpt"          # of --export: any stage or --name; of --load: ppo or dpo for a policy trained elsewhere
+    name: str = ""              # name of that policy's folder: ppo-… or dpo-…
     sample: str = ""            # print three continuations of this text from the checkpoint, and stop
     temperature: float = 1.0    # of --sample
     top_k: int = 0              # --sample draws from the k likeliest tokens only; 0: from all
@@ -498,22 +505,24 @@ class Corpus(NamedTuple):
 
 def read_corpus(config):
     """The Corpus of a text file: random windows of it; the last tenth is held out."""
-    tokenizer = Tokenizer(train_vocabulary(read_text(config.text), config.vocab_size))
-    tokens, held_out, description = split_text(config.text, tokenizer, config.block_size)
+    tokenizer = Tokenizer(train_vocabulary(sample_text(config.text), config.vocab_size))
+    tokens, held_out, description = split_text(config, config.text, tokenizer, config.block_size)
     rng = random.Random(f"pretraining {config.seed}")
     windows = draw_windows(tokens, config.steps * config.batch, config.block_size, rng)
     return Corpus(tokenizer, windows, held_out, [], None, description)
 
 
-def split_text(path, tokenizer, block_size):
-    """A text file as tokens: (array of those to train on, held-out lists of ids, from the last tenth, a description)."""
-    tokens = np.array(tokenizer.encode(read_text(path)))
+def split_text(config, path, tokenizer, block_size):
+    """A text file, which may be larger than the memory, as tokens: (array of those to train on; held-out lists of ids, at
+    most 1,000 or so from all of the last tenth; a description)."""
+    tokens = encode_file(path, tokenizer, stage_folder(config, "gpt"))
     cut = len(tokens) * 9 // 10
-    held_out = [window.tolist() for window in np.split(tokens[cut:], range(block_size, len(tokens) - cut, block_size))
-                if len(window) > 1]
+    starts = range(cut, len(tokens) - 1, block_size)
+    held_out = [tokens[i:i + block_size].tolist() for i in starts[::max(1, len(starts) // 500)]]
     if cut < block_size or not held_out:
         raise InputError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}")
-    return tokens[:cut], held_out, f"{path}: {cut:,} tokens to train on, the last {len(tokens) - cut:,} held out"
+    return tokens[:cut], held_out, (f"{path}: {cut:,} tokens to train on, the last {len(tokens) - cut:,} held out, "
+                                    f"{sum(map(len, held_out)):,} of them read")
 
 
 def draw_windows(tokens, count, block_size, rng):
@@ -537,11 +546,14 @@ def pretraining_text(config, tokenizer, block_size):
     """What the gpt stage was trained on, for a later stage: (draw(count, rng) -> lists of ids, held-out lists of ids, the
     files that say so). block_size: of the later stage's model."""
     path = stage_folder(config, "gpt") / "checkpoint.pt"
-    text = load_checkpoint(path, "gpt", config.size)[2]["text"]
+    checkpoint = load_checkpoint(path, "gpt", config.size)[2]
+    text = checkpoint["text"]
+    if checkpoint.get("loaded"):
+        raise InputError(f"{path}: came from {checkpoint['loaded']}, and nobody knows what that was trained on")
     if not text:
         return (lambda count, rng: encode_documents((stories.document(rng) for _ in range(count)), tokenizer),
                 encode_documents(held_out_documents(), tokenizer), [path])
-    tokens, held_out, _ = split_text(text, tokenizer, block_size)
+    tokens, held_out, _ = split_text(config, text, tokenizer, block_size)
     return lambda count, rng: draw_windows(tokens, count, block_size, rng), held_out, [path, Path(text)]
 
 
@@ -568,7 +580,7 @@ def draw_corpus(config):
     # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
     world = zlib.crc32(sample_text.encode())
     sequences = memory_mapped(stage_folder(config, "gpt") / f"documents-{config.seed}-{config.steps * config.batch}-"
-                                                            f"{tokenizer.n_vocab}-{world:08x}.npy", draw)
+                                                            f"{tokenizer.n_vocab}-{world:08x}.ids", draw)
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
@@ -580,6 +592,9 @@ def draw_corpus(config):
 def train(config):
     """Pretrain a GPT and save it to OUT/SIZE/gpt/checkpoint.pt."""
     folder, device = stage_folder(config, "gpt"), get_device()
+    if config.size == "gpt2":
+        raise InputError("--size gpt2: is that of a published GPT-2, which is not trained here: python gpt.py --size gpt2 "
+                         "--load FOLDER")
     if config.n_embd % config.n_head:
         raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
     if config.vocab_size < 259:
@@ -627,6 +642,39 @@ def train(config):
     print(f"saved {folder / 'checkpoint.pt'}; next: python sft.py", flush=True)
 
 
+def load(config):
+    """Save the GPT-2 in the folder config.load as the base model, or with --stage ppo or dpo as one trained elsewhere."""
+    name, path = config.name or config.stage, stage_folder(config, "sft") / "checkpoint.pt"
+    if config.stage not in ("gpt", "ppo", "dpo"):
+        raise InputError(f"--stage {config.stage}: with --load it must be gpt, ppo or dpo")
+    check_name(name, config.stage)
+    shape, weights, tokenizer, begins = huggingface.read_folder(config.load)
+    if config.stage != "gpt" and load_checkpoint(path, "sft", config.size)[1].vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{config.load}: its vocabulary is not that of {path}, so that the two cannot be compared")
+    model = GPT(GPTConfig(**shape))
+    for tensor, value in model.state_dict().items():
+        value.copy_(weights.pop(tensor))  # and with it goes the map of its file
+    announce(name, config, get_device(), f"the weights in {config.load}", model)
+    with Run(name, stage_folder(config, name), config, every=1) as run:
+        save_checkpoint(run.folder / "checkpoint.pt", config.stage, config.size, model, tokenizer, metrics=[],
+                        text="" if begins else config.load, loaded=config.load)
+        run.finish()
+    print(f"saved {run.home / 'checkpoint.pt'}", flush=True)
+
+
+def export(config):
+    """Write the checkpoint of config.stage, the name of any stage's folder, to the folder config.export."""
+    path = stage_folder(config, config.stage) / "checkpoint.pt"
+    stage = re.match("gpt|sft|reward_model|ppo|dpo|", config.stage).group()
+    complete(path.parent)
+    model, tokenizer, found = load_checkpoint(path, stage, config.size, model_class=(
+        GPT if stage != "reward_model" else  # without its class, which stands further right
+        lambda shape: nn.ModuleDict(dict(trunk=GPT(shape), head=nn.Linear(shape.n_embd, 1)))))
+    huggingface.write_folder(config.export, asdict(GPTConfig(**found["config"])), model.state_dict(), tokenizer,
+                             not found.get("text"), found.get("temperature", 1.0))
+    print(f"saved {config.export}", flush=True)
+
+
 def sample(config):
     """Print three continuations of config.sample from the stage's checkpoint."""
     folder = stage_folder(config, "gpt")
@@ -644,11 +692,14 @@ def sample(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or on a text file.",
-                          needs={"temperature": ("sample",), "top_k": ("sample",)})
-    if config.sample:
-        sample(config)
-    else:
-        train(config)
+                          needs={"temperature": ("sample",), "top_k": ("sample",), "name": ("load",)})
+    jobs = {"load": load, "export": export, "sample": sample, "text": train}
+    given = [name for name in jobs if getattr(config, name)]
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]}: one job at a time")
+    if config.stage != "gpt" and not config.load + config.export:
+        raise InputError(f"--stage {config.stage}: goes with --load or --export only")
+    jobs[given[0] if given else "text"](config)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
     name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
     seed: int = 1               # fixes prompts, samples and minibatches
@@ -171,7 +171,9 @@ def adapt_beta(beta, kl, kl_target):
 # The family: what other methods have in the place of GAE, of the clipped objective and of the KL penalty in the rewards.
 
 ONE_PASS = dict(objective="policy_gradient", epochs=1)  # over a batch: then it is another policy's
-PRESETS = {"method": {
+PRESETS = {"size": {  # Ziegler et al. 2019's code for GPT-2, 124M, stylistic tasks: lr 1e-5, 4 passes over 512 rollouts
+    "gpt2": dict(rollouts=512, epochs=4, minibatch=512, micro_batch=8, lr=1e-5, value_lr=1e-5, value_clip=0.2, lam=0.95,
+                 max_new_tokens=128)}, "method": {
     "ppo": {},
     "ppo_penalty": dict(objective="penalty"),
     "a2c": ONE_PASS,

@@ -39,7 +39,7 @@ EARLIER = {**sft.EARLIER, "sft": sft.main}  # the stages that this one builds on
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/reward_model
     seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
     data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
@@ -60,6 +60,8 @@ class Config:
 
 GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64, micro_batch=64, lr=1e-4,
            report=128)
+# Ziegler et al. 2019's code for their GPT-2 of 124M, the stylistic tasks: batches of 32, lr 5e-5
+PRESETS = {"size": {"gpt2": dict(batch=32, micro_batch=4, lr=5e-5, max_new_tokens=128, sample_batch=128)}}
 
 
 class RewardModel(nn.Module):
@@ -463,7 +465,8 @@ def learning_curve(config):
 
 
 def main(argv=None):
-    config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.")
+    config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.",
+                          presets=PRESETS)
     if config.learning_curve:
         learning_curve(config)
     else:

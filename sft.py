@@ -36,7 +36,7 @@ EARLIER = {"gpt": gpt.main}  # the stages that this one builds on
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/sft
     seed: int = 1               # fixes data and samples
     data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
@@ -57,6 +57,8 @@ class Config:
 
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
+# batch: Stiennon et al. 2020, appendix B; lr: the default of TRL's SFTTrainer
+PRESETS = {"size": {"gpt2": dict(batch=128, micro_batch=8, lr=2e-5, max_new_tokens=128, report=16)}}
 
 
 def backward(model, sequences, prompt_lengths, tokens_per_batch, micro_batch):
@@ -240,7 +242,7 @@ def answer(config, stage, name):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Fine-tune the base model on demonstrations, loss on the response only.",
-                          needs={"temperature": ("prompt",), "top_k": ("prompt",)})
+                          needs={"temperature": ("prompt",), "top_k": ("prompt",)}, presets=PRESETS)
     if config.prompt:
         answer(config, "sft", "sft")
     else:

@@ -5,6 +5,9 @@
     pairs.jsonl            {"prompt": "...", "chosen": "...", "rejected": "..."}    one object a line
     labels.jsonl           {"prompt": "...", "completion": "...", "label": true}    one object a line, label true or false
 
+A text may also be TRL's list of messages, [{"role": "user" or "assistant", "content": "..."}], a demonstration also
+{"messages": [...]}; one exchange only (see plain). A .jsonl.gz is read as what it holds.
+
 A file that is wrong ends in one line that says where and why, never in a traceback:
 
     reward_model.py: pairs.jsonl:17: "chosen" must be text, found the number 3; put it in quotes
@@ -13,11 +16,16 @@ Fields other than the ones asked for are ignored, and so are blank lines, a byte
 ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.
 """
 
+import codecs
+import functools
+import gzip
+import itertools
 import json
 import os
 import random
 import re
 import sys
+import zlib
 from pathlib import Path
 
 try:
@@ -37,20 +45,33 @@ class InputError(ValueError):
 # ----------------------------------------------------------------------------------------------------
 # Reading
 
-def read_text(path):
-    """The text of a UTF-8 file; line ends become "\\n". InputError if it is missing, empty, not UTF-8 or holds a NUL."""
-    data = read_bytes(path)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-                         "save the file as UTF-8") from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
+def read_chunks(path, size=2 ** 20):
+    """Yield the text of a UTF-8 file in pieces of about `size` bytes, so that it never is in memory whole; line ends become
+    "\\n". A piece ends behind a sign that is no white space, before one that is: there a tokenizer makes an end as well.
+
+    InputError if the file is missing, empty, not UTF-8 or holds a NUL.
+    """
+    decoder, rest, offset, characters, empty, mark = codecs.getincrementaldecoder("utf-8")(), "", 0, 0, True, "\ufeff"
+    for block in itertools.chain(read_blocks(path, size), [b""]):
+        offset += len(block)
+        try:
+            rest += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset -= len(error.object) - error.start
+            raise InputError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}; "
+                             "save the file as UTF-8") from None
+        if rest:
+            rest, mark = rest.removeprefix(mark), ""  # a byte order mark, at the beginning
+        end = re.match(r"(?s:.*)\S(?=[ \t\r\n])|", rest).end() if block else len(rest)
+        text, rest = rest[:end].replace("\r\n", "\n").replace("\r", "\n"), rest[end:]
+        if "\0" in text:
+            raise InputError(f"{path}: holds a NUL at character {characters + text.index(chr(0)) + 1}; "
+                             "save the file as UTF-8 text")
+        characters, empty = characters + len(text), empty and not text.strip()
+        if text:
+            yield text
+    if empty:
         raise InputError(f"{path}: the file is empty")
-    if "\0" in text:
-        raise InputError(f"{path}: holds a NUL at character {text.index(chr(0)) + 1}; save the file as UTF-8 text")
-    return text
 
 
 def read_jsonl(path, fields):
@@ -116,11 +137,12 @@ def split_prompts(path, seed):
     return [[row["prompt"] for row in part] for part in hold_out(rows, seed, path)]
 
 
-def read_bytes(path):
-    """The bytes of a file; InputError if there is no such file or it cannot be read."""
+def read_blocks(path, size=2 ** 20):
+    """Yield the bytes of a file, `size` at a time; InputError if there is no such file or it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read()
+            while block := file.read(size):
+                yield block
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -129,9 +151,29 @@ def read_bytes(path):
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def read_bytes(path):
+    """The bytes of a file; InputError if there is no such file or it cannot be read."""
+    return b"".join(read_blocks(path, -1))
+
+
+def checksum(path):
+    """The CRC-32 of a file's bytes, without holding them all."""
+    return functools.reduce(lambda crc, block: zlib.crc32(block, crc), read_blocks(path), 0)
+
+
 def objects(path):
-    """Yield (row, "FILE:LINE") for each line that isn't blank; InputError if a line isn't a JSON object."""
-    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    """Yield (row, "FILE:LINE") for each line that isn't blank, messages as plain texts; InputError if it is no object."""
+    data = read_bytes(path)
+    if data.startswith(b"PAR1"):
+        raise InputError(f"{path}: is a Parquet file; convert it (pip install pandas pyarrow): python -c \"import pandas; "
+                         f"pandas.read_parquet('{path}').to_json('{Path(path).with_suffix('.jsonl')}', orient='records', "
+                         "lines=True)\"")
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
     where = None
     # Bytes are split, not text: str.splitlines would also cut at U+2028, which may stand inside a string.
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -155,9 +197,30 @@ def objects(path):
             raise InputError(f"{where}: a number has too many digits") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: found {kind(row)}; each line must be one JSON object")
-        yield row, where
+        yield plain(row, where), where
     if where is None:
         raise InputError(f"{path}: the file is empty; each line must be one JSON object")
+
+
+def plain(row, where):
+    """A row whose texts may be TRL's lists of messages, with strings in their place. A "prompt" is a message of the user,
+    the others are one of the assistant, perhaps after one of the user, which then is the prompt. Nothing is cut:
+    InputError if there are more turns, another role, or two prompts that differ."""
+    if isinstance(row.get("messages"), list) and not {"prompt", "completion", "chosen", "rejected"} & row.keys():
+        row = {**row, "completion": row["messages"]}
+    for field in ("prompt", "completion", "chosen", "rejected"):
+        turns, wanted = row.get(field), ["user"] if field == "prompt" else ["user", "assistant"]
+        if not isinstance(turns, list) or not turns or not all(
+                isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+            continue
+        roles = [turn["role"] for turn in turns]
+        if roles not in (wanted, wanted[-1:]):
+            raise InputError(f'{where}: "{field}" has the turns {shown(", ".join(map(str, roles)))}, but must be one '
+                             f'exchange, {" then ".join(wanted)}; make a row of each')
+        if len(turns) == 2 and row.get("prompt", turns[0]["content"]) != turns[0]["content"]:
+            raise InputError(f'{where}: "{field}" begins with another prompt than the row has; keep one of them')
+        row = {**row, **({"prompt": turns[0]["content"]} if len(turns) == 2 else {}), field: turns[-1]["content"]}
+    return row
 
 
 def dict_of_distinct_keys(pairs):
@@ -208,7 +271,8 @@ def shown(value):
 # Writing
 
 def write_atomic(path, data):
-    """Write bytes, or a str as UTF-8, so that path holds the old file or all of the new one, never a part.
+    """Write bytes, a str as UTF-8, or what a function of the open file writes, so that path holds the old file or all of
+    the new one, never a part.
 
     The data goes to a temporary file in the same folder, to the disk, and then takes the old file's name.
     If anything fails, the old file is intact, the temporary one is gone, and the error goes on its way.
@@ -221,7 +285,7 @@ def write_atomic(path, data):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

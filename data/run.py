@@ -13,7 +13,6 @@ Nothing in this file knows what a GPT is.
 import argparse
 import contextlib
 import inspect
-import io
 import itertools
 import math
 import os
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import InputError, lock_folder, read_bytes, write_atomic, write_jsonl
+from data.files import InputError, checksum, lock_folder, write_atomic, write_jsonl
 
 try:
     import resource
@@ -144,12 +143,18 @@ def announce(stage, config, device, data, model):
 
 
 def show_models(trained, **models):
-    """How many models (None: it has none) a stage holds, and how much memory. trained: the names of those that learn."""
+    """How many models (None: it has none) a stage holds, and how much memory. trained: the names of those that learn.
+    InputError if the GPU has less."""
     models = {name: model for name, model in models.items() if model}
     size = sum(x.numel() * x.element_size() * (4 if name in trained else 1)  # itself, its gradient, Adam's two moments
                for name, model in models.items() for x in model.parameters())
     print(f"models in memory: {len(models)} ({', '.join(models)}), {size / 2 ** 20:.0f} MB with gradients and optimizer",
           flush=True)
+    # What is needed besides hangs on --micro_batch.
+    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+    if size > room:
+        raise InputError(f"{len(models)} models of {size / 2 ** 20:.0f} MB do not fit the GPU's {room / 2 ** 20:.0f}: begin "
+                         "with a smaller GPT-2, or export the stages and go on with several GPUs (README)")
 
 
 def show(*lines):
@@ -269,8 +274,8 @@ class Run:
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("resume", "out")}
         for name in ("text", "data"):  # a file may have changed under its name
             if settings.get(name):
-                settings[name] += f" (checksum {zlib.crc32(read_bytes(settings[name])):08x})"
-        sources = {f"{path.parent.name}/{path.name}": zlib.crc32(read_bytes(path)) for path in self.sources}
+                settings[name] += f" (checksum {checksum(settings[name]):08x})"
+        sources = {f"{path.parent.name}/{path.name}": checksum(path) for path in self.sources}
         self.saved = dict(stage=self.stage, settings=settings, sources=sources, step=0, seconds=0.0, rows=[],
                           path=str(self.path))
         if self.path.exists() and self.config.resume:
@@ -422,9 +427,7 @@ def restore(saved, steps, **state):
 
 def write_torch(path, values):
     """torch.save, atomic."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, lambda file: torch.save(values, file))
 
 
 def read_torch(path):
@@ -437,7 +440,7 @@ def read_torch(path):
 
 
 @contextlib.contextmanager
-def refused_if_broken(path, advice):
+def refused_if_broken(path, advice, of="this project"):
     """Whatever a damaged file makes torch or us raise becomes an InputError, one line that names the file."""
     try:
         yield
@@ -446,26 +449,31 @@ def refused_if_broken(path, advice):
     except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
             ArithmeticError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a whole file of this project ({reason}); delete it and {advice}") from error
+        raise InputError(f"{path}: not a whole file of {of} ({reason}); delete it and {advice}") from error
 
 
-def memory_mapped(path, draw):
-    """The lists of ids that draw() returns, as views of a memory-mapped file; where the file is, draw is not called.
+def memory_mapped(path, draw, joined=False):
+    """The sequences of ids that draw() yields, as views of a memory-mapped file (joined: as one); where the file is, draw
+    is not called. They are never in memory together.
 
-    The file is an .npy file of int32s (how many sequences, their lengths, then all their tokens) and, behind it, a checksum
-    of all its bytes. Atomic.
+    The file holds int32s, all tokens, then the length of each sequence and how many they are, and a checksum. Atomic.
     """
+    def write(file):
+        lengths, crc = [], 0
+        for numbers in itertools.chain(draw(), [lengths]):
+            lengths.append(len(numbers))  # at the end, their own number
+            data = np.array(numbers, dtype=np.int32).tobytes()
+            crc = zlib.crc32(data, crc)
+            file.write(data)
+        file.write(crc.to_bytes(4, "little"))
+
     if not path.exists():
-        sequences = draw()
         path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.save(buffer, np.array([len(sequences), *map(len, sequences), *itertools.chain(*sequences)], dtype=np.int32))
-        write_atomic(path, buffer.getvalue() + zlib.crc32(buffer.getvalue()).to_bytes(4, "little"))
+        write_atomic(path, write)
     with refused_if_broken(path, "run the stage again"):
         content = np.memmap(path, np.uint8, mode="r")
-        if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:].tobytes(), "little"):  # before numpy parses its head
+        if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:].tobytes(), "little"):
             raise ValueError("checksum error")
-        data = np.load(path, mmap_mode="c")  # copy on write: torch wants memory that may be written
-        tokens = 1 + data[0]
-        ends = tokens + np.cumsum(data[1:tokens])
-        return [data[start:end] for start, end in zip([tokens, *ends[:-1]], ends)]
+        data = np.memmap(path, np.int32, mode="c", shape=len(content) // 4 - 1)  # copy on write: torch wants to be able to
+        tokens, lengths = np.split(data[:-1], [len(data) - 1 - data[-1]])
+        return [tokens] if joined else [tokens[end - length:end] for length, end in zip(lengths, np.cumsum(lengths))]

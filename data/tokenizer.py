@@ -21,10 +21,17 @@ encoded as the seven characters that it is, so no user can end a turn by typing.
 """
 
 import heapq
+import itertools
+import os
+import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import regex
 import tiktoken
+
+from data.files import checksum, read_blocks, read_chunks
+from data.run import memory_mapped, progress
 
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
@@ -32,6 +39,18 @@ SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 # without its English contractions. White space is cut at 64, because the look-ahead makes tiktoken panic
 # (a stack overflow) on a run of a million blanks.
 PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,64}(?!\S)|\s{1,64}"
+
+# How a text is split before its pieces are merged. gpt2: GPT-2's own rule, for a vocabulary that was learnt with it; \s++$
+# changes nothing, but spares tiktoken that panic where the text ends in white space, and encode() ends it there.
+PATTERNS = {"words": PATTERN,
+            "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"}
+LONG_RUN = regex.compile(r"(?=\p{White_Space}\P{White_Space})(?<=\p{White_Space}{1000})")
+
+# How vocabulary files of GPT-2's kind write a byte: as the sign that it is in Latin-1 where that is a printable one, else
+# as one from U+0100 on.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+SIGNS = dict(zip([*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE)],
+                 map(chr, [*PRINTABLE, *range(0x100, 0x144)])))
 
 
 def train(text, vocab_size):
@@ -98,10 +117,11 @@ def merge(ids, pair, new_id):
 
 
 class Tokenizer:
-    """Text to ids and back, for a vocabulary from train(). Ids run from 0 to n_vocab - 1, specials last."""
+    """Text to ids and back, for a vocabulary from train() or GPT-2's. Ids run from 0 to n_vocab - 1, specials last."""
 
-    def __init__(self, vocabulary):
-        """vocabulary: list of bytes in rank order. ValueError if it isn't one that can encode every text."""
+    def __init__(self, vocabulary, pattern="words"):
+        """vocabulary: list of bytes in rank order; pattern: one of PATTERNS' names. ValueError if it isn't one that can
+        encode every text, or there is no such pattern."""
         vocabulary = list(vocabulary)
         wrong = [token for token in vocabulary if not isinstance(token, bytes) or not token]
         if wrong:
@@ -112,13 +132,15 @@ class Tokenizer:
         missing = {bytes([i]) for i in range(256)} - set(vocabulary)
         if missing:
             raise ValueError(f"the vocabulary lacks the single byte {min(missing)!r}")
+        if pattern not in PATTERNS:
+            raise ValueError(f"the vocabulary's pattern is {pattern!r:.60}; known are {', '.join(PATTERNS)}")
 
-        self.vocabulary = vocabulary
+        self.vocabulary, self.pattern = vocabulary, pattern
         self.n_vocab = len(vocabulary) + len(SPECIAL_TOKENS)
         self.user_token, self.assistant_token, self.end_token = range(len(vocabulary), self.n_vocab)
         self._encoding = tiktoken.Encoding(
             name="rlhf",
-            pat_str=PATTERN,
+            pat_str=PATTERNS[pattern],
             mergeable_ranks={token: rank for rank, token in enumerate(vocabulary)},
             special_tokens=dict(zip(SPECIAL_TOKENS, range(len(vocabulary), self.n_vocab))),
             explicit_n_vocab=self.n_vocab,
@@ -126,11 +148,13 @@ class Tokenizer:
 
     def encode(self, text):
         """Text to a list of ids, never a special one. A lone surrogate, which isn't text, becomes U+FFFD."""
-        return self._encoding.encode_ordinary(text)
+        parts = LONG_RUN.split(text) if len(text) > 100_000 else [text]
+        return [i for part in parts for i in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts, num_threads=2):
         """[encode(text) for text in texts], in threads."""
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode(self, ids):
         """A list of ids to text. Special tokens are spelled out; bytes that aren't UTF-8 become U+FFFD."""
@@ -144,14 +168,54 @@ class Tokenizer:
         """The ids of TEXT<|end|>."""
         return [*self.encode(text), self.end_token]
 
+    def merges(self):
+        """The two tokens that each token of several bytes is merged of, in rank order: what BPE makes of its bytes with the
+        merges before it. ValueError if that is one token, or more than two.
+
+        To merge by the rank of what comes out, as tiktoken does, is therefore to merge by this list of pairs, as
+        transformers does: whenever two neighbours spell a token, they are the pair of that token.
+        """
+        ranks, pairs = {token: rank for rank, token in enumerate(self.vocabulary)}, []
+        for token, rank in ranks.items():
+            parts = [token[i:i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                found = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
+                i = found.index(min(found))
+                if found[i] >= rank:
+                    raise ValueError(f"the vocabulary holds {token!r:.60}, which no merge of two others makes")
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2:
+                pairs.append(tuple(parts))
+        return pairs
+
     def to_strings(self):
         """The vocabulary as a list of strings for JSON or a checkpoint, a character U+0000 to U+00FF a byte."""
         return [token.decode("latin-1") for token in self.vocabulary]
 
     @classmethod
-    def from_strings(cls, strings):
+    def from_strings(cls, strings, pattern="words"):
         """The tokenizer that to_strings() wrote down. ValueError if these strings aren't such a list."""
         try:
-            return cls([string.encode("latin-1") for string in strings])
+            return cls([string.encode("latin-1") for string in strings], pattern)
         except (AttributeError, TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"not a vocabulary written by to_strings(): {error}") from None
+
+
+def sample_text(path, size=2 ** 24):
+    """The text of a file to learn a vocabulary from: all of it or, of a larger one, pieces from everywhere, `size` bytes
+    or so together."""
+    return "".join(itertools.islice(read_chunks(path), 0, None, 1 + sum(map(len, read_blocks(path))) // size))
+
+
+def encode_file(path, tokenizer, folder):
+    """The ids of a text file, which may be larger than the memory, as one array: a view of a memory-mapped file in folder,
+    made in threads, and only once for a text and a vocabulary."""
+    def draw():
+        chunks, threads, done = read_chunks(path), os.cpu_count(), 0
+        report = progress("bytes of text encoded", os.path.getsize(path))
+        while group := list(itertools.islice(chunks, threads)):
+            yield from tokenizer.encode_batch(group, threads)
+            report(done := done + sum(len(text.encode("utf-8")) for text in group))
+
+    vocabulary = zlib.crc32(repr((tokenizer.vocabulary, tokenizer.pattern)).encode())
+    return memory_mapped(folder / f"text-{checksum(path):08x}-{vocabulary:08x}.ids", draw, joined=True)[0]

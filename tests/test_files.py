@@ -1,5 +1,6 @@
 """Reading people's files: thousands of damaged ones, each of which must end in one line that says where and why."""
 
+import gzip
 import io
 import json
 import os
@@ -10,8 +11,8 @@ import sys
 import pytest
 
 from data import files
-from data.files import (InputError, hold_out, lock_folder, read_demonstrations, read_jsonl, read_labels, read_pairs,
-                        read_prompts, read_text, split_prompts, write_atomic, write_jsonl)
+from data.files import (InputError, hold_out, lock_folder, read_chunks, read_demonstrations, read_jsonl, read_labels,
+                        read_pairs, read_prompts, split_prompts, write_atomic, write_jsonl)
 
 FORMATS = {
     read_demonstrations: ("prompt", "completion"),
@@ -19,6 +20,13 @@ FORMATS = {
     read_prompts: ("prompt",),
 }
 BOM = b"\xef\xbb\xbf"
+
+
+def read_text(path, size=2 ** 20):
+    """The whole text of a file, out of its pieces."""
+    return "".join(read_chunks(path, size))
+
+
 readers = pytest.mark.parametrize("reader", FORMATS, ids=lambda reader: reader.__name__)
 
 
@@ -278,6 +286,63 @@ def test_a_single_prompt_cannot_be_held_out(rows):
     assert "\n" not in str(error.value)
 
 
+def conversation(*turns):
+    """Messages of the user and the assistant in turn."""
+    return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
+
+
+def test_the_forms_of_trl(tmp_path):
+    """Somebody's preference file for TRL: refused, or its prompt trained on as a part of the answer."""
+    chosen, rejected = "a fox", "a\nkite"
+    pair = {"prompt": "q", "chosen": chosen, "rejected": rejected}
+    asked, answers = conversation("q"), {name: conversation("q", pair[name])[1:] for name in ("chosen", "rejected")}
+    for row in ({"prompt": asked, **answers},
+                {"chosen": asked + answers["chosen"], "rejected": asked + answers["rejected"]},
+                {"prompt": "q", "chosen": asked + answers["chosen"], "rejected": asked + answers["rejected"],
+                 "messages": asked + answers["rejected"]}, {**pair, "messages": None}):
+        path = put(tmp_path / "trl.jsonl", as_line(random.Random(0), row))
+        assert read_pairs(path) == [pair] and read_prompts(path) == ["q"]
+        assert read_demonstrations(path) == [{"prompt": "q", "completion": chosen}]
+    for row in ({"messages": asked + answers["chosen"]}, {"prompt": asked, "completion": answers["chosen"], "label": True}):
+        path = put(tmp_path / "trl.jsonl", as_line(random.Random(0), row))
+        assert read_demonstrations(path) == [{"prompt": "q", "completion": chosen}] and read_prompts(path) == ["q"]
+    assert read_labels(path) == [{"prompt": "q", "completion": chosen, "label": True}]
+
+
+def test_more_turns_than_one_are_refused(tmp_path):
+    """A dialogue cut to its last turn, or a system's message left out, trains on something that nobody wrote."""
+    long, system = conversation("q", "a", "b", "c"), [{"role": "system", "content": "be kind"}]
+    pair = {"prompt": conversation("q"), "chosen": conversation("q", "a")[1:], "rejected": conversation("q", "b")[1:]}
+    for reader, row, match in (
+            (read_demonstrations, {"messages": long}, "completion.*user, assistant, user, assistant"),
+            (read_demonstrations, {"messages": system + conversation("q", "a")}, "system, user, assistant"),
+            (read_demonstrations, {"messages": conversation("q")}, '"completion" has the turns .user.'),
+            (read_pairs, {**pair, "prompt": system + pair["prompt"]}, '"prompt" has the turns .system, user.'),
+            (read_pairs, {**pair, "chosen": long}, '"chosen" has the turns'),
+            (read_pairs, {**pair, "prompt": long[:3]}, '"prompt" has the turns'),
+            (read_pairs, {**pair, "rejected": conversation("another", "b")}, "begins with another prompt"),
+            (read_pairs, {**pair, "chosen": [{"role": "assistant", "content": 3}]}, "must be text, found the number 3"),
+            (read_pairs, {**pair, "chosen": [{"role": "assistant", "content": " "}]}, "blank"),
+            (read_pairs, {**pair, "chosen": [{"from": "gpt", "value": "a"}]}, "must be text, found a list")):
+        with pytest.raises(InputError, match=match) as error:
+            reader(put(tmp_path / "trl.jsonl", json.dumps(row).encode()))
+        assert str(error.value).startswith(f"{tmp_path / 'trl.jsonl'}:1: ") and "\n" not in str(error.value)
+
+
+def test_packed_files(tmp_path):
+    """A .jsonl.gz whose download broke off is not a shorter file; Parquet's bytes are no wrong UTF-8, but another format."""
+    rows = random_rows(random.Random(0), FORMATS[read_pairs]) * 20
+    whole = gzip.compress(b"\n".join(as_line(random.Random(0), row) for row in rows))
+    path = put(tmp_path / "pairs.jsonl.gz", whole)
+    assert read_pairs(path) == rows
+    for data in (whole[:-1], whole[:len(whole) // 2], whole[:3], whole[:-8] + bytes(8), whole + b"x"):
+        with pytest.raises(InputError, match="pairs.jsonl.gz: not a whole gzip file"):
+            read_pairs(put(path, data))
+    with pytest.raises(InputError, match=r"read_parquet\('.*pairs.parquet'\).to_json\('.*pairs.jsonl', orient") as error:
+        read_pairs(put(tmp_path / "pairs.parquet", b"PAR1" + bytes(100) + b"PAR1"))
+    assert "\n" not in str(error.value)
+
+
 def test_huge_line(tmp_path):
     """A line of many megabytes is a line."""
     rows = [{"prompt": "x" * 5_000_000, "note": 1}, {"prompt": "y", "note": 2}]
@@ -313,20 +378,23 @@ def test_text_is_read_or_refused(tmp_path):
             good = io.StringIO(data.decode("utf-8-sig"), newline=None).read()      # Python's own line ends
         except UnicodeDecodeError:
             with pytest.raises(InputError) as error:
-                read_text(path)
+                read_text(path, rng.randint(1, 20))
+            refused += 1
+            if "holds a NUL" in str(error.value):       # in a piece before that
+                assert b"\0" in data
+                continue
             offset = int(str(error.value).split("offset ")[1].split(";")[0])
             data[:offset].decode()
             with pytest.raises(UnicodeDecodeError):
                 data[:offset + 4].decode()
             assert str(error.value).startswith(f"{path}: not UTF-8: byte 0x{data[offset]:02x} ")
-            refused += 1
         else:
             if "\0" in good:
                 with pytest.raises(InputError, match=f": holds a NUL at character {good.index(chr(0)) + 1};"):
-                    read_text(path)
+                    read_text(path, rng.randint(1, 20))
                 nuls += 1
             elif good.strip():
-                assert read_text(path) == good
+                assert read_text(path, rng.randint(1, 20)) == good
             else:
                 with pytest.raises(InputError, match="empty"):
                     read_text(path)

@@ -93,7 +93,7 @@ def test_help_shows_the_choices(helps, name, capsys):
     module = importlib.import_module(name)
     choices = {field.name: typing.get_args(field.type) for field in fields(module.Config)
                if not isinstance(field.type, type)}
-    assert choices["size"] == ("auto", "cpu", "gpu")
+    assert choices["size"] == ("auto", "cpu", "gpu", "gpt2")
     for flag, values in choices.items():
         assert f"\n  --{flag} {{{','.join(values)}}}" in helps[name]
         for value in values:
@@ -126,7 +126,8 @@ def test_training_on_a_system_without_file_locks(windows):
     assert "Benchmark training and sampling" in texts["bench"] and "--n_layer" in texts["bench"]
     assert f"{out}/cpu/gpt: this system locks no files; start no second run in this folder\n" in texts["training"]
     assert "saved " in texts["training"] and [row["step"] for row in metrics(out / "cpu/gpt/metrics.jsonl")] == [3]
-    assert sorted(path.name for path in (out / "cpu/gpt").iterdir()) == ["checkpoint.pt", "lock", "metrics.jsonl"]
+    names = sorted(path.name for path in (out / "cpu/gpt").iterdir())
+    assert names[:3] == ["checkpoint.pt", "lock", "metrics.jsonl"] and [name[-4:] for name in names[3:]] == [".ids"]
 
 
 def test_memory_where_the_system_tells_it(monkeypatch):

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import regex
 
-from data.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, merge, train
+from data.files import read_chunks
+from data.tokenizer import PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_file, merge, sample_text, train
 
 TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
 Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the wind was
@@ -123,6 +124,49 @@ def test_long_runs_do_not_panic(tokenizer):
     """GPT-2's pattern overflows tiktoken's regex stack on a million blanks: a Rust panic that no except catches."""
     for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "?" * 300_000, "🦊" * 100_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_of_a_file_are_encoded_like_the_whole(tmp_path):
+    """A text of several GB is encoded in pieces: a word, a line end or a run of blanks that a border cuts in two has other
+    ids, and so has every copy of it there."""
+    rng, path = random.Random(4), tmp_path / "text.txt"
+    tokenizers = [Tokenizer(train(TEXT, 400), pattern) for pattern in PATTERNS]
+    for _ in range(300):
+        blanks = ["\r\n", "\n", " ", "\t", "\x1c", "\x85", "\u2028", "\u3000", ".", "it's", "é", "日本 "]
+        text = "x" + "".join(rng.choice(blanks) * rng.choice([1, 1, 1, 3, 70]) for _ in range(rng.randint(1, 30)))
+        path.write_bytes(text.encode())
+        pieces, text = list(read_chunks(path, rng.randint(1, 50))), text.replace("\r\n", "\n").replace("\r", "\n")
+        assert "".join(pieces) == text
+        for tokenizer in tokenizers:
+            assert sum(tokenizer.encode_batch(pieces), []) == tokenizer.encode(text), repr(text)
+
+
+def test_a_file_is_encoded_once(tmp_path):
+    """A corpus that is encoded anew at every start, or one of another text or vocabulary that is taken for it."""
+    path, text = tmp_path / "text.txt", TEXT * 3000  # two pieces
+    path.write_text(text, encoding="utf-8")
+    tokenizer, other = Tokenizer(train(TEXT, 400)), Tokenizer(train(TEXT, 300))
+    for _ in range(2):
+        assert encode_file(path, tokenizer, tmp_path / "ids").tolist() == tokenizer.encode(text)
+        assert len(list((tmp_path / "ids").iterdir())) == 1
+    assert encode_file(path, other, tmp_path / "ids").tolist() == other.encode(text)
+    path.write_text(TEXT, encoding="utf-8")
+    assert encode_file(path, tokenizer, tmp_path / "ids").tolist() == tokenizer.encode(TEXT)
+    assert sample_text(path) == TEXT
+    path.write_text(text, encoding="utf-8")
+    sample = sample_text(path, 2 ** 19)
+    assert len(text) / 2 < len(sample) < len(text) and sample[:1000] == text[:1000]
+
+
+def test_merges_are_those_of_training():
+    """The list of pairs that other libraries want: out of order, or of another pair that spells the same, they encode
+    another way."""
+    text = TEXT + "aaaaaa aaaaaaaaaaa lalala"
+    vocabulary = train(text, 400)
+    pairs = [(vocabulary[left], vocabulary[right]) for (left, right), _ in brute_force_train(text, 400)]
+    assert Tokenizer(vocabulary).merges() == pairs
+    with pytest.raises(ValueError, match="no merge of two"):
+        Tokenizer([bytes([i]) for i in range(256)] + [b"abc"]).merges()
 
 
 def test_text_never_becomes_a_special_token(tokenizer):
