@@ -51,10 +51,10 @@ class Config:
     finetune: Literal["no", "per_prompt", "overall"] = "no"     # RSFT on the best response to each prompt, or of all
     name: str = ""              # name of its policy's folder: rsft-… keeps an experiment apart
     rounds: int = 1             # RSFT, repeated from the policy of the round before
-    epochs: int = 2             # passes over the responses that a round kept
+    epochs: int = 4             # passes over the responses that a round kept
     batch: int = 32             # responses in a step
     micro_batch: int = 32       # responses in one forward pass; less memory, the same gradient
-    lr: float = 2e-4            # peak learning rate of a round (linear warm-up, cosine to zero)
+    lr: float = 3e-4            # peak learning rate of a round (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
     report: int = 16            # steps between two reports; the state for --resume is saved as often

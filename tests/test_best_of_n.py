@@ -923,8 +923,8 @@ def test_what_cannot_be_learnt_from_is_counted(tokenizer, capsys):
 
 
 def rsft(out, *flags, how="per_prompt"):
-    small = "--size cpu --prompts 12 --samples 4 --batch 4 --report 4 --lr 1e-2 --warmup 1 --max_new_tokens 16".split()
-    best_of_n.main(["--out", str(out), "--finetune", how, *small, *flags])
+    small = "--prompts 12 --samples 4 --max_new_tokens 16 --batch 4 --epochs 2 --report 4 --lr 1e-2 --warmup 1".split()
+    best_of_n.main(["--out", str(out), "--size", "cpu", "--finetune", how, *small, *flags])
 
 
 def equal(a, b):
@@ -949,8 +949,9 @@ def watch(monkeypatch):
 @pytest.mark.parametrize("how", ["per_prompt", "overall"])
 def test_rounds_of_finetuning(how, out, monkeypatch, capsys):
     """Every round on samples of the SFT model; the worst of N, or all; held-out requests; another stage written over; a
-    policy that learns from other responses than those beside its checkpoint."""
-    before, rounds = snapshot(out), watch(monkeypatch)
+    policy that learns from other responses than those beside its checkpoint; after for before on the screen."""
+    before, rounds, shown = snapshot(out), watch(monkeypatch), []
+    monkeypatch.setattr(best_of_n, "show_before_and_after", lambda *arguments: shown.extend(arguments))
     rsft(out, "--rounds", "2", how=how)
     printed, folder = capsys.readouterr().out, out / "cpu" / f"rsft-{how}"
     assert {path: data for path, data in snapshot(out).items() if folder not in path.parents} == before
@@ -975,17 +976,18 @@ def test_rounds_of_finetuning(how, out, monkeypatch, capsys):
     assert learnt[-1] < learnt[0]
     assert "fresh requests of the little world; 4 responses to each of 12, 2 x\n" in printed
     assert printed.count("kept    12 of 48 responses, for ") == 2
-    assert "before and after on 33 held-out prompts: reward" in printed
     policy, _, checkpoint = load_checkpoint(folder / "checkpoint.pt", "rsft", "cpu")
     assert checkpoint["distils"] == 16 and not equal(policy.state_dict(), rounds[1][2])
+    assert equal(shown[1].state_dict(), rounds[0][2]) and equal(shown[2].state_dict(), checkpoint["model"])
 
 
-@pytest.mark.parametrize("where, n", [("end_step", 1), ("end_step", 4), ("end_step", 5), ("end_step", 6), ("end_step", 11),
-                                      ("draw", 1), ("draw", 2), ("write_jsonl", 1), ("write_jsonl", 2)])
-def test_finetuning_goes_on_bit_for_bit(where, n, out, monkeypatch):
+@pytest.mark.parametrize("where, n, report", [
+    ("end_step", 1, 4), ("end_step", 4, 4), ("end_step", 6, 4), ("end_step", 6, 3), ("end_step", 11, 4), ("draw", 1, 4),
+    ("draw", 2, 4), ("write_jsonl", 1, 4), ("write_jsonl", 2, 3)])
+def test_finetuning_goes_on_bit_for_bit(where, n, report, out, monkeypatch):
     """A round that is sampled anew from a policy further on, or learnt twice; figures of a round that are lost or stand
-    there twice; a schedule that begins again. Rounds end after step 6, the state is saved every 4 steps."""
-    argv = ["--rounds", "2", "--name"]
+    there twice; a schedule that begins again. Rounds end after step 6, the state is saved every `report` steps."""
+    argv = ["--rounds", "2", "--report", str(report), "--name"]
     rsft(out, *argv, "rsft-whole")
     owner = Run if where == "end_step" else best_of_n
     calls, original = [], getattr(owner, where)

@@ -306,7 +306,7 @@ def test_empty_texts_are_refused(name):
     assert parse_config(module.Config, module.GPU, ["--out", " "], "").out == " "
 
 
-@pytest.mark.parametrize("stage, other", [("ppo", "dpo"), ("dpo", "ppo")])
+@pytest.mark.parametrize("stage, other", [("ppo", "dpo"), ("dpo", "ppo"), ("rsft", "ppo")])
 def test_a_runs_name_begins_with_its_stage(stage, other):
     """--name sft puts the policy where the reference was; --name ../x leaves the folder of the outputs."""
     for name in (stage, stage + "2", stage + "-beta0", stage + "_a.b-1"):
