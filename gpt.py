@@ -206,6 +206,11 @@ def log_distribution(model, tokens, mask, temperature=1.0):
     return logprobs.new_zeros(*mask.shape, logprobs.shape[1]).masked_scatter(mask[..., None], logprobs)
 
 
+def exact_kl(old, new):
+    """KL(old || new) at every token, of two log-distributions: both (B, T-1, V) -> (B, T-1), 0 where both are 0."""
+    return (old.exp() * (old - new)).sum(dim=2)
+
+
 def kl_estimators(log_ratio):
     """Three estimates of KL(p || q) from samples of p, one by one (Schulman 2020, "Approximating KL Divergence").
 
@@ -528,16 +533,16 @@ def held_out_documents():
     return [stories.document(rng) for _ in range(500)]
 
 
-def pretraining_text(config, tokenizer):
-    """What the gpt stage was trained on, for a later stage: (draw(count, rng) -> lists of ids, held-out lists of ids)."""
+def pretraining_text(config, tokenizer, model):
+    """What the gpt stage was trained on, for a later stage's model: (draw(count, rng) -> lists of ids, held-out lists of
+    ids, the files that they come from)."""
     path = stage_folder(config, "gpt") / "checkpoint.pt"
-    model, _, checkpoint = load_checkpoint(path, "gpt", config.size)
-    if not checkpoint["text"]:
+    text = load_checkpoint(path, "gpt", config.size)[2]["text"]
+    if not text:
         return (lambda count, rng: encode_documents((stories.document(rng) for _ in range(count)), tokenizer),
-                encode_documents(held_out_documents(), tokenizer))
-    size = model.config.block_size
-    tokens, held_out, _ = split_text(checkpoint["text"], tokenizer, size)
-    return lambda count, rng: draw_windows(tokens, count, size, rng), held_out
+                encode_documents(held_out_documents(), tokenizer), [path])
+    tokens, held_out, _ = split_text(text, tokenizer, model.config.block_size)
+    return lambda count, rng: draw_windows(tokens, count, model.config.block_size, rng), held_out, [path, Path(text)]
 
 
 def draw_corpus(config):

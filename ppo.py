@@ -5,7 +5,6 @@ ECE 7115, 13. RLHF, "RLHF Training with PPO"; CS 224R, Lecture 9, ch. 7; CME 295
     max_θ J(θ) = E_{x~D, y~π_θ} [ r_φ(x, y) ] - β · KL( π_θ(·|x) || π_ref(·|x) )
 
 Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen reward model r_φ, the value model V.
-
     python ppo.py                       everything: a stage whose checkpoint is missing is trained first
     python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on your own data
     python ppo.py --prompt "…"          answer a prompt with the policy
@@ -27,6 +26,7 @@ Departures from the slides, on purpose:
 
 import random
 import time
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -38,7 +38,7 @@ from data import stories
 from data.files import InputError, run_script, split_prompts
 from data.run import (Run, announce, check_name, parse_config, peak_memory, restore, show_models, stage_folder,
                       train_missing)
-from gpt import (autocast, generate, get_device, kl_estimators, load_checkpoint, log_distribution, make_optimizer,
+from gpt import (autocast, exact_kl, generate, get_device, kl_estimators, load_checkpoint, log_distribution, make_optimizer,
                  masked_logprobs, optimizer_step, pretraining_text, response_mask, save_checkpoint)
 from reward_model import RewardModel, gold_rewards, show_before_and_after
 
@@ -59,13 +59,13 @@ class Config:
     baseline: Literal["none", "batch", "leave_one_out", "moving"] = "none"      # what G_t is compared with
     objective: Literal["clip", "penalty", "policy_gradient"] = "clip"           # what the update maximizes
     kl: Literal["rewards", "loss"] = "rewards"      # where β KL(π_θ || π_ref) stands; in the loss: k3
-    mean: Literal["tokens", "responses"] = "tokens" # of the loss: over all tokens, or over those of each response first
+    mean: Literal["tokens", "responses"] = "tokens"     # of the policy's loss: over all tokens, or within responses first
     scale: bool = True          # divide advantages by their standard deviation; gae's are whitened, their mean taken off
     group: int = 1              # responses to the same prompt in a rollout batch
     iterations: int = 100       # rollout batches
     rollouts: int = 64          # responses in a rollout batch
     epochs: int = 1             # K: passes over each rollout batch; its samples are on-policy in the first only
-    minibatch: int = 16         # responses in an optimizer step
+    minibatch: int = 16         # responses in an optimizer step; more than rollouts: all
     micro_batch: int = 8        # responses in one forward pass; less memory and padding, the same gradient
     lr: float = 3e-4            # the policy's learning rate, falling linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
@@ -74,7 +74,7 @@ class Config:
     clip: float = 0.2           # ε of the policy's ratio
     penalty: float = 1.0        # first coefficient of KL(π_old || π_θ), which adapts
     penalty_target: float = 0.01    # the KL(π_old || π_θ) per token, in nats, that it adapts to
-    ptx: float = 0.0            # γ of PPO-ptx: price of a nat of a pretraining document, in reward units
+    ptx: float = 0.0            # γ of PPO-ptx: price of a nat of a pretraining document, in the unit of the advantages
     value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
     gamma: float = 1.0          # discount: 1, the reward comes with the last token
     lam: float = 0.9            # λ of generalized advantage estimation
@@ -85,8 +85,7 @@ class Config:
     resume: bool = False        # go on with the run that was interrupted in this folder
 
 
-GPU = dict(iterations=100, rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95,
-           max_new_tokens=128)
+GPU = dict(rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95, max_new_tokens=128)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The algorithm. Every tensor per token is (B, T-1), aligned with gpt.masked_logprobs: column t is the action
@@ -118,8 +117,7 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
         r_t = -β KL_t, and at the last response token r_T = R(x, y) - β KL_T
     The ratio has the sampling policy on top: only then is the expectation of Σ_t KL_t the KL divergence, never negative.
     """
-    kl = logprobs - ref_logprobs
-    rewards = torch.where(mask, -beta * kl, 0.0)
+    rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)  # -β KL_t
     rewards[mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))] += scores  # at the last response token of each
     return rewards
 
@@ -163,36 +161,29 @@ def clipped_value_loss(values, old_values, returns, mask, clip):
 
 def adapt_beta(beta, kl, kl_target):
     """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2), β ← β(1 + 0.1 e)."""
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return beta * (1 + 0.1 * error)
+    return beta * (1 + 0.1 * min(max(kl / kl_target - 1, -0.2), 0.2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The family: what other methods have in the place of GAE, of the clipped objective and of the KL penalty in the rewards.
 
-ONE_STEP = dict(objective="policy_gradient", epochs=1, minibatch=64)  # a batch: afterwards it is another policy's
+ONE_STEP = dict(objective="policy_gradient", epochs=1, minibatch=10 ** 6)  # a batch: then it is another policy's
 PRESETS = {"method": {
     "ppo": {},
     "ppo_penalty": dict(objective="penalty"),
     "a2c": ONE_STEP,
     "reinforce": dict(ONE_STEP, advantage="reward_to_go"),
     "reinforce_baseline": dict(ONE_STEP, advantage="reward_to_go", baseline="batch"),
-    "grpo": dict(advantage="group", group=8, kl="loss", mean="responses"),
-}}
+    "grpo": dict(advantage="group", group=8, kl="loss", mean="responses")}}
 NEEDS = {  # flags that mean nothing without another one's value
     **dict.fromkeys(("lam", "value_lr", "value_clip"), ("advantage", "gae")), "gamma": ("advantage", "gae", "reward_to_go"),
     "baseline": ("advantage", "reward_to_go"), "scale": ("advantage", "gae", "group"), "clip": ("objective", "clip"),
-    **dict.fromkeys(("penalty", "penalty_target"), ("objective", "penalty")),
-    "kl": ("beta",), "kl_target": ("beta",), "top_k": ("prompt",),
-}
+    **dict.fromkeys(("penalty", "penalty_target"), ("objective", "penalty")), "kl": ("beta",), "kl_target": ("beta",),
+    "top_k": ("prompt",)}
 
 
 def returns_to_go(rewards, mask, gamma):
-    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1), 0 outside the mask.
-
-    >>> returns_to_go(torch.tensor([[9.0, 1.0, 2.0, 9.0]]), torch.tensor([[False, True, True, False]]), 0.5).tolist()
-    [[0.0, 2.0, 2.0, 0.0]]
-    """
+    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1), 0 outside the mask."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[1]  # δ_t = r_t where V = 0
 
 
@@ -204,26 +195,25 @@ def group_advantages(scores, group, scale=True):
     [-1.0, 1.0, 0.0, 0.0]
     """
     rows = scores.view(-1, group)
-    equal = (rows == rows[:, :1]).all(dim=1, keepdim=True)
-    spread = rows.std(dim=1, keepdim=True, correction=0) if scale else 1.0
+    equal = (rows == rows[:, :1]).all(dim=1, keepdim=True)  # their mean may be rounded
+    spread = (rows.var(dim=1, keepdim=True, correction=0) + 1e-8).sqrt() if scale else 1.0  # 1e-8: rounding isn't blown up
     return torch.where(equal, 0.0, (rows - rows.mean(dim=1, keepdim=True)) / spread).flatten()
 
 
 def policy_gradient_loss(logprobs, advantages, mask):
     """REINFORCE and A2C, -E_t[A_t log π_θ(a_t|s_t)], a token mean (ECE 7115, "Policy Gradient"): all (B, T-1) -> scalar."""
-    return -masked_mean(advantages * logprobs, mask)
+    return -masked_mean(advantages * torch.where(mask, logprobs, 0.0), mask)
 
 
 def penalty_policy_loss(logprobs, old_logprobs, advantages, kl, mask, coefficient):
-    """PPO without clipping, -E_t[ρ_t A_t - c KL(π_old(·|s_t) || π_θ(·|s_t))] (Schulman et al. 2017, eq. 8): a scalar. kl
-    (B, T-1): that divergence, exact."""
+    """PPO without clipping, -E_t[ρ_t A_t - c KL(π_old(·|s_t) || π_θ(·|s_t))] (Schulman et al. 2017, eq. 8), a token mean:
+    all (B, T-1), kl that divergence, exact -> scalar."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t
     return -masked_mean(ratio * advantages - coefficient * kl, mask)
 
 
 def adapt_penalty(coefficient, kl, target):
-    """c ← 2c where the update went further than 1.5 times the target, c/2 where less than 1/1.5 of it (Schulman et al.
-    2017, section 4)."""
+    """c ← 2c after an update of more than 1.5 times the target, c/2 below 1/1.5 of it (Schulman et al. 2017, section 4)."""
     return coefficient * 2 if kl > 1.5 * target else coefficient / 2 if kl < target / 1.5 else coefficient
 
 
@@ -232,8 +222,7 @@ def adapt_penalty(coefficient, kl, target):
 
 
 class Experience(NamedTuple):
-    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), prompt + response, all others (B, T-1); None
-    where the method has no such thing."""
+    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), all others (B, T-1), or None if unused."""
     tokens: torch.Tensor
     lengths: torch.Tensor
     mask: torch.Tensor
@@ -290,30 +279,28 @@ def estimate_advantages(rewards, values, mask, config, moving=0.0):
 def backward(policy, value_model, batch, config, documents=()):
     """Step 4. Accumulate the gradient of all losses over one minibatch (an Experience), config.micro_batch rows at a time,
     each counting by its share of the response tokens: the gradient is the minibatch's token mean, however it is cut.
-    documents: as many lists of ids as responses, for PPO-ptx. Returns (policy_loss, value_loss, clip_fraction, approx_kl)."""
-    total, count = torch.zeros(4, device=batch.tokens.device), batch.mask.sum()
-    weight = torch.ones(len(batch.mask), 1, device=batch.mask.device)  # of a response's tokens in the token mean
-    if config.mean == "responses":  # 1/B Σ_i 1/|y_i| Σ_t = 1/N Σ_i Σ_t N/(B |y_i|)
-        weight = count / (len(batch.mask) * batch.mask.sum(dim=1, keepdim=True))
+    documents: as many lists of ids as responses (PPO-ptx). Returns (policy_loss, value_loss, clip_fraction, approx_kl)."""
+    total, count, sizes = torch.zeros(4, device=batch.mask.device), batch.mask.sum(), batch.mask.sum(dim=1, keepdim=True)
+    # In the token mean a response's tokens weigh 1, or N/(B |y_i|): 1/N Σ_i Σ_t N/(B |y_i|) = 1/B Σ_i 1/|y_i| Σ_t.
+    weight = count / (len(sizes) * sizes) if config.mean == "responses" else torch.ones_like(sizes)
+    batch = batch._replace(advantages=weight * batch.advantages)
     for rows in batch.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
-        part = batch.pick(rows)
-        advantages, clip_fraction = weight[rows] * part.advantages, torch.zeros_like(count, dtype=torch.float32)
+        part, w = batch.pick(rows), weight[rows]
+        value_loss, clip_fraction = torch.zeros(2, device=total.device)
         if config.objective == "penalty":
             new = log_distribution(policy, part.tokens, part.mask, config.temperature)  # (B, T-1, V)
-            logprobs = new.gather(2, part.tokens[:, 1:, None]).squeeze(2)
-            step_kl = (part.old_distribution.exp() * (part.old_distribution - new)).sum(dim=2)  # KL(π_old || π_θ), exact
-            loss = penalty_policy_loss(logprobs, part.old_logprobs, advantages, weight[rows] * step_kl, part.mask,
-                                       config.penalty)
+            logprobs, step_kl = new.gather(2, part.tokens[:, 1:, None]).squeeze(2), exact_kl(part.old_distribution, new)
         else:
             logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
             _, _, step_kl = kl_estimators((part.old_logprobs - logprobs).detach())  # k3: the samples are π_old's
-            if config.objective == "clip":
-                loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, advantages, part.mask, config.clip)
-            else:
-                loss = policy_gradient_loss(logprobs, advantages, part.mask)
+        if config.objective == "clip":
+            loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
+        elif config.objective == "penalty":
+            loss = penalty_policy_loss(logprobs, part.old_logprobs, part.advantages, w * step_kl, part.mask, config.penalty)
+        else:
+            loss = policy_gradient_loss(logprobs, part.advantages, part.mask)
         if config.kl == "loss" and config.beta:  # β k3 of KL(π_θ || π_ref)   (Shao et al. 2024, eq. 4)
-            loss = loss + config.beta * masked_mean(weight[rows] * kl_estimators(logprobs - part.ref_logprobs)[2], part.mask)
-        value_loss = torch.zeros_like(loss)
+            loss = loss + config.beta * masked_mean(w * kl_estimators(logprobs - part.ref_logprobs)[2], part.mask)
         if value_model:
             values = value_model(part.tokens)[:, :-1]  # column t: V(s_t)
             value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
@@ -325,14 +312,16 @@ def backward(policy, value_model, batch, config, documents=()):
     return total
 
 
-def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None, draw_documents=None):
+def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None,
+             draw_documents=None):
     """The loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
 
-    reference and value_model: None where config has no use for them; reward_model: anything with score(tokens, lengths)
-    -> (B,); draw_prompts(count, rng), draw_documents(count, rng) (for PPO-ptx) -> lists of ids; figures: name -> number,
-    without the annotator's; state: what a later call needs as `saved`, with its "step" (iterations), to go on.
-    """
-    device, saved = policy.wte.weight.device, saved or {"step": 0}
+    reference, value_model: never called, may be None, where config has no use for them; reward_model: anything with
+    score(tokens, lengths) -> (B,); draw_prompts(count, rng), draw_documents(count, rng) (PPO-ptx): lists of ids; figures:
+    name -> number, without the annotator's; state: what a later call needs as `saved`, with its "step", to go on."""
+    device, saved, penalized = policy.wte.weight.device, saved or {"step": 0}, config.objective == "penalty"
+    distribution = torch.no_grad()(log_distribution)
+    reference, value_model = reference if config.beta else None, value_model if config.advantage == "gae" else None
     models = dict(policy=policy, value_model=value_model) if value_model else dict(policy=policy)
     optimizers = {f"{name}_optimizer": make_optimizer(model, weight_decay=0.0) for name, model in models.items()}
     state = dict(**models, **optimizers, beta=config.beta, penalty=config.penalty, moving=0.0)
@@ -360,72 +349,66 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
         # 3. Estimate advantages.
         advantages, returns = estimate_advantages(rewards, values, mask, config, state["moving"])
-        with torch.no_grad():
-            distribution = log_distribution(policy, tokens, mask, config.temperature) if config.objective == "penalty" else None
+        old_distribution = distribution(policy, tokens, mask, config.temperature) if penalized else None
         experience = Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=advantages, old_values=values,
-                                returns=returns, ref_logprobs=ref_logprobs, old_distribution=distribution)
+                                returns=returns, ref_logprobs=ref_logprobs, old_distribution=old_distribution)
 
         # 4. Update: K epochs of minibatches on the same rollouts.
         falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
         rates, losses = (falling * config.lr, falling * config.value_lr), []
         for epoch in range(config.epochs):
-            order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
-            for rows in order.split(config.minibatch):
+            for rows in torch.tensor(rng.sample(range(len(mask)), len(mask)), device=device).split(config.minibatch):
                 documents = draw_documents(len(rows), rng) if draw_documents else ()
                 losses.append(backward(policy, value_model, experience.pick(rows), config, documents))
                 for model, optimizer, lr, loss in zip(models.values(), optimizers.values(), rates, losses[-1]):
                     optimizer_step(optimizer, model, lr, loss)
-        policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
+        _, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
+        if penalized:  # how far the whole update went
+            step_kl = exact_kl(old_distribution, distribution(policy, tokens, mask, config.temperature))
+            approx_kl = masked_mean(step_kl, mask).item()
+            state["penalty"] = adapt_penalty(config.penalty, approx_kl, config.penalty_target)
         updated = time.perf_counter()
 
         # 5. Repeat with a new batch: the next rollouts come from the updated policy.
         kl = (old_logprobs - ref_logprobs).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x), both 0 outside the mask
         G = returns_to_go(rewards, mask, config.gamma)[mask]  # the slides' G_t: V plays no part
         spread, unexplained = G.var(correction=0), (G - values[mask]).var(correction=0)
-        clipped, penalized = config.objective == "clip", config.objective == "penalty"
         figures = dict(
-            reward=scores.mean().item(), kl=kl.mean().item() if reference else None,
-            J=(scores - config.beta * kl).mean().item() if reference else None, beta=config.beta,
-            entropy=-masked_mean(old_logprobs, mask).item(), clip_fraction=clip_fraction if clipped else None,
-            approx_kl=approx_kl, penalty=config.penalty if penalized else None,
-            value_explained=(1 - (unexplained / spread).item() if spread > 1e-8 else 0.0) if value_model else None,
-            value_loss=value_loss if value_model else None, length=mask.sum(dim=1).float().mean().item(),
-            no_end=1 - ended.float().mean().item(), **peak_memory(device), rollout_s=generated - started,
-            scoring_s=scored - generated, update_s=updated - scored)
-        if config.kl_target:
-            state["beta"] = adapt_beta(config.beta, kl.mean().item(), config.kl_target)
-        if penalized:
-            state["penalty"] = adapt_penalty(config.penalty, approx_kl, config.penalty_target)
-        state["moving"] = 0.9 * state["moving"] + 0.1 * G.mean().item()
-        yield rollout, {name: x for name, x in figures.items() if x is not None}, state
+            reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - config.beta * kl).mean().item(), beta=config.beta,
+            entropy=-masked_mean(old_logprobs, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
+            penalty=config.penalty, value_explained=1 - (unexplained / spread).item() if spread > 1e-8 else 0.0,
+            value_loss=value_loss, length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(),
+            **peak_memory(device), rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
+        known = dict(kl=reference, J=reference, value_explained=value_model, value_loss=value_model, penalty=penalized,
+                     clip_fraction=config.objective == "clip")
+        state["beta"] = adapt_beta(config.beta, kl.mean().item(), config.kl_target) if config.kl_target else config.beta
+        state["moving"] += (0.1 if iteration else 1.0) * (G.mean().item() - state["moving"])
+        yield rollout, {name: x for name, x in figures.items() if known.get(name, True)}, state
 
 
 def load_models(config, device):
-    """({name: model}, of those that the method needs, tokenizer, the files they come from)."""
+    """({name: model, None where the method has no use for it}, tokenizer, the files they come from)."""
     sft_path, reward_path = (stage_folder(config, stage) / "checkpoint.pt" for stage in ("sft", "reward_model"))
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
     reward_model, reward_tokenizer, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
-    models = dict(policy=policy, reward_model=reward_model)
-    if config.beta:
-        models["reference"], _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
-    if config.advantage == "gae":  # V starts as r_φ
-        models["value_model"], _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
     if reward_tokenizer.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{reward_path}: its vocabulary is not that of {sft_path}; train the reward model again")
+    models = dict(policy=policy, reference=deepcopy(policy) if config.beta else None,  # frozen; V starts as r_φ
+                  reward_model=reward_model, value_model=deepcopy(reward_model) if config.advantage == "gae" else None)
     return models, tokenizer, [sft_path, reward_path]
 
 
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "ppo")
-    alone = config.group == 1 and (config.advantage == "group" or config.baseline == "leave_one_out")
-    if alone or config.rollouts % config.group:
-        raise InputError(f"--group {config.group}: must divide --rollouts {config.rollouts}" + alone * ", and be above 1")
+    least = 2 if config.advantage == "group" or config.baseline == "leave_one_out" else 1
+    if config.group < least or config.rollouts % config.group:
+        raise InputError(f"--group {config.group}: must be at least {least} and divide --rollouts {config.rollouts}")
     own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)  # before minutes of training
     train_missing(config, EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
     models, tokenizer, sources = load_models(config, device)
-    policy, reference, value_model = models["policy"], models.get("reference"), models.get("value_model")
+    policy, reference, reward_model, _ = models.values()
     fitting, data = (sft.prompts_with_room(own, tokenizer, config, policy.config.block_size) if own else
                      (None, "fresh requests of the little world"))
     announce(config.name, config, device, data, policy)
@@ -434,12 +417,11 @@ def train(config):
     def draw_prompts(count, rng):
         return rng.choices(fitting, k=count) if own else [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
-    draw_documents, documents = pretraining_text(config, tokenizer) if config.ptx else (None, [])
+    draw_documents, documents, texts = pretraining_text(config, tokenizer, policy) if config.ptx else (None, [], [])
     unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
-    with Run(config.name, folder, config, config.save, sources, unprinted) as run:
+    with Run(config.name, folder, config, config.save, sources + texts, unprinted) as run:
         run.total, state = config.iterations, run.saved
-        loop = optimize(policy, reference, models["reward_model"], value_model, draw_prompts, tokenizer.end_token, config,
-                        run.saved, draw_documents)
+        loop = optimize(*models.values(), draw_prompts, tokenizer.end_token, config, run.saved, draw_documents)
         for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):
             gold = {} if config.data else dict(gold=gold_rewards(rollout, tokenizer).mean().item())
             run(iteration, **gold, **figures)
@@ -450,8 +432,7 @@ def train(config):
         run.finish()
 
     reference = reference or load_checkpoint(sources[0], "sft", config.size, device)[0]
-    show_before_and_after(held_out, reference, policy, tokenizer, config, models["reward_model"], config.temperature,
-                          documents)
+    show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model, config.temperature, documents)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
 
 

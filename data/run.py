@@ -144,7 +144,8 @@ def announce(stage, config, device, data, model):
 
 
 def show_models(trained, **models):
-    """How many models a stage holds in memory, and how much that is. trained: the names of those that learn."""
+    """How many models (None: it has none) a stage holds, and how much memory. trained: the names of those that learn."""
+    models = {name: model for name, model in models.items() if model}
     size = sum(x.numel() * x.element_size() * (4 if name in trained else 1)  # itself, its gradient, Adam's two moments
                for name, model in models.items() for x in model.parameters())
     print(f"models in memory: {len(models)} ({', '.join(models)}), {size / 2 ** 20:.0f} MB with gradients and optimizer",

@@ -5,9 +5,10 @@ import random
 
 import torch
 
+import ppo
 from data import stories
 from data.files import write_jsonl
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, pad, response_mask, token_logprobs
 from reward_model import RewardModel
 
 V = 5  # the world that can be enumerated: tokens 0 to 3 and <|end|>
@@ -30,6 +31,31 @@ def tiny_reward_model(seed, vocab=V, block_size=32):
 def noise(seed, *shape):
     """Normal draws that leave torch's own generator alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ragged_mask(seed, B=5, T=12):
+    """A response mask with prompts and responses of different lengths: (B, T-1), prompt lengths, lengths."""
+    rng = random.Random(seed)
+    prompts = [rng.randint(1, 4) for _ in range(B)]
+    lengths = [prompt + rng.randint(1, T - prompt) for prompt in prompts]
+    lengths[0] = T
+    mask = response_mask(torch.tensor(prompts), torch.tensor(lengths), T)
+    return mask, prompts, lengths
+
+
+def experience(policy, value_model, seed=0):
+    """An Experience of rows with very different response lengths, off the policy by a little noise."""
+    rng = random.Random(seed)
+    prompts, responses = [3, 1, 5, 2, 4, 1], [1, 14, 2, 9, 1, 20]
+    tokens, lengths = pad([[rng.randrange(V) for _ in range(p + r)] for p, r in zip(prompts, responses)])
+    mask = response_mask(torch.tensor(prompts), lengths, tokens.shape[1])
+    with torch.no_grad():
+        logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
+    old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
+    return ppo.Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=noise(3, *mask.shape),
+                          old_values=old_values, returns=values + noise(4, *mask.shape),
+                          ref_logprobs=logprobs + noise(5, *mask.shape),
+                          old_distribution=noise(6, *mask.shape, V).log_softmax(dim=2))
 
 
 def metrics(path):

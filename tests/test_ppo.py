@@ -19,7 +19,7 @@ from data import stories
 from data.files import InputError, write_jsonl
 from data.tokenizer import Tokenizer
 from gpt import load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
-from helpers import metrics, noise, snapshot, tiny_gpt, tiny_reward_model, untimed
+from helpers import experience, metrics, noise, ragged_mask, snapshot, tiny_gpt, tiny_reward_model, untimed
 from reward_model import RewardModel
 
 V, END, LIMIT = 5, 4, 3  # the world that can be enumerated: tokens 0 to 3 and <|end|>, at most 3 tokens a response
@@ -43,16 +43,6 @@ def exact_logprobs(model, prompt, responses, temperature=1.0):
             total += torch.log_softmax(logits, 0)[token].item()
         totals.append(total)
     return torch.tensor(totals, dtype=torch.float64)
-
-
-def ragged_mask(seed, B=5, T=12):
-    """A response mask with prompts and responses of different lengths: (B, T-1), prompt lengths, lengths."""
-    rng = random.Random(seed)
-    prompts = [rng.randint(1, 4) for _ in range(B)]
-    lengths = [prompt + rng.randint(1, T - prompt) for prompt in prompts]
-    lengths[0] = T
-    mask = response_mask(torch.tensor(prompts), torch.tensor(lengths), T)
-    return mask, prompts, lengths
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,21 +210,6 @@ def test_adaptive_beta(kl, expected):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One minibatch
-
-
-def experience(policy, value_model, seed=0):
-    """An Experience of rows with very different response lengths, off the policy by a little noise."""
-    rng = random.Random(seed)
-    prompts, responses = [3, 1, 5, 2, 4, 1], [1, 14, 2, 9, 1, 20]
-    tokens, lengths = pad([[rng.randrange(V) for _ in range(p + r)] for p, r in zip(prompts, responses)])
-    mask = response_mask(torch.tensor(prompts), lengths, tokens.shape[1])
-    with torch.no_grad():
-        logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
-    old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
-    return ppo.Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=noise(3, *mask.shape),
-                          old_values=old_values, returns=values + noise(4, *mask.shape),
-                          ref_logprobs=logprobs + noise(5, *mask.shape),
-                          old_distribution=noise(6, *mask.shape, V).log_softmax(dim=2))
 
 
 def update_by_hand(policy, value_model, batch):
@@ -531,7 +506,8 @@ def test_a_loop_goes_on_from_its_state(valued):
         whole.append(untimed([figures]))
         if step == 2:
             saved = copy.deepcopy({"step": 2, "path": "state.pt", **state_dicts(state)})
-    names = {"beta", "penalty", "moving", "policy", "policy_optimizer"} | ({"value_model", "value_model_optimizer"} if valued else set())
+    names = {"beta", "penalty", "moving", "policy", "policy_optimizer"}
+    names |= {"value_model", "value_model_optimizer"} if valued else set()
     assert saved.keys() == names | {"step", "path"}
     (_, figures, resumed), = loop(saved)
     assert untimed([figures]) == whole[2]
