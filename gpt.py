@@ -542,19 +542,19 @@ def held_out_documents():
     return [stories.document(rng) for _ in range(500)]
 
 
-def pretraining_text(config, tokenizer, block_size):
-    """What the gpt stage was trained on, for a later stage: (draw(count, rng) -> lists of ids, held-out lists of ids, the
-    files that say so). block_size: of the later stage's model."""
+def pretraining_text(config, tokenizer, model):
+    """What the gpt stage was trained on, for a later stage's model: (draw(count, rng) -> lists of ids, held-out lists of
+    ids, the files that they come from)."""
     path = stage_folder(config, "gpt") / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "gpt", config.size)[2]
-    text = checkpoint["text"]
+    text, size = checkpoint["text"], model.config.block_size
     if checkpoint.get("loaded"):
         raise InputError(f"{path}: came from {checkpoint['loaded']}, and nobody knows what that was trained on")
     if not text:
         return (lambda count, rng: encode_documents((stories.document(rng) for _ in range(count)), tokenizer),
                 encode_documents(held_out_documents(), tokenizer), [path])
-    tokens, held_out, _ = split_text(config, text, tokenizer, block_size)
-    return lambda count, rng: draw_windows(tokens, count, block_size, rng), held_out, [path, Path(text)]
+    tokens, held_out, _ = split_text(config, text, tokenizer, size)
+    return lambda count, rng: draw_windows(tokens, count, size, rng), held_out, [path, Path(text)]
 
 
 def draw_corpus(config):

@@ -5,7 +5,6 @@ ECE 7115, 13. RLHF, "RLHF Training with PPO"; CS 224R, Lecture 9, ch. 7; CME 295
     max_θ J(θ) = E_{x~D, y~π_θ} [ r_φ(x, y) ] - β · KL( π_θ(·|x) || π_ref(·|x) )
 
 Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen reward model r_φ, the value model V.
-
     python ppo.py                       everything: a stage whose checkpoint is missing is trained first
     python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on your own data
     python ppo.py --prompt "…"          answer a prompt with the policy
@@ -65,7 +64,7 @@ class Config:
     iterations: int = 100       # rollout batches
     rollouts: int = 64          # responses in a rollout batch
     epochs: int = 1             # K: passes over each rollout batch; its samples are on-policy in the first only
-    minibatch: int = 16         # responses in an optimizer step
+    minibatch: int = 16         # responses in an optimizer step; more than rollouts: all
     micro_batch: int = 8        # responses in one forward pass; less memory and padding, the same gradient
     lr: float = 3e-4            # the policy's learning rate, falling linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
@@ -85,8 +84,7 @@ class Config:
     resume: bool = False        # go on with the run that was interrupted in this folder
 
 
-GPU = dict(iterations=100, rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95,
-           max_new_tokens=128)
+GPU = dict(rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95, max_new_tokens=128)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The algorithm. Every tensor per token is (B, T-1), aligned with gpt.masked_logprobs: column t is the action
@@ -118,8 +116,7 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
         r_t = -β KL_t, and at the last response token r_T = R(x, y) - β KL_T
     The ratio has the sampling policy on top: only then is the expectation of Σ_t KL_t the KL divergence, never negative.
     """
-    kl = logprobs - ref_logprobs
-    rewards = torch.where(mask, -beta * kl, 0.0)
+    rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)  # -β KL_t
     rewards[mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))] += scores  # at the last response token of each
     return rewards
 
@@ -163,8 +160,7 @@ def clipped_value_loss(values, old_values, returns, mask, clip):
 
 def adapt_beta(beta, kl, kl_target):
     """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2), β ← β(1 + 0.1 e)."""
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return beta * (1 + 0.1 * error)
+    return beta * (1 + 0.1 * min(max(kl / kl_target - 1, -0.2), 0.2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,8 +223,7 @@ def adapt_penalty(coefficient, kl, target):
 
 
 class Experience(NamedTuple):
-    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), prompt + response, all others (B, T-1); None
-    where the method has no such thing."""
+    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), all others (B, T-1), or None if unused."""
     tokens: torch.Tensor
     lengths: torch.Tensor
     mask: torch.Tensor
@@ -296,15 +291,15 @@ def backward(policy, value_model, batch, config, documents=()):
         if config.objective == "penalty":
             new = log_distribution(policy, part.tokens, part.mask, config.temperature)  # (B, T-1, V)
             logprobs, step_kl = new.gather(2, part.tokens[:, 1:, None]).squeeze(2), exact_kl(part.old_distribution, new)
-            loss = penalty_policy_loss(logprobs, part.old_logprobs, part.advantages, w * step_kl, part.mask, config.penalty)
         else:
             logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
             _, _, step_kl = kl_estimators((part.old_logprobs - logprobs).detach())  # k3: the samples are π_old's
-            if config.objective == "clip":
-                loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask,
-                                                          config.clip)
-            else:
-                loss = policy_gradient_loss(logprobs, part.advantages, part.mask)
+        if config.objective == "clip":
+            loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
+        elif config.objective == "penalty":
+            loss = penalty_policy_loss(logprobs, part.old_logprobs, part.advantages, w * step_kl, part.mask, config.penalty)
+        else:
+            loss = policy_gradient_loss(logprobs, part.advantages, part.mask)
         if config.kl == "loss" and config.beta:  # β k3 of KL(π_θ || π_ref)   (Shao et al. 2024, eq. 4)
             loss = loss + config.beta * masked_mean(w * kl_estimators(logprobs - part.ref_logprobs)[2], part.mask)
         if value_model:
@@ -370,8 +365,8 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
                     optimizer_step(optimizer, model, lr, loss)
         _, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
         if penalized:  # how far the whole update went
-            new = distribution(policy, tokens, mask, config.temperature)
-            approx_kl = masked_mean(exact_kl(old_distribution, new), mask).item()
+            step_kl = exact_kl(old_distribution, distribution(policy, tokens, mask, config.temperature))
+            approx_kl = masked_mean(step_kl, mask).item()
             state["penalty"] = adapt_penalty(config.penalty, approx_kl, config.penalty_target)
         updated = time.perf_counter()
 
@@ -422,8 +417,7 @@ def train(config):
     def draw_prompts(count, rng):
         return [tokenizer.prompt(text) for text in sft.sample_prompts(fitting, count, rng)]
 
-    draw_documents, documents, texts = (pretraining_text(config, tokenizer, policy.config.block_size) if config.ptx else
-                                        (None, [], []))
+    draw_documents, documents, texts = pretraining_text(config, tokenizer, policy) if config.ptx else (None, [], [])
     unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
     with Run(config.name, folder, config, config.save, sources + texts, unprinted) as run:
         run.total, state = config.iterations, run.saved

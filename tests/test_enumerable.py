@@ -15,7 +15,7 @@ import dpo
 import ppo
 from best_of_n import best_of_n_kl, optimality_gap, pooled_optimum, top_per_prompt
 from dpo import response_logprobs
-from gpt import GPT, GPTConfig, generate, pad
+from gpt import GPT, GPTConfig, generate, masked_logprobs, pad, response_mask
 from reward_model import RewardModel
 
 END, PROMPT, LIMIT, BETA = 4, [1, 2], 3, 0.5
@@ -82,20 +82,48 @@ def test_the_list_is_complete(world):
     assert kl(ref, torch.full_like(ref, -math.log(len(ref)))) > 0.3
 
 
-def test_ppo_finds_the_boltzmann_policy(world):
-    """PPO with a wrong sign, shift, mask, bootstrap or baseline still raises the reward; only a right one ends at π*."""
-    reference, ref, rewards, best, J_star = world
+def trained(reference, rewards, method, draw_documents=None, **flags):
+    """log π(y|x) of all responses, after a copy of the reference was trained by one of ppo.py's methods and more flags."""
+    config = ppo.Config(**{**ppo.PRESETS["method"][method], **dict(
+        beta=BETA, max_new_tokens=LIMIT, missing_end_score=rewards[-1].item(), rollouts=512, micro_batch=512), **flags})
     policy, value_model = copy_of(reference), make_model(RewardModel, seed=1)
-    assert kl(ref, best) >= 0.5
-    config = ppo.Config(iterations=200, rollouts=128, epochs=4, minibatch=32, micro_batch=32, lr=2e-3, value_lr=2e-3, beta=BETA,
-                        lam=0.95, max_new_tokens=LIMIT, missing_end_score=UNFINISHED)
-    for _ in ppo.optimize(policy, reference, TableReward(rewards), value_model, lambda n, rng: [PROMPT] * n, END, config):
+    for _ in ppo.optimize(policy, reference, TableReward(rewards), value_model, lambda n, rng: [PROMPT] * n, END, config,
+                          draw_documents=draw_documents):
         pass
     with torch.no_grad():
-        found = exact_logprobs(policy)
+        return exact_logprobs(policy)
+
+
+@pytest.mark.parametrize("method, bound, flags", [
+    ("ppo", 0.02, dict(iterations=45, minibatch=256, epochs=2, lr=2e-3, value_lr=3e-3)),
+    ("ppo_penalty", 0.02, dict(iterations=30, minibatch=256, epochs=2, lr=5e-3, value_lr=5e-3)),
+    ("a2c", 0.03, dict(iterations=60, lr=3e-3, value_lr=5e-3)),
+    ("grpo", 0.03, dict(iterations=40, minibatch=256, epochs=2, lr=3e-3, kl="rewards", scale=False))])
+def test_who_finds_the_boltzmann_policy(world, method, bound, flags):
+    """A method with a wrong sign, shift, mask, bootstrap or baseline still raises the reward; only a right one ends at π*.
+
+    GRPO does so with the KL in the rewards and without the division, its mean per response notwithstanding. For where
+    E_π[Â/|y| ∇log π(y)] = 0, and π can be anything, Â/|y| is the same for all responses: 0, as the mean of Â is 0; and
+    where r - β log π/π_ref is the same for all, π is π*.
+    """
+    reference, ref, rewards, best, J_star = world
+    assert kl(ref, best) >= 0.5
+    found = trained(reference, rewards, method, **flags)
+    print(f"\n{method}: KL(π || π*) {kl(ref, best):.3f} → {kl(found, best):.3f} nats")
     J = (found.exp() * (rewards - BETA * (found - ref))).sum().item()
     assert J_star - J == pytest.approx(BETA * kl(found, best), abs=1e-5)
-    assert kl(found, best) <= 0.02
+    assert kl(found, best) <= bound
+
+
+def test_reinforce_and_its_baseline(world):
+    """The lecture's "if reward is +5, is this good? what if the average is +10?": with 3 added to every reward π* is the
+    same, and the mean of the batch takes them off again. Without a baseline the same samples, of which nearly all are
+    pushed up, bring a policy only part of the way: a difference of noise, for the expected gradient is the same."""
+    reference, ref, rewards, best, _ = world
+    plain, baselined = (kl(trained(reference, rewards + 3, method, iterations=65, lr=2e-3), best)
+                        for method in ("reinforce", "reinforce_baseline"))
+    print(f"\nKL(π || π*) {kl(ref, best):.3f} → reinforce {plain:.3f}, reinforce_baseline {baselined:.3f} nats")
+    assert baselined <= 0.05 < plain < 0.5 * kl(ref, best)
 
 
 def test_ppo_without_a_value_model_climbs_too(world):
@@ -109,6 +137,220 @@ def test_ppo_without_a_value_model_climbs_too(world):
     with torch.no_grad():
         found = exact_logprobs(policy)
     assert kl(found, best) <= 0.1 * kl(ref, best)  # J* - J = β KL(π||π*): nine tenths of the way
+
+
+class AnyToken:
+    """An end token that every token equals: then a response is one token, and has a reward of its own."""
+
+    def __eq__(self, tokens):
+        return torch.ones_like(tokens, dtype=torch.bool)
+
+
+class FirstToken:
+    """A reward model that looks at a response's first token."""
+
+    def __init__(self, rewards):
+        self.rewards = rewards
+
+    def score(self, tokens, lengths):
+        return self.rewards[tokens[:, len(PROMPT)]].float()
+
+
+def zero_of(increasing, low, high):
+    """Where increasing functions of tensors, a number each, are 0, by bisection."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = increasing(middle) > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return low
+
+
+@pytest.mark.parametrize("kl_in, scale", [("loss", False), ("loss", True), ("rewards", False)])
+def test_where_grpo_ends(world, kl_in, scale):
+    """GRPO as published does not aim at π*. Where it ends, for responses of one token:
+
+    k3 = π_ref/π - log π_ref/π - 1, so ∇k3 = (1 - π_ref/π) ∇log π. The samples are π's, and Σ_y π ∇log π = 0: E[∇k3] =
+    -Σ_y π_ref ∇log π = ∇KL(π_ref || π), the other direction. Let f(y) be the mean of y's advantage over the G - 1 others of
+    its group. Training stands still where Σ_y [π f + β π_ref] ∇log π = 0: for a softmax, where the bracket is λ π. Summed
+    over y, λ = β, as the advantages of a group sum to 0. So
+
+        π(y) = β π_ref(y) / (β - f(y)).
+
+    Without the division f = (1 - 1/G)(r - E_π[r]), for y itself is in the mean. With β' = β G/(G-1), λ = β' + E_π[r]:
+
+        π(y) = β' π_ref(y) / (λ - r(y)),        λ > max r such that it sums to 1.
+
+    With the division f hangs on π, that has drawn the group. In the limit of large groups f = (r - E_π[r])/σ_π: the reward
+    in units of its own deviation, or β σ_π for β, the smaller the surer the policy. For G = 4 the 125 groups are listed, and
+    the equation is solved by following d log π = f - β + β π_ref/π.
+
+    With the KL in the rewards and no division, f = (1 - 1/G)(r - β log π/π_ref - J): π*, for every G.
+    """
+    reference, rewards, G, beta = world[0], torch.tensor([1.0, 0.0, -1.0, 0.5, -0.5]).double(), 4, 0.5
+    with torch.no_grad():
+        ref = reference(torch.tensor([PROMPT]))[0, -1].double().log_softmax(0)
+    best = (ref + rewards / beta).log_softmax(0)
+    harmonic = beta * G / (G - 1)
+    low = rewards.max()
+    level = zero_of(lambda level: 1 - (harmonic * ref.exp() / (level - rewards)).sum(), low, low + harmonic)
+    without = (harmonic * ref.exp() / (level - rewards)).log()
+
+    others = torch.tensor(list(itertools.product(range(5), repeat=G - 1)))  # (125, 3)
+    groups = torch.cat([rewards[:, None, None].expand(5, 125, 1), rewards[others].expand(5, 125, 3)], dim=2)
+    deviation = groups.std(dim=2, correction=0)
+    advantage = (groups[..., 0] - groups.mean(dim=2)) / (deviation + (deviation == 0)) ** scale  # (5, 125): of the first
+    target = ref
+    for _ in range(2000 if kl_in == "loss" else 0):
+        f = advantage @ target.exp()[others].prod(dim=1)
+        step = f - beta + beta * (ref - target).exp()
+        target = (target + 0.05 * step).log_softmax(0)
+    if kl_in == "rewards":
+        target = best
+    else:
+        assert (target.exp() * step).abs().max() < 1e-9
+        assert (kl(target, without) < 1e-9) == (not scale) and kl(target, best) > 0.08
+
+    policy = copy_of(reference)
+    config = ppo.Config(**ppo.PRESETS["method"]["grpo"] | dict(
+        group=G, kl=kl_in, scale=scale, beta=beta, iterations=40, rollouts=512, epochs=1, minibatch=256, micro_batch=256,
+        lr=3e-3, max_new_tokens=1))
+    for _ in ppo.optimize(policy, reference, FirstToken(rewards), None, lambda n, rng: [PROMPT] * n, AnyToken(), config):
+        pass
+    with torch.no_grad():
+        found = policy(torch.tensor([PROMPT]))[0, -1].double().log_softmax(0)
+    print(f"\nkl in the {kl_in}, {'' if scale else 'no '}division: {kl(found, target):.4f} nats from its fixed point, "
+          f"{kl(found, best):.4f} from π*; π = {[round(p, 3) for p in found.exp().tolist()]}")
+    assert kl(found, target) <= 0.002
+
+
+def test_where_ppo_ptx_ends(world):
+    """Documents weighed against rewards by another divisor than the responses', by γ/β, or by what whitening divides by:
+    each has an optimum of its own. Eq. 2 of Ouyang et al., with documents PROMPT + y, y ~ q, is
+
+        F(π) = E_π[r] - β KL(π || π_ref) + γ Σ_y q(y) log π(y),     concave in π.
+
+    dF/dπ(y) = λ gives β log π(y) - γ q(y)/π(y) = r(y) + β log π_ref(y) - λ, whose left side increases with π(y); λ is such
+    that π sums to 1. Both are found by bisection. The divisor: a minibatch has B responses of N tokens, B documents, and
+    divides both sums by N. So the one has the mean B/N ∇(E_π[r] - β KL), the other B/N ∇ γ E_q[log π(y)].
+
+    A document's tokens are all learnt, PROMPT's second one too: always the same, so soon certain, in a state where no
+    response is. The baseline is leave-one-out, which has no bias; nothing is whitened.
+    """
+    reference, ref, rewards, best, _ = world
+    gamma, generator = 0.5, torch.Generator().manual_seed(9)
+    log_q = (1.5 * torch.randn(len(ROWS), generator=generator, dtype=torch.float64)).log_softmax(0)
+    low, high = torch.full_like(ref, -60.0), torch.full_like(ref, 5.0)
+
+    def policy_at(level):
+        return zero_of(lambda x: BETA * x - gamma * (log_q - x).exp() - rewards - BETA * ref + level, low, high)
+
+    optimum = policy_at(zero_of(lambda level: 1 - policy_at(level).exp().sum(), *torch.tensor([-50.0, 50.0]).double()))
+
+    def objective(logp):
+        return (logp.exp() * (rewards - BETA * (logp - ref)) + gamma * log_q.exp() * logp).sum().item()
+
+    for _ in range(20):
+        near = (optimum + 0.01 * torch.randn(len(ROWS), generator=generator, dtype=torch.float64)).log_softmax(0)
+        assert objective(near) < objective(optimum)
+    found = trained(reference, rewards, "reinforce_baseline", lambda n, rng: rng.choices(ROWS, log_q.exp().tolist(), k=n),
+                    ptx=gamma, objective="clip", baseline="leave_one_out", group=8, iterations=80, rollouts=256,
+                    minibatch=128, epochs=2, lr=3e-3)
+    print(f"\nPPO-ptx: KL(π || optimum) {kl(ref, optimum):.3f} → {kl(found, optimum):.3f} nats; KL(π || π*) "
+          f"{kl(found, best):.3f}")
+    assert kl(found, optimum) <= 0.03 < 0.2 < min(kl(optimum, best), kl(best, optimum))
+
+
+def test_variance_of_the_gradient(world):
+    """The lecture's table of what may stand in R(y)'s place, in numbers: an advantage that is paid for with a bias that it
+    should not have (a baseline that knows the action, a V that λ < 1 trusts), or that lowers no variance.
+
+    One response's estimate of the gradient is Σ_t Â_t ∇log π(a_t|s_t). The trace of its covariance, and how far its mean is
+    from ∇J, are exact: of all 85 responses, with the gradients of all 105 log-probabilities. Where Â depends on other
+    responses too, 1500 batches of 8 are drawn, and the trace is 8 times that of the batch's mean.
+
+    The lecture's order holds, from the total reward over the reward to go, a baseline and V down to the TD residual, with
+    two exceptions. A baseline of few samples has noise of its own: leave-one-out of 8 is noisier than the mean of the
+    batch, which buys that with a bias, 1/8 of the gradient; and where the mean return is near 0 it is noisier than no
+    baseline. And a V that is wrong by half a reward unit in every state is worse at λ = 1 than an average that costs
+    nothing; what a smaller λ saves with it is paid for with a bias of a quarter of the gradient, and of half.
+    """
+    reference, _, rewards, _, _ = world
+    policy, reference, B, M = make_model(GPT, seed=5).double(), copy_of(reference).double(), 8, 1500
+    tokens, lengths = pad(ROWS)
+    mask = response_mask(torch.full_like(lengths, len(PROMPT)), lengths, tokens.shape[1])  # (85, T-1)
+    states = [PROMPT + list(words) for n in range(LIMIT) for words in itertools.product(range(4), repeat=n)]  # 21
+    state = torch.tensor([[states.index(row[:t + 1]) if inside else 0 for t, inside in enumerate(line)]
+                          for row, line in zip(ROWS, mask.tolist())])
+    action = 5 * state + tokens[:, 1:]  # (85, T-1): which of the 105
+    prefixes, ends = pad(states)
+    logprobs = policy(prefixes)[range(len(states)), ends - 1].log_softmax(dim=1).flatten()
+    gradients = [torch.autograd.grad(logprob, list(policy.parameters()), retain_graph=True) for logprob in logprobs]
+    gradients = torch.stack([torch.cat([x.flatten() for x in row]) for row in gradients])
+    gram = gradients @ gradients.T  # (105, 105)
+    with torch.no_grad():
+        logprobs, ref_logprobs = (masked_logprobs(model, tokens, mask).double() for model in (policy, reference))
+    p = logprobs.sum(dim=1).exp()
+    weights = p[:, None] * mask
+
+    def coefficients(advantages, rows=slice(None)):
+        """(rows, 105): what each log-probability's gradient is multiplied by."""
+        return torch.zeros(len(advantages), len(gram)).double().scatter_add(1, action[rows], advantages * mask[rows])
+
+    def table(rewards):
+        """{estimate: (variance, bias)}, in units of |∇J|² and |∇J|."""
+        r = ppo.shaped_rewards(rewards, logprobs, ref_logprobs, mask, BETA)
+        G, total = ppo.returns_to_go(r, mask, 1.0), r.sum(dim=1, keepdim=True)
+        true = p @ coefficients(total.expand_as(r))  # ∇J: the policy gradient theorem
+        sums = torch.zeros(2, len(states)).double()
+        sums.index_add_(1, state.flatten(), torch.stack([weights * G, weights]).flatten(1))
+        V = sums[0] / sums[1]  # E[G_t | s]
+        wrong = V + 0.5 * torch.randn(len(V), generator=torch.Generator().manual_seed(0)).double()
+        figures = {}
+
+        def add(name, c, probabilities, size=1):
+            mean = probabilities @ c
+            variance = size * (probabilities @ ((c - mean) @ gram * (c - mean)).sum(dim=1))
+            figures[name] = [(variance / (true @ gram @ true)).item(),
+                             (((mean - true) @ gram @ (mean - true)) / (true @ gram @ true)).clamp(min=0).sqrt().item()]
+
+        def estimate(rows=slice(None), values=V, moving=0.0, **flags):
+            config = ppo.Config(**{"advantage": "reward_to_go", "scale": False, **flags})
+            return ppo.estimate_advantages(r[rows], values[state[rows]], mask[rows], config, moving)[0]
+
+        add("total reward", coefficients(total.expand_as(r)), p)
+        add("reward to go", coefficients(estimate()), p)
+        average = ((weights * G).sum() / weights.sum()).item()
+        add("- moving average, settled", coefficients(estimate(baseline="moving", moving=average)), p)
+        draws = p.multinomial(B * M, replacement=True, generator=torch.Generator().manual_seed(1))
+        batch = torch.cat([estimate(rows, baseline="batch") for rows in draws.split(B)])
+        for name, A in (("- mean of the batch of 8", batch),
+                        ("- mean of the 7 others", estimate(draws, baseline="leave_one_out", group=B))):
+            add(name, coefficients(A, draws).view(M, B, -1).mean(dim=1), torch.full((M,), 1 / M).double(), B)
+        for name, values in (("exact V", V), ("wrong V", wrong)):
+            for lam in (1.0, 0.95, 0.5, 0.0):
+                add(f"GAE, {name}, λ = {lam:g}", coefficients(estimate(values=values, advantage="gae", lam=lam)), p)
+        pairs = torch.cartesian_prod(torch.arange(len(ROWS)), torch.arange(len(ROWS)))  # all batches of 2
+        c = coefficients(estimate(pairs.flatten(), baseline="leave_one_out", group=2), pairs.flatten())
+        add("- the other one of 2", c.view(len(pairs), 2, -1).mean(dim=1), p[pairs].prod(dim=1), 2)
+        return figures
+
+    figures, centred = table(rewards), table(rewards + 2)  # a mean return of -1.7, and of 0.3
+    print(f"\n{'in units of |∇J|² and |∇J|':26s}  variance    bias   variance with 2 added to every reward")
+    for name, (variance, bias) in figures.items():
+        noise = f"   bias ± {math.sqrt(variance / B / M):.1%}: sampled" if " of the " in name else ""
+        print(f"{name:26s}  {variance:8.1f}  {bias:6.1%}   {centred[name][0]:8.1f}{noise}")
+    variance, bias = ({name: pair[i] for name, pair in figures.items()} for i in range(2))
+    order = ["total reward", "reward to go", "- mean of the 7 others", "- moving average, settled", "GAE, exact V, λ = 1",
+             "GAE, exact V, λ = 0.95", "GAE, exact V, λ = 0.5", "GAE, exact V, λ = 0"]
+    assert sorted(order, key=variance.get, reverse=True) == order
+    wrong = [f"GAE, wrong V, λ = {lam}" for lam in ("1", "0.95", "0.5", "0")]
+    assert sorted(wrong, key=variance.get, reverse=True) == wrong == sorted(wrong, key=bias.get) and bias[wrong[3]] > 0.1
+    assert all(bias[name] < 1e-5 for name in {*order, wrong[0], "- the other one of 2"} - {"- mean of the 7 others"})
+    sampled = math.sqrt(variance["- mean of the 7 others"] / B / M)
+    assert bias["- mean of the 7 others"] < 2 * sampled and abs(bias["- mean of the batch of 8"] - 1 / B) < 2 * sampled
+    # The exceptions.
+    assert variance["- mean of the batch of 8"] < variance["- moving average, settled"] < variance[wrong[0]]
+    assert centred["- mean of the 7 others"][0] > centred["reward to go"][0]
 
 
 class Blocks(random.Random):

@@ -357,7 +357,7 @@ def test_where_the_kl_penalty_stands(method, monkeypatch):
     """GRPO's KL in the rewards as well: the penalty counts twice. And without a ratio, a second pass over a batch."""
     seen, shaped = [], ppo.shaped_rewards
     monkeypatch.setattr(ppo, "shaped_rewards", lambda *args: seen.append(args[-1]) or shaped(*args))
-    config = ppo.Config(**ppo.PRESETS["method"][method] | dict(iterations=1, rollouts=8, beta=0.5, max_new_tokens=LIMIT))
+    config = ppo.Config(**ppo.PRESETS["method"][method] | dict(iterations=1, rollouts=24, beta=0.5, max_new_tokens=LIMIT))
     (_, figures, _), = loop(tiny_gpt(0), config, tiny_gpt(1), tiny_reward_model(2))
     assert seen == [0.0 if method == "grpo" else 0.5]
     assert config.epochs == 1 or config.objective != "policy_gradient"
@@ -416,7 +416,7 @@ def test_a_method_is_its_flags(monkeypatch):
         assert preset.epochs == 1 or preset.objective != "policy_gradient"  # a second pass needs the ratio
     config = parsed(monkeypatch, *"--method grpo --no-scale --kl rewards --group 4 --mean tokens".split())
     assert (config.scale, config.kl, config.group, config.mean) == (False, "rewards", 4, "tokens")
-    assert (config.advantage, config.epochs, config.minibatch) == ("group", 1, 16)
+    assert (config.advantage, config.epochs, config.minibatch) == ("group", ppo.Config.epochs, ppo.Config.minibatch)
     config = parsed(monkeypatch, *"--method reinforce --epochs 4 --minibatch 16 --advantage gae --lam 0.5".split())
     assert (config.epochs, config.minibatch, config.advantage, config.lam) == (4, 16, "gae", 0.5)
     assert config.objective == "policy_gradient"
@@ -458,17 +458,25 @@ def test_a_flag_that_a_method_ignores_is_refused(flags, line, tmp_path):
 TINY = "--size cpu --iterations 4 --rollouts 8 --minibatch 4 --epochs 2 --max_new_tokens 8 --save 2 --lr 1e-2".split()
 
 
+def write_checkpoints(out, context, width=16):
+    """The checkpoints that PPO builds on, of models that nobody trained; a character is a token, and a fifth of all is
+    <|end|>."""
+    tokenizer, shape = Tokenizer(train_vocabulary("", 259)), GPTConfig(259, context, n_layer=1, n_head=2, n_embd=width)
+    torch.manual_seed(0)
+    base, judge = GPT(shape), RewardModel(shape)
+    with torch.no_grad():
+        base.ln_f.bias += 4 * base.wte.weight[tokenizer.end_token]
+        judge.head.weight.normal_()
+    for stage, model, extra in (("gpt", base, {"text": ""}), ("sft", base, {}), ("reward_model", judge, {})):
+        (out / "cpu" / stage).mkdir(parents=True, exist_ok=True)
+        save_checkpoint(out / "cpu" / stage / "checkpoint.pt", stage, "cpu", model, tokenizer, **extra)
+
+
 @pytest.fixture
 def untrained(tmp_path, monkeypatch):
-    """A folder with the checkpoints that PPO builds on; a character is a token, and every story fits the context. Ten
-    documents are held out, not 500."""
+    """A folder with checkpoints whose context holds every story of the little world. Ten documents are held out."""
     monkeypatch.setattr(gpt, "held_out_documents", lambda documents=gpt.held_out_documents()[:10]: documents)
-    tokenizer, shape = Tokenizer(train_vocabulary("", 259)), GPTConfig(259, 768, n_layer=1, n_head=2, n_embd=16)
-    torch.manual_seed(0)
-    base = GPT(shape)
-    for stage, model, extra in (("gpt", base, {"text": ""}), ("sft", base, {}), ("reward_model", RewardModel(shape), {})):
-        (tmp_path / "out/cpu" / stage).mkdir(parents=True)
-        save_checkpoint(tmp_path / "out/cpu" / stage / "checkpoint.pt", stage, "cpu", model, tokenizer, **extra)
+    write_checkpoints(tmp_path / "out", 480)
     return tmp_path / "out"
 
 
@@ -522,16 +530,17 @@ def test_every_method_resumes_bit_for_bit(method, flags, untrained, monkeypatch)
     ("--method grpo", "policy, reference, reward_model"), ("--method reinforce", "policy, reference, reward_model"),
     ("--method ppo --beta 0", "policy, reward_model, value_model"),
     ("--method grpo --beta 0", "policy, reward_model"), ("--method reinforce_baseline --beta 0", "policy, reward_model")])
-def test_the_models_in_memory(flags, held, untrained, capsys, monkeypatch):
+def test_the_models_in_memory(flags, held, tmp_path, capsys, monkeypatch):
     """The lecture's four models held by a method that uses three, or two; a line that counts what is not there. A model
     that learns takes four times its weights: themselves, their gradients and Adam's two moments."""
+    write_checkpoints(tmp_path, 128, width=128)
     seen = []
     monkeypatch.setattr(ppo, "optimize", lambda *args: seen.append(args[:4]) or iter(()))
-    ppo.main(["--size", "cpu", "--out", str(untrained), "--max_new_tokens", "8", *flags.split()])
+    ppo.main(["--size", "cpu", "--out", str(tmp_path), "--max_new_tokens", "8", *flags.split()])
     names = held.split(", ")
     assert [model is not None for model in seen[0]] == [
         name in names for name in ("policy", "reference", "reward_model", "value_model")]
-    sizes = [sum(x.numel() for x in read_torch(untrained / "cpu" / stage / "checkpoint.pt")["model"].values())
+    sizes = [sum(x.numel() for x in read_torch(tmp_path / "cpu" / stage / "checkpoint.pt")["model"].values())
              for stage in ("sft", "sft", "reward_model", "reward_model")]
     total = sum(4 * size * (4 if name in ("policy", "value_model") else 1)
                 for name, size in zip(("policy", "reference", "reward_model", "value_model"), sizes) if name in names)
@@ -573,25 +582,26 @@ def test_pretraining_text_of_the_little_world(untrained, capsys):
     assert losses["20"] < losses["0"] - 0.2
 
 
-def test_pretraining_text_of_somebodys_own(untrained, tmp_path, capsys, monkeypatch):
+def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
     """--ptx that draws the little world's stories for a model of somebody's own text and prompts, its held-out tenth, or
     windows that the policy's context cannot hold; a text that is gone, or another one when the run goes on."""
     text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
-    text.write_text("abc " * 2700 + "xyz " * 300)  # the last tenth is held out
+    text.write_text("abc " * 2700 + "cba " * 300)  # the last tenth is held out
     write_jsonl(rows, [{"prompt": f"Why {i}?"} for i in range(20)])
-    path = untrained / "cpu/gpt/checkpoint.pt"
+    out, path = tmp_path / "out", tmp_path / "out/cpu/gpt/checkpoint.pt"
+    write_checkpoints(out, 64)
     _, tokenizer, _ = load_checkpoint(path, "gpt", "cpu")
-    wider = GPT(GPTConfig(259, 2048, n_layer=1, n_head=2, n_embd=16))  # another base model, trained since
+    wider = GPT(GPTConfig(259, 128, n_layer=1, n_head=2, n_embd=16))  # another base model, trained since
     save_checkpoint(path, "gpt", "cpu", wider, tokenizer, text=str(text))
     drawn, backward = [], sft.backward
     monkeypatch.setattr(sft, "backward", lambda *args: drawn.append(args[1]) or backward(*args))
-    argv = ["--out", str(untrained), *TINY, "--data", str(rows), "--ptx", "20"]
+    argv = ["--out", str(out), *TINY, "--data", str(rows), "--ptx", "20"]
     ppo.main(argv)
     before, after = pretraining_line(capsys.readouterr().out)
     assert after < before - 0.2
     assert list(map(len, drawn)) == [4] * 16  # as many as responses
     windows = {tokenizer.decode(ids.tolist()) for ids in itertools.chain(*drawn)}
-    assert len(windows) > 1 and all(len(window) == 768 and not set(window) & set("xyz") for window in windows)
+    assert len(windows) > 1 and all(len(window) == 64 and "ba " not in window for window in windows)
 
     def killed(*args, **more):
         raise KeyboardInterrupt
@@ -604,7 +614,7 @@ def test_pretraining_text_of_somebodys_own(untrained, tmp_path, capsys, monkeypa
     with pytest.raises(InputError, match="the run began with another .*text.txt; begin anew"):
         ppo.main([*argv, "--resume"])
     text.unlink()
-    found = snapshot(untrained)
+    found = snapshot(out)
     with pytest.raises(InputError) as error:
         ppo.main([*argv, "--resume"])
-    assert str(error.value) == f"{text}: no such file" and snapshot(untrained) == found
+    assert str(error.value) == f"{text}: no such file" and snapshot(out) == found

@@ -506,7 +506,8 @@ def test_a_loop_goes_on_from_its_state(valued):
         whole.append(untimed([figures]))
         if step == 2:
             saved = copy.deepcopy({"step": 2, "path": "state.pt", **state_dicts(state)})
-    names = {"beta", "penalty", "moving", "policy", "policy_optimizer"} | ({"value_model", "value_model_optimizer"} if valued else set())
+    names = {"beta", "penalty", "moving", "policy", "policy_optimizer"}
+    names |= {"value_model", "value_model_optimizer"} if valued else set()
     assert saved.keys() == names | {"step", "path"}
     (_, figures, resumed), = loop(saved)
     assert untimed([figures]) == whole[2]
