@@ -9,6 +9,8 @@ Step two: fit r_φ(x, y), the SFT trunk with a scalar head read at the last toke
 
     python reward_model.py                      collect pairs from the SFT model, then train
     python reward_model.py --data FILE.jsonl    train on your own pairs: {"prompt", "chosen", "rejected"}
+    python reward_model.py --judge constitution     AI feedback instead of the annotator's (CS 224R, ch. 11)
+    python reward_model.py --judge "COMMAND"    the same from any program, say a client of a language model
     python reward_model.py --learning_curve     how many pairs it takes
 
 One epoch: the pairs are few and a second pass learns them by heart (ECE 7115, "Reward Model Training").
@@ -28,7 +30,8 @@ import torch.nn.functional as F
 
 import sft
 from data import annotator, stories
-from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
+from data.annotator import annotator_judge, answer_key, gold_margins, print_agreement, print_answer_key, standard_error
+from data.files import InputError, hold_out, read_pairs, run_script, split_prompts, write_jsonl
 from data.run import Run, announce, counts, parse_config, progress, restore, show, stage_folder, train_missing
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
                  optimizer_step, pad, respond, response_texts, save_checkpoint)
@@ -44,7 +47,8 @@ class Config:
     seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
     data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
     pairs: int = 10240          # comparisons to collect for training
-    held_out: int = 1024        # comparisons to collect for the held-out figures
+    held_out: int = 1024        # comparisons to collect for the held-out figures, labelled by the annotator
+    judge: str = "annotator"    # who labels the others: annotator, constitution, both in turn, or a program: "COMMAND"
     max_new_tokens: int = 96    # the longest sampled response
     sample_batch: int = 512     # prompts in one batch of sampling
     epochs: int = 1             # passes over the pairs
@@ -120,17 +124,12 @@ def gold_rewards(rollout, tokenizer):
     return torch.tensor(list(map(annotator.gold_reward, prompts, response_texts(rollout, tokenizer))))
 
 
-def annotator_judge(asked, rng):
-    """The annotator's choices, 0 or 1, for a list of (prompt, first response, second response)."""
-    return [annotator.choose(*one, rng) for one in asked]
-
-
 def reward_model_judge(model, tokenizer):
-    """A judge as annotator_judge is, by Bradley-Terry on a reward model's scores: P(first) = σ(r(first) - r(second))."""
+    """A judge (data/annotator.py) by Bradley-Terry on a reward model's scores: P(first) = σ(r(first) - r(second))."""
     def judge(asked, rng):
         ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, *texts in asked for text in texts]
         first, second = score_all(model, ids).view(-1, 2).unbind(dim=1) if asked else torch.empty(2, 0)
-        return [int(rng.random() >= p) for p in torch.sigmoid(first - second).tolist()]
+        return [(int(rng.random() >= p), "") for p in torch.sigmoid(first - second).tolist()]
 
     return judge
 
@@ -139,7 +138,8 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=an
     """Ask the policy twice for each of the world's requests (the held-out ones or the others), or for prompts of a user's
     own, and let the judge choose. context: encoded anew, a sample can be longer than it was, and have no end within it.
 
-    Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
+    Returns (rows {"prompt", "chosen", "rejected"}, and "why" where the judge says it, dropped {reason: number}); a dropped
+    comparison is replaced.
     """
     rows, dropped = [], {"no end": 0, "blank": 0, "equal texts": 0}
     report = progress(f"{'held-out ' * held_out}comparisons collected", count)
@@ -163,8 +163,9 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=an
                 dropped["equal texts"] += 1
             else:
                 asked.append((prompt, first, second))
-        for (prompt, *texts), choice in zip(asked, judge(asked, rng)):
-            rows.append({"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]})
+        for (prompt, *texts), (choice, why) in zip(asked, judge(asked, rng)):
+            row = {"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]}
+            rows.append({**row, "why": why} if why else row)
         report(len(rows))
     return rows, dropped
 
@@ -262,44 +263,6 @@ def held_out_margins(model, pairs):
     return score_all(model, chosen) - score_all(model, rejected)
 
 
-def answer_key(margin, gold_margin, bins=10):
-    """How far a reward model is from the best one, on pairs whose true rewards are known.
-
-    margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns (figures, table):
-    accuracy is the share of labels that the model guesses; expected_accuracy is its expectation over the annotator's
-    noise, E P(the model's choice), which is the same thing with less variance, and is what Bayes accuracy bounds. Bayes
-    accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; share_of_bayes and above_chance are
-    expected_accuracy / Bayes and (expected_accuracy - 0.5) / (Bayes - 0.5), because a coin is right half of the time;
-    ..._error are standard errors over the pairs. The annotator's own loss is its entropy, E[-σ log σ - (1-σ) log(1-σ)];
-    correlation and slope (Δreward = slope · Δgold, least squares) are taken through the origin: a pair counts in both
-    orders, so both means are 0;
-    table has a row (pairs, predicted, observed) for each bin of predicted preference: a pair counts in both orders.
-    """
-    p, norms = torch.sigmoid(gold_margin.double()), margin.norm() * gold_margin.norm()
-    agreed, best = torch.where(margin > 0, p, 1 - p), torch.maximum(p, 1 - p)  # P(annotator agrees) with the model, at best
-    figures = dict(accuracy=(margin > 0).double().mean().item(), expected_accuracy=agreed.mean().item(),
-                   expected_accuracy_error=standard_error(agreed), bayes_accuracy=best.mean().item())
-    for name, ours, most in (("share_of_bayes", agreed, best), ("above_chance", agreed - 0.5, best - 0.5)):
-        share = (ours.mean() / most.mean().clamp(min=1e-9)).item()
-        error = standard_error(ours - share * most) / max(most.mean().item(), 1e-9)  # of a ratio of two means
-        figures.update({name: share, f"{name}_error": error})
-    figures.update(loss=-F.logsigmoid(margin.double()).mean().item(),
-                   annotator_loss=(torch.special.entr(p) + torch.special.entr(1 - p)).mean().item(),
-                   correlation=(margin @ gold_margin / norms.clamp(min=1e-9)).item(),
-                   slope=(margin @ gold_margin / (gold_margin @ gold_margin).clamp(min=1e-9)).item())
-    predicted = torch.sigmoid(torch.cat([margin, -margin]))
-    won = torch.cat([torch.ones_like(margin), torch.zeros_like(margin)])
-    which = (predicted * bins).long().clamp(max=bins - 1)
-    table = [(int((which == b).sum()), predicted[which == b].mean().item(), won[which == b].mean().item())
-             for b in range(bins) if (which == b).any()]
-    return figures, table
-
-
-def standard_error(x):
-    """The standard error of the mean of x (N,), 0 for a single number."""
-    return (x.std(correction=0) / len(x) ** 0.5).item()
-
-
 def start_from(policy):
     """A fresh RewardModel: the SFT model with a linear head in place of the language model's."""
     model = RewardModel(policy.config).to(policy.wte.weight.device)
@@ -310,23 +273,26 @@ def start_from(policy):
 def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model/checkpoint.pt."""
     split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else None  # before any training
-    train_missing(config, EARLIER, "reward_model")
     folder, device = stage_folder(config, "reward_model"), get_device()
+    judge = annotator.judge_of(config.judge, folder / "unfinished/labels.jsonl")
+    train_missing(config, EARLIER, "reward_model")
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)
     model = start_from(policy)
-    announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
+    origin = config.data or f"two SFT samples a request, compared by {config.judge}"
+    announce("reward_model", config, device, origin, model)
     if config.data:
         data = encode_comparisons(split, config.data, tokenizer, policy.config.block_size)  # before anything is written
         prompts_with_room([row["prompt"] for row in data.rows], tokenizer, config, policy.config.block_size)
     with Run("reward_model", folder, config, config.report, [sft_path]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
         if not config.data:
-            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, config)
+            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, judge, config)
             data = encode_comparisons(split, "the collected pairs", tokenizer, policy.config.block_size)
         print(f"pairs   {data.description}", flush=True)
-        write_jsonl(run.folder / "pairs.jsonl", data.rows)
-        write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
+        if not run.saved["step"]:
+            write_jsonl(run.folder / "pairs.jsonl", data.rows)
+            write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
 
         # 2. Train by maximum likelihood.
         run.total = config.epochs * math.ceil(len(data.pairs) / config.batch)
@@ -369,28 +335,18 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard deviation {scores.std():.3f}")
 
 
-def collect(policy, tokenizer, config):
-    """(rows to train on, held-out rows), fresh comparisons; says what was replaced. No request is in both."""
+def collect(policy, tokenizer, judge, config):
+    """(rows to train on, held-out rows), fresh comparisons; says what was replaced. No request is in both. Whoever is the
+    judge, the annotator labels those held out: they are the answer key."""
     split = []
-    for held_out, count in ((False, config.pairs), (True, config.held_out)):
+    for held_out, count, labels in ((False, config.pairs, judge), (True, config.held_out, annotator_judge)):
         rng = random.Random(f"pairs {config.seed} {held_out}")
-        rows, dropped = collect_pairs(policy, tokenizer, count, config, rng, held_out)
+        rows, dropped = collect_pairs(policy, tokenizer, count, config, rng, held_out, labels)
         print(f"        replaced {counts(dropped)}")
         split.append(rows)
+    if config.judge != "annotator":
+        print_agreement(split[0])
     return split
-
-
-def print_answer_key(figures, table):
-    """Print what answer_key found."""
-    print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f} ± "
-          f"{figures['expected_accuracy_error']:.3f}; Bayes {figures['bayes_accuracy']:.3f}\n"
-          f"        {figures['share_of_bayes']:.1%} ± {figures['share_of_bayes_error']:.1%} of it; above chance "
-          f"{figures['above_chance']:.1%} ± {figures['above_chance_error']:.1%}\n"
-          f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
-          f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}\n"
-          f"calibration   pairs  predicted  observed")
-    for count, predicted, observed in table:
-        print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
 
 
 def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0):
@@ -424,12 +380,6 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
                                         for i, label in enumerate(("before", "after"))])
 
 
-def gold_margins(rows):
-    """The annotator's true r(x, y_w) - r(x, y_l) of every row of a file of pairs: (N,)."""
-    return torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
-                         - annotator.gold_reward(row["prompt"], row["rejected"]) for row in rows])
-
-
 def learning_curve(config):
     """How many pairs does it take? Train a fresh reward model on the first 256, 512, ... pairs of --data, or of those that
     the stage collected, and print a row for each."""
@@ -461,7 +411,8 @@ def learning_curve(config):
 
 
 def main(argv=None):
-    config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.")
+    config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.",
+                          needs={"judge": ("data", "")})
     if config.learning_curve:
         learning_curve(config)
     else:

@@ -1,12 +1,17 @@
-"""The annotator of data/annotator.py, against a rubric worked by hand and the Bradley-Terry formula."""
+"""The annotator of data/annotator.py, against a rubric worked by hand and the Bradley-Terry formula; other judges."""
 
+import json
 import math
 import random
+import shlex
 import statistics
+import sys
 
 import pytest
 
-from data.annotator import choose, gold_reward, rubric, scored
+from data.annotator import (CONSTITUTION, both_judge, choose, command_judge, constitution_choice, gold_reward, judge_of,
+                            print_agreement, rubric, scored)
+from data.files import InputError
 from data.stories import request, story
 
 PROMPT = "Tell me a story about a shy fox and a kite."
@@ -118,3 +123,123 @@ def test_choices_come_from_the_given_generator_only():
     runs = [[choose(PROMPT, story_of(HAPPY), story_of(SAD), rng) for _ in range(50)]
             for rng in (random.Random(6), random.Random(6))]
     assert runs[0] == runs[1] and set(runs[0]) == {0, 1} and random.getstate() == state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judges
+
+FIRST, HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = ("No principle tells them apart.", *(
+    principle for principle, _ in CONSTITUTION))
+
+
+@pytest.mark.parametrize("better, worse, why", [
+    ("", story_of(KIND[0], UNKIND[0], HAPPY), HARMLESS),                        # harmless before all else
+    (story_of(UNKIND[0]), story_of(*UNKIND, KIND[0], HAPPY), HARMLESS),         # one unkind deed, not two
+    ("fox", "A kind rabbit. " + HAPPY.replace("kite", "drum"), HELPFUL),
+    ("A FOX! A kite?", "The foxes flew a kite. " + KIND[0], HELPFUL),           # words, not pieces of words
+    (story_of(HAPPY), story_of(*KIND, SAD), ENDING), (story_of(SAD), story_of(*KIND), ENDING),
+    (story_of(SAD), story_of(HAPPY, KIND[0]), ENDING),                          # an ending stands at the end
+    (story_of(KIND[0], KIND[0], KIND[1]), story_of(KIND[1], KIND[2]), KINDNESS),
+    (story_of(KIND[1], KIND[2]), story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")), TWICE),
+    (story_of(KIND[0]), story_of(KIND[3]), SHORT)])
+def test_the_first_principle_that_tells_two_stories_apart_decides(better, worse, why):
+    """A principle that a later one overrules, that prefers the worse story, or whose name stands at another's label."""
+    for seed in range(3):
+        assert constitution_choice(PROMPT, better, worse, random.Random(seed)) == (0, why)
+        assert constitution_choice(PROMPT, worse, better, random.Random(seed)) == (1, why)
+
+
+def test_where_no_principle_decides_a_coin_does():
+    """The first response of a pair wins whenever the judge sees no difference: a preference for nothing."""
+    rng, alike = random.Random(3), (story_of(KIND[1]), story_of(KIND[1].replace("Aunt", "Nurse").replace("Lily", "Ivy")))
+    found = [constitution_choice(PROMPT, *alike, rng) for _ in range(400)]
+    assert {why for _, why in found} == {FIRST} and abs(sum(choice for choice, _ in found) - 200) < 4 * 10
+
+
+def test_both_label_in_turn():
+    """Both judges, of whom one gets all the labels; or every label counted for the other one."""
+    asked = [(PROMPT, story_of(HAPPY), story_of(UNKIND[0]))] * 6
+    found = both_judge(asked, random.Random(0))
+    assert [why for _, why in found] == ["", HARMLESS] * 3 and [choice for choice, _ in found[1::2]] == [0] * 3
+    rng = random.Random(1)
+    assert abs(sum(choice for choice, why in both_judge(asked * 200, rng) if not why) / 600      # 600 by the annotator
+               - 1 / (1 + math.exp(gold_reward(*asked[0][:2]) - gold_reward(PROMPT, asked[0][2])))) < 0.03
+
+
+def test_agreement_by_hand(capsys):
+    """An agreement with one draw of the annotator's noise, or with the pairs turned round."""
+    pairs = [(story_of(HAPPY), story_of(SAD), "a"), (story_of(SAD), story_of(KIND[0], SAD), "b"),
+             (story_of(SAD), story_of(HAPPY, KIND[0]), "b")]      # true rewards +1.5, -1 and -0.5 apart
+    print_agreement([{"prompt": PROMPT, "chosen": better, "rejected": worse, "why": why} for better, worse, why in pairs])
+    p = [1 / (1 + math.exp(-x)) for x in (1.5, -1, -0.5)]
+    best = statistics.mean(max(x, 1 - x) for x in p)
+    assert capsys.readouterr().out == (
+        f"judge   the annotator agrees with {statistics.mean(p):.1%} ± {statistics.pstdev(p) / 3 ** 0.5:.1%} of the "
+        f"labels; at best {best:.1%}\n        66.7%  b\n        33.3%  a\n")
+
+
+def program(folder, body):
+    """The command of a judge that reads all questions as rows, notes them in asked.jsonl, and then runs body."""
+    (folder / "judge.py").write_text("import json, os, sys, time\n"
+                                     "rows = [json.loads(line) for line in sys.stdin]\n"
+                                     f"open({str(folder / 'asked.jsonl')!r}, 'a').writelines(json.dumps(row) + '\\n' "
+                                     "for row in rows)\n"
+                                     "def say(choice, **more): print(json.dumps({'choice': choice, **more}), flush=True)\n"
+                                     + body)
+    return shlex.join([sys.executable, str(folder / "judge.py")])
+
+
+ASKED = [(f"Who? {i}", f"ä {i}\n", '"' * i + "b") for i in range(8)]
+SHORTER = "for row in rows: say(int(len(row['second']) < len(row['first'])), why='shorter')\n"
+
+
+def test_a_program_as_the_judge(tmp_path):
+    """Answers at other questions; a question cut at its line break or spoilt by an encoding; one that is paid for twice."""
+    judge = command_judge(program(tmp_path, SHORTER), tmp_path / "labels.jsonl")
+    expected = [(int(len(second) < len(first)), "shorter") for _, first, second in ASKED]
+    assert len(set(expected)) == 2
+    assert judge(ASKED[:5] + ASKED[:1], None) == expected[:5] + expected[:1]
+    assert judge(ASKED, None) == expected and judge([], None) == []
+    rows = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert [tuple(row.values()) for row in rows] == ASKED and list(rows[0]) == ["prompt", "first", "second"]
+    silent = program(tmp_path, "for row in rows: say(1, why=None)")
+    assert command_judge(silent, tmp_path / "other.jsonl")(ASKED, None) == [(1, "")] * 8
+
+
+@pytest.mark.parametrize("body, given, message", [
+    ("[say(1) for row in rows[:3]]; raise KeyError('no key')", 3, "gave 3 of 8 answers and ended with status 1; it said: "
+                                                                  "KeyError: 'no key'"),
+    ("os.kill(os.getpid(), 9)", 0, "gave 0 of 8 answers and ended with status -9; it said: nothing"),
+    ("[say(1) for row in rows[1:]]", 7, "gave 7 of 8 answers and ended with status 0"),
+    ("[say(1) for row in rows]; sys.exit(3)", 8, "gave 8 of 8 answers and ended with status 3"),
+    ("[say(1) for row in rows]; print('Done.')", 8, "gave more answers than the 8 asked for: 'Done.'"),
+    ("say(1); print('Sure! I prefer', flush=True); time.sleep(60)", 1, "answer 2: not JSON: .*near 'Sure! I prefer'"),
+    ("say(0); say(2)", 1, 'answer 2: "choice" must be 0, for the first one, or 1, found the number 2'),
+    ("say(True)", 0, '"choice" must be 0, for the first one, or 1, found true'), ("say('1')", 0, "found a string"),
+    ("print('{}')", 0, "found none"), ("print()", 0, "answer 1: not JSON"), ("print('[0]')", 0, "answer 1: found a list"),
+    ("say(0, why=3)", 0, '"why" must be text, found the number 3'),
+    ("say(0, why='\\ud800')", 0, '"why" holds half a surrogate pair'),
+    ("sys.stdout.buffer.write(b'\\xff\\n')", 0, "not UTF-8")])
+def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, given, message):
+    """A night of labels lost with the last one; a label guessed from what is no answer; a program that hangs on."""
+    labels = tmp_path / "labels.jsonl"
+    with pytest.raises(InputError, match=message) as error:
+        command_judge(program(tmp_path, body), labels)(ASKED, None)
+    assert "\n" not in str(error.value) and "judge.py: " in str(error.value)
+    assert len(labels.read_text().splitlines()) == given
+    with open(labels, "a") as file:
+        file.write('{"prompt": "Who? 7", "fir')        # killed while it wrote
+    (tmp_path / "asked.jsonl").unlink()
+    found = command_judge(program(tmp_path, SHORTER), labels)(ASKED, None)
+    kept = [json.loads(line)["choice"] for line in labels.read_text().splitlines()]
+    assert [choice for choice, _ in found] == kept and len(kept) == 8
+    asked = (tmp_path / "asked.jsonl").read_text().splitlines() if given < 8 else []
+    assert [json.loads(line)["prompt"] for line in asked] == [prompt for prompt, *_ in ASKED[given:]]
+    assert [why for _, why in found[given:]] == ["shorter"] * (8 - given)
+
+
+@pytest.mark.parametrize("command", ["anotator", "", "no-such-program --fast", "'open"])
+def test_a_command_that_there_is_not(command, tmp_path):
+    """A name that was mistyped, found out after minutes of sampling."""
+    with pytest.raises(InputError, match=f"^--judge {command}: "):
+        judge_of(command, tmp_path / "labels.jsonl")

@@ -4,7 +4,10 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
+import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +18,9 @@ import reward_model
 import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
+from data.run import Run, read_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import metrics, snapshot, tiny_reward_model
+from helpers import metrics, snapshot, tiny_reward_model, untimed
 from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all
 
 V = 11
@@ -283,7 +287,7 @@ def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
             rewards.append(model(tokens)[0, -1].item())
         p.append(1 / (1 + math.exp(rewards[1] - rewards[0])))
     assert p[0] == pytest.approx(1 - p[1], abs=1e-5) and max(p) - min(p) > 0.3 and 0.02 < min(p)
-    chosen = torch.tensor([judge(asked, rng) for _ in range(500)] + [judge(5 * asked, rng)[:4] for _ in range(500)])
+    chosen = torch.tensor([[choice for choice, _ in judge(asked * n, rng)[:4]] for n in (1, 5) for _ in range(500)])
     assert set(chosen.unique().tolist()) == {0, 1}
     for share, x in zip((chosen == 0).double().mean(dim=0).tolist(), p):  # 0: the first one
         assert abs(share - x) < 4 * math.sqrt(x * (1 - x) / 1000)
@@ -303,7 +307,7 @@ def test_another_judge_and_prompts_of_a_users_own(tokenizer, monkeypatch):
 
     def judge(batch, rng):
         asked.extend(batch)
-        return [1] * len(batch)
+        return [(1, "")] * len(batch)
 
     monkeypatch.setattr(reward_model, "respond", respond)
     config = reward_model.Config(sample_batch=2)
@@ -675,3 +679,83 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
     assert "share of Bayes accuracy" in header and "above chance" in header and count == "48"
     assert float(share) / 100 == pytest.approx(float(accuracy) / expected["bayes_accuracy"], abs=2e-3)
     assert float(above) / 100 == pytest.approx((float(accuracy) - 0.5) / (expected["bayes_accuracy"] - 0.5), abs=5e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other judges
+
+JUDGED = "--size cpu --pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16 --sample_batch 32 --report 3".split()
+
+
+def test_another_judge_labels_what_is_trained_on_only(out, capsys):
+    """Held-out figures against the constitution's own labels, which no annotator gave; a principle that is lost."""
+    held_out = (out / "cpu/reward_model/held_out.jsonl").read_bytes()
+    reward_model.main(["--out", str(out), "--judge", "constitution", *JUDGED])
+    assert (out / "cpu/reward_model/held_out.jsonl").read_bytes() == held_out       # the annotator's stage, batch for batch
+    rows = metrics(out / "cpu/reward_model/pairs.jsonl")
+    for row in rows:
+        choice, why = annotator.constitution_choice(row["prompt"], row["chosen"], row["rejected"], random.Random(0))
+        assert why == row["why"] and (choice == 0 or "No principle" in why)
+    why, number = Counter(row["why"] for row in rows).most_common(1)[0]
+    assert f"        {number / 64:5.1%}  {why}\n" in capsys.readouterr().out
+
+
+JUDGE = """import json, sys
+rows = [json.loads(line) for line in sys.stdin]
+open({asked!r}, "a").writelines(json.dumps(row) + "\\n" for row in rows)
+for row in rows[:{most}]:
+    print(json.dumps(dict(choice=len(row["first"]) % 2, why="parity of " + row["prompt"])))
+"""
+
+
+def test_a_programs_labels_go_on_bit_for_bit(out, tmp_path, monkeypatch):
+    """A label paid for twice, or given to another pair; reasons that are lost when the run goes on; labels that stay
+    beside the next run's checkpoint."""
+    folder, whole, command = out / "cpu/reward_model", tmp_path / "whole", f"{sys.executable} {tmp_path / 'judge.py'}"
+    end_step, argv = Run.end_step, ["--out", str(out), "--judge", command, *JUDGED]
+
+    def judge(most, asked):
+        (tmp_path / "judge.py").write_text(JUDGE.format(asked=str(tmp_path / asked), most=most))
+
+    def stop(run, step, **state):
+        end_step(run, step, **state)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    judge(99, "whole.jsonl")
+    reward_model.main(argv)
+    shutil.copytree(folder, whole)
+    judge(20, "killed.jsonl")
+    with pytest.raises(InputError, match="gave 20 of .* answers"):
+        reward_model.main(argv)
+    judge(99, "killed.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reward_model.main([*argv, "--resume"])
+    reward_model.main([*argv, "--resume"])
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names and "labels.jsonl" not in names
+    assert untimed(metrics(folder / "metrics.jsonl")) == untimed(metrics(whole / "metrics.jsonl"))
+    assert (folder / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
+    weights, expected = (read_torch(path / "checkpoint.pt")["model"] for path in (folder, whole))
+    assert all(torch.equal(x, expected[name]) for name, x in weights.items())
+    once, again = (metrics(tmp_path / f"{name}.jsonl") for name in ("whole", "killed"))
+    first = len(again) - (len(once) - 20)           # what the program that died was asked, before it died
+    assert again[:first] + again[first:][first - 20:] == once and first > 20
+    labelled = []
+    for prompt, *texts in (row.values() for row in once):
+        choice = len(texts[0]) % 2
+        labelled.append(dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice], why=f"parity of {prompt}"))
+    assert metrics(folder / "pairs.jsonl") == labelled
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--judge constitution --data pairs.jsonl", "--judge constitution: goes without --data only"),
+    ("--judge anotator", "--judge anotator: no such program")])
+def test_a_judge_that_would_not_be_asked_is_refused(argv, message, out):
+    """A mistyped judge, found after minutes of sampling; labels of the file's under the name of another judge."""
+    before = snapshot(out)
+    with pytest.raises(InputError, match=message):
+        reward_model.main(["--out", str(out), *argv.split()])
+    assert snapshot(out) == before
