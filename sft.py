@@ -8,6 +8,7 @@ and <|end|> is one of them: a model that is not taught <|end|> never stops talki
 
     python sft.py                       fine-tune on demonstrations of the little world
     python sft.py --data FILE.jsonl     on your own: {"prompt", "completion"}, or pairs, whose "chosen" is taken
+    python sft.py --base gpt-curated    start from a base model after mid-training (gpt.py --start)
     python sft.py --prompt "…"          answer a prompt
 
 Departure from the slides: the loss is the sum over a batch's response tokens, divided by the mean number of them in a
@@ -37,6 +38,7 @@ EARLIER = {"gpt": gpt.main}  # the stages that this one builds on
 class Config:
     size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/sft
+    base: str = "gpt"           # the base model's folder, OUT/SIZE/BASE: the --name of a run of gpt.py
     seed: int = 1               # fixes data and samples
     data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
     prompt: str = ""            # answer this prompt with the fine-tuned model, and stop
@@ -158,9 +160,11 @@ def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
     # First: a wrong file is found before minutes of training.
     split = hold_out(read_demonstrations(config.data), config.seed, config.data) if config.data else None
-    train_missing(config, EARLIER, "sft")
+    check_name(config.base, "gpt", "base")
+    complete(stage_folder(config, config.base))
+    train_missing(config, EARLIER if config.base == "gpt" else {}, "sft")
     folder, device = stage_folder(config, "sft"), get_device()
-    base_path = stage_folder(config, "gpt") / "checkpoint.pt"
+    base_path = stage_folder(config, config.base) / "checkpoint.pt"
     model, tokenizer, base = load_checkpoint(base_path, "gpt", config.size, device)
 
     # 1. Demonstrations: prompts and the answers that somebody wrote. What is held out.

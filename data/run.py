@@ -105,10 +105,10 @@ def stage_folder(config, stage):
     return Path(config.out) / config.size / stage
 
 
-def check_name(name, stage):
-    """--name of a PPO or DPO run begins with its stage, so that no run can overwrite another stage's folder."""
+def check_name(name, stage, flag="name"):
+    """--name of a run begins with its stage, so that no run can overwrite another stage's folder."""
     if not re.fullmatch(rf"{stage}[\w.-]*", name):
-        raise InputError(f"--name {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
+        raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
 
 
 MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5}  # size cpu, two cores
