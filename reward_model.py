@@ -32,7 +32,7 @@ import sft
 from data import annotator, stories
 from data.annotator import annotator_judge, answer_key, gold_margins, print_agreement, print_answer_key, standard_error
 from data.files import InputError, hold_out, read_pairs, run_script, split_prompts, write_jsonl
-from data.run import Run, announce, counts, parse_config, progress, restore, show, stage_folder, train_missing
+from data.run import Run, announce, counts, doublings, parse_config, progress, restore, show, stage_folder, train_missing
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
                  optimizer_step, pad, respond, response_texts, save_checkpoint)
 from sft import has_room, prompts_with_room
@@ -395,8 +395,7 @@ def learning_curve(config):
     print(f"pairs   {data.description}", flush=True)
     world = all(stories.parse_request(row["prompt"]) for row in data.held_out_rows)  # else nobody knows the true rewards
     print("   pairs  held-out accuracy" + world * "  share of Bayes accuracy  above chance")
-    sizes = [2 ** k for k in range(8, len(data.pairs).bit_length()) if 2 ** k < len(data.pairs)]
-    for count in [*sizes, len(data.pairs)]:
+    for count in doublings(256, len(data.pairs)):
         model = start_from(policy)
         for _ in fit(model, data.pairs[:count], data.held_out, config, random.Random(f"learning curve {config.seed}")):
             pass

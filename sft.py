@@ -9,6 +9,7 @@ and <|end|> is one of them: a model that is not taught <|end|> never stops talki
     python sft.py                       fine-tune on demonstrations of the little world
     python sft.py --data FILE.jsonl     on your own: {"prompt", "completion"}, or pairs, whose "chosen" is taken
     python sft.py --base gpt-curated    start from a base model after mid-training (gpt.py --start)
+    python sft.py --learning_curve      how many demonstrations it takes
     python sft.py --prompt "…"          answer a prompt
 
 Departure from the slides: the loss is the sum over a batch's response tokens, divided by the mean number of them in a
@@ -16,6 +17,8 @@ batch of the whole training: the learning rate does not depend on how long peopl
 alike.
 """
 
+import copy
+import math
 import random
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -26,8 +29,8 @@ import gpt
 from data import stories
 from data.annotator import answers, scored
 from data.files import InputError, hold_out, read_demonstrations, run_script
-from data.run import (Run, announce, check_name, complete, parse_config, restore, show, stage_folder, train_missing,
-                      with_error)
+from data.run import (Run, announce, check_name, complete, doublings, parse_config, restore, show, stage_folder,
+                      train_missing, with_error)
 from gpt import (batches_by_length, excess, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
                  masked_logprobs, optimizer_step, pad, respond, response_mask, save_checkpoint)
 
@@ -55,6 +58,7 @@ class Config:
     questions: int = 200        # held-out requests put to the model before and after
     report: int = 64            # steps between two reports; the state for --resume is saved as often
     resume: bool = False        # go on with the run that was interrupted in this folder
+    learning_curve: bool = False    # figures by number of demonstrations, from the base model each time; saves nothing
 
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
@@ -156,6 +160,26 @@ def prompts_with_room(prompts, tokenizer, config, block_size):
                      f"{config.max_new_tokens} new tokens")
 
 
+def fit(model, data, config, saved=None):
+    """Fine-tune a model on Demonstrations, in place. A generator, after every step: (step, figures, None but for every
+    config.report steps, state: what a later call needs as `saved`, with its "step", to go on)."""
+    saved, optimizer = saved or {"step": 0}, make_optimizer(model, config.weight_decay)
+    lengths, order = list(map(len, data.sequences)), random.Random(f"demonstrations' order {config.seed}")
+    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, order)]
+    tokens_per_batch = config.epochs * (sum(lengths) - sum(data.prompt_lengths)) / len(batches)
+    losses = restore(saved, len(batches), model=model, optimizer=optimizer, losses=[])["losses"]
+    for step in range(saved["step"], len(batches)):
+        loss = backward(model, [data.sequences[i] for i in batches[step]],
+                        [data.prompt_lengths[i] for i in batches[step]], tokens_per_batch, config.micro_batch)
+        norm = optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
+        losses, row = [*losses, loss.item()], None
+        if (step + 1) % config.report == 0 or step + 1 == len(batches):
+            held_out = held_out_loss(model, data.held_out, data.held_out_prompts)
+            row = dict(loss=sum(losses) / len(losses), held_out=held_out, **excess(held_out, data.entropy), grad_norm=norm)
+            losses = []
+        yield step + 1, row, dict(model=model, optimizer=optimizer, losses=losses)
+
+
 def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
     # First: a wrong file is found before minutes of training.
@@ -169,6 +193,8 @@ def train(config):
 
     # 1. Demonstrations: prompts and the answers that somebody wrote. What is held out.
     data = prepare(config, split, tokenizer, model.config.block_size)
+    if config.learning_curve:
+        return learning_curve(model, tokenizer, data, config)
     announce("sft", config, device, data.description, model)
     # A base model has never seen the chat format: it is asked in plain text, a line on a page.
     start = [] if base["text"] else [tokenizer.end_token]
@@ -177,30 +203,18 @@ def train(config):
     before = respond(model, tokenizer, plain, config.max_new_tokens, config.seed) if plain else ([], [])
 
     # 2. Next-token prediction on the responses.
-    lengths, order = list(map(len, data.sequences)), random.Random(f"demonstrations' order {config.seed}")
-    batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, order)]
-    tokens_per_batch = config.epochs * (sum(lengths) - sum(data.prompt_lengths)) / len(batches)
-    optimizer = make_optimizer(model, config.weight_decay)
     with Run("sft", folder, config, config.report, [base_path]) as run:
-        run.total = len(batches)
-        losses = restore(run.saved, run.total, model=model, optimizer=optimizer, losses=[])["losses"]
-        for step in range(run.saved["step"], len(batches)):
-            loss = backward(model, [data.sequences[i] for i in batches[step]],
-                            [data.prompt_lengths[i] for i in batches[step]], tokens_per_batch, config.micro_batch)
-            norm = optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
-            losses.append(loss.item())
-            if (step + 1) % config.report == 0 or step + 1 == len(batches):
-                row = dict(loss=sum(losses) / len(losses),
-                           held_out=held_out_loss(model, data.held_out, data.held_out_prompts))
-                run(step + 1, **row, **excess(row["held_out"], data.entropy), grad_norm=norm)
-                losses = []
-            run.end_step(step + 1, model=model, optimizer=optimizer, losses=losses)
+        run.total = config.epochs * math.ceil(len(data.sequences) / config.batch)
+        for step, row, state in fit(model, data, config, run.saved):
+            if row:
+                run(step, **row)
+            run.end_step(step, **state)
 
         # 3. Save; the same questions before and after.
         after = respond(model, tokenizer, chat, config.max_new_tokens, config.seed) if chat else ([], [])
         if not config.data and data.questions:
             (base_told, base_flawless), (told, flawless) = answers(*before), answers(*after)
-            run.record(len(batches), base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
+            run.record(run.total, base_answers=base_told, answers=told, base_flawless=base_flawless, flawless=flawless)
             print(f"answers {len(chat)} held-out requests with a story: base model {with_error(base_told, len(chat))}, SFT "
                   f"{with_error(told, len(chat))}; with a flawless one: {with_error(base_flawless, len(chat))}, "
                   f"{with_error(flawless, len(chat))}")
@@ -209,6 +223,20 @@ def train(config):
     for question, base_text, text in list(zip(data.questions, before[0], after[0]))[:3]:
         show(("prompt", question), ("before", scored(question, base_text)), ("after", scored(question, text)))
     print(f"saved {folder / 'checkpoint.pt'}; next: python reward_model.py", flush=True)
+
+
+def learning_curve(model, tokenizer, data, config):
+    """How many demonstrations does it take? Fine-tune a model on the first 512, 1,024, ..., and print a row for each."""
+    print(f"data    {data.description}\ndemonstrations  held out, nats a token"
+          + ("  excess  answers with a story  with a flawless one" if data.entropy else ""), flush=True)
+    base, chat = copy.deepcopy(model.state_dict()), [tokenizer.prompt(question) for question in data.questions]
+    for count in doublings(512, len(data.sequences)):
+        model.load_state_dict(base)
+        part = data._replace(sequences=data.sequences[:count], prompt_lengths=data.prompt_lengths[:count])
+        *_, (_, row, _) = fit(model, part, config)
+        found = answers(*respond(model, tokenizer, chat, config.max_new_tokens, config.seed)) if data.entropy else ()
+        print(f"{count:14,d}  {row['held_out']:22.3f}" + (f"  {row['excess']:6.1%}" if found else "")
+              + "".join(f"  {with_error(share, len(chat)):>20s}" for share in found), flush=True)
 
 
 def answer(config, stage, name):

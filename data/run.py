@@ -156,6 +156,15 @@ def counts(dropped):
     return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
 
 
+def doublings(first, total):
+    """first, twice first, ... as far as they are below total, and total: the numbers of a learning curve.
+
+    >>> doublings(256, 1000)
+    [256, 512, 1000]
+    """
+    return [first << k for k in range(total.bit_length()) if first << k < total] + [total]
+
+
 def with_error(share, count):
     """A share of `count` independent cases in per cent, with its standard error.
 
