@@ -533,7 +533,8 @@ def draw_corpus(config, tokenizer):
 
 def held_out_figures(model, corpus, old):
     """The loss on held-out text beside its source's entropy, and on old, what mid-training may forget (None: unknown)."""
-    loss, forgotten = held_out_loss(model, corpus.held_out, 1), {"old_held_out": held_out_loss(model, old, 1)} if old else {}
+    loss = held_out_loss(model, corpus.held_out, 1)
+    forgotten = {"old_held_out": held_out_loss(model, old, 1)} if old else {}
     return dict(held_out=loss, **excess(loss, corpus.entropy), **forgotten)
 
 
@@ -543,8 +544,8 @@ def train(config):
     model, tokenizer, old, sources = None, None, None, []
     if config.start:
         if bool(config.text) == config.curated or Path(config.start).resolve() == folder.resolve():
-            raise InputError(f"--start {config.start}: goes on with either --curated or --text FILE, in a folder of its own: "
-                             "--name gpt-…")
+            raise InputError(f"--start {config.start}: goes on with either --curated or --text FILE, in a folder of its "
+                             "own: --name gpt-…")
         complete(Path(config.start))
         sources = [Path(config.start) / "checkpoint.pt"]
         model, tokenizer, base = load_checkpoint(sources[0], "gpt", config.size, device)

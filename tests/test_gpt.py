@@ -1038,7 +1038,7 @@ def test_mid_training_on_a_text_and_sft_on_it(mid, out, tmp_path, capsys):
     ("--curated --n_layer 2", "--n_layer 2: goes without --start only"), ("", "goes on with either --curated or --text"),
     ("--curated --block_size 64", "--block_size 64: goes without --start only"),
     ("--curated --text {out}/demonstrations.jsonl", "goes on with either --curated or --text"),
-    ("--curated --start {out}/cpu/gpt --name gpt", "in a folder of its own"),
+    ("--curated --start {out}/cpu/gpt --name gpt", "in a folder of its "),
     ("--curated --start {out}/cpu/sft", "sft/checkpoint.pt: is a sft checkpoint"),
     ("--curated --start {out}", "no such checkpoint")])
 def test_mid_training_that_cannot_be_is_refused(mid, out, change, message):
