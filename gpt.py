@@ -189,11 +189,34 @@ def masked_logprobs(model, tokens, mask, temperature=1.0):
         s_t           x y y             the state ends with this token: its hidden vector gives the N logits
         a_t             y y E           the action is the next token
     """
-    with autocast(tokens.device):
-        hidden = model.hidden(tokens)[:, :-1][mask]  # (N, C): the states s_t, row after row
-    logits = model.logits(hidden).float() / temperature  # (N, V)
+    logits = masked_logits(model, tokens, mask, temperature)  # (N, V)
     logprobs = -F.cross_entropy(logits, tokens[:, 1:][mask], reduction="none")  # (N,): log π(a_t|s_t)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def masked_logits(model, tokens, mask, temperature=1.0):
+    """The logits, divided by the temperature, in the N states s_t where mask is true, row after row: (N, V)."""
+    with autocast(tokens.device):
+        hidden = model.hidden(tokens)[:, :-1][mask]  # (N, C)
+    return model.logits(hidden).float() / temperature
+
+
+def log_distribution(model, tokens, mask, temperature=1.0):
+    """log π(·|s_t) over the whole vocabulary where mask is true, and 0 elsewhere: (B, T-1, V)."""
+    logprobs = masked_logits(model, tokens, mask, temperature).log_softmax(dim=-1)  # (N, V)
+    return logprobs.new_zeros(*mask.shape, logprobs.shape[1]).masked_scatter(mask[..., None], logprobs)
+
+
+def kl_estimators(log_ratio):
+    """Three estimates of KL(p || q) from samples of p, one by one (Schulman 2020, "Approximating KL Divergence").
+
+    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2 is not; k2 and k3 are
+    never negative. The shaped rewards need k1: its sum is the log-ratio of the whole response, which the objective holds.
+    """
+    k1 = log_ratio
+    k2 = log_ratio ** 2 / 2
+    k3 = (-log_ratio).exp() - 1 + log_ratio
+    return k1, k2, k3
 
 
 def response_mask(prompt_lengths, lengths, T):
@@ -474,29 +497,51 @@ class Corpus(NamedTuple):
 
 def read_corpus(config, tokenizer):
     """The Corpus of a text file: random windows of it; the last tenth is held out. Without a tokenizer it learns one."""
-    text = read_text(config.text)
-    tokenizer = tokenizer or Tokenizer(train_vocabulary(text, config.vocab_size))
-    tokens = np.array(tokenizer.encode(text))
+    tokenizer = tokenizer or Tokenizer(train_vocabulary(read_text(config.text), config.vocab_size))
+    tokens, held_out, description = split_text(config.text, tokenizer, config.block_size)
+    rng = random.Random(f"pretraining {config.seed}")
+    windows = draw_windows(tokens, config.steps * config.batch, config.block_size, rng)
+    return Corpus(tokenizer, windows, held_out, [], None, description)
+
+
+def split_text(path, tokenizer, block_size):
+    """A text file as tokens: (array of those to train on, held-out lists of ids, from the last tenth, a description)."""
+    tokens = np.array(tokenizer.encode(read_text(path)))
     cut = len(tokens) * 9 // 10
-    train_tokens, rest = tokens[:cut], tokens[cut:]
-    held_out = [window.tolist() for window in np.split(rest, range(config.block_size, len(rest), config.block_size))
+    held_out = [window.tolist() for window in np.split(tokens[cut:], range(block_size, len(tokens) - cut, block_size))
                 if len(window) > 1]
-    if cut < config.block_size or not held_out:
-        raise InputError(f"{config.text}: {len(tokens)} tokens are too few for a context of {config.block_size}")
-    offsets = random.Random(f"pretraining {config.seed}").choices(range(cut - config.block_size + 1),
-                                                                  k=config.steps * config.batch)
-    windows = [train_tokens[i:i + config.block_size] for i in offsets]  # views, no copies
-    return Corpus(tokenizer, windows, held_out, [], None,
-                  f"{config.text}: {cut:,} tokens to train on, the last {len(rest):,} held out")
+    if cut < block_size or not held_out:
+        raise InputError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}")
+    return tokens[:cut], held_out, f"{path}: {cut:,} tokens to train on, the last {len(tokens) - cut:,} held out"
 
 
-def held_out_documents(tokenizer, world):
-    """500 held-out documents as lists of ids, and the entropy of their source in nats per token."""
+def draw_windows(tokens, count, block_size, rng):
+    """count windows of an array of tokens, from anywhere: views, no copies."""
+    return [tokens[i:i + block_size] for i in rng.choices(range(len(tokens) - block_size + 1), k=count)]
+
+
+def encode_documents(documents, tokenizer):
+    """Every document of the little world between two <|end|>, as ids."""
+    end = [tokenizer.end_token]
+    return [end + ids + end for ids in tokenizer.encode_batch(document.text for document in documents)]
+
+
+def held_out_documents(world=stories.WORLD):
+    """The 500 documents of the little world that every run holds out."""
     rng = random.Random("held-out documents")
-    documents = [stories.document(rng, world) for _ in range(500)]
-    ends = [tokenizer.end_token]
-    sequences = [ends + ids + ends for ids in tokenizer.encode_batch(document.text for document in documents)]
-    return sequences, -sum(document.logprob for document in documents) / sum(len(ids) - 1 for ids in sequences)
+    return [stories.document(rng, world) for _ in range(500)]
+
+
+def pretraining_text(config, tokenizer):
+    """What the gpt stage was trained on, for a later stage: (draw(count, rng) -> lists of ids, held-out lists of ids)."""
+    path = stage_folder(config, "gpt") / "checkpoint.pt"
+    model, _, checkpoint = load_checkpoint(path, "gpt", config.size)
+    if not checkpoint["text"]:
+        return (lambda count, rng: encode_documents((stories.document(rng) for _ in range(count)), tokenizer),
+                encode_documents(held_out_documents(), tokenizer))
+    size = model.config.block_size
+    tokens, held_out, _ = split_text(checkpoint["text"], tokenizer, size)
+    return lambda count, rng: draw_windows(tokens, count, size, rng), held_out
 
 
 def draw_corpus(config, tokenizer):
@@ -509,15 +554,16 @@ def draw_corpus(config, tokenizer):
     world = stories.curate()[0] if config.curated else stories.WORLD
     sample_text = "\n".join(stories.document(rng, world).text for _ in range(4000))
     tokenizer = tokenizer or Tokenizer(train_vocabulary(sample_text, config.vocab_size))
-    start = [tokenizer.end_token]
-    held_out, entropy = held_out_documents(tokenizer, world)
+    documents = held_out_documents(world)
+    held_out = encode_documents(documents, tokenizer)
+    entropy = -sum(document.logprob for document in documents) / sum(len(ids) - 1 for ids in held_out)
 
     def draw():
-        texts, report = [], progress("documents drawn", config.steps * config.batch)
-        while len(texts) < config.steps * config.batch:
-            texts.append(stories.document(rng, world).text)
-            report(len(texts))
-        return [start + ids + start for ids in tokenizer.encode_batch(texts)]
+        drawn, report = [], progress("documents drawn", config.steps * config.batch)
+        while len(drawn) < config.steps * config.batch:
+            drawn.append(stories.document(rng, world))
+            report(len(drawn))
+        return encode_documents(drawn, tokenizer)
 
     # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
     checksum = zlib.crc32((sample_text + "".join(tokenizer.to_strings()) * bool(config.start)).encode())
@@ -526,9 +572,9 @@ def draw_corpus(config, tokenizer):
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
-    return Corpus(tokenizer, sequences, held_out, start, entropy,
+    return Corpus(tokenizer, sequences, held_out, [tokenizer.end_token], entropy,
                   f"the little world{', curated' * config.curated}: {len(sequences):,} fresh documents, "
-                  f"{sum(map(len, sequences)):,} tokens; {len(held_out)} documents held out")
+                  f"{sum(map(len, sequences)):,} tokens; {len(documents)} documents held out")
 
 
 def held_out_figures(model, corpus, old):
@@ -550,7 +596,7 @@ def train(config):
         sources = [Path(config.start) / "checkpoint.pt"]
         model, tokenizer, base = load_checkpoint(sources[0], "gpt", config.size, device)
         config = replace(config, **asdict(model.config))
-        old = None if base["text"] else held_out_documents(tokenizer, stories.WORLD)[0]
+        old = None if base["text"] else encode_documents(held_out_documents(), tokenizer)
     if config.n_embd % config.n_head:
         raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
     if config.vocab_size < 259:

@@ -9,7 +9,8 @@ Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen rew
     python ppo.py                       everything: a stage whose checkpoint is missing is trained first
     python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on your own data
     python ppo.py --prompt "…"          answer a prompt with the policy
-    python ppo.py --beta 0 --iterations 80 --name ppo-beta0            over-optimization: reward rises, gold falls
+    python ppo.py --beta 1e-6 --iterations 80 --name ppo-beta0         over-optimization: reward rises, gold falls
+    python ppo.py --method grpo --name ppo-grpo                        the family, from REINFORCE to GRPO (PRESETS)
 
 The loop is the lecture's: 1 generate, 2 score, 3 estimate advantages, 4 update (K epochs), 5 repeat.
 
@@ -21,23 +22,25 @@ Departures from the slides, on purpose:
     The advantages are whitened over the response tokens of a batch, and the value loss is clipped like the policy's
     (both from Ziegler et al. 2019's code); neither is on the slides.
     A response that hits the length limit never earned its score: it gets missing_end_score instead of the model's.
+    PPO-ptx takes as many documents as responses and one divisor for both: Ouyang et al.'s eq. 2, divided by a length.
 """
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 
 import reward_model as reward_model_stage
+import sft
 from data import stories
 from data.files import InputError, run_script, split_prompts
-from data.run import Run, announce, check_name, parse_config, peak_memory, restore, stage_folder, train_missing
-from gpt import (autocast, generate, get_device, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step,
-                 response_mask, save_checkpoint)
+from data.run import (Run, announce, check_name, parse_config, peak_memory, restore, show_models, stage_folder,
+                      train_missing)
+from gpt import (autocast, generate, get_device, kl_estimators, load_checkpoint, log_distribution, make_optimizer,
+                 masked_logprobs, optimizer_step, pretraining_text, response_mask, save_checkpoint)
 from reward_model import RewardModel, gold_rewards, show_before_and_after
-from sft import answer, prompts_with_room
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
 
@@ -51,6 +54,14 @@ class Config:
     data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's requests
     prompt: str = ""            # answer this prompt with the policy of --name, and stop
     top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens only; 0: from all
+    method: Literal["ppo", "ppo_penalty", "a2c", "reinforce", "reinforce_baseline", "grpo"] = "ppo"   # sets other flags
+    advantage: Literal["gae", "reward_to_go", "group"] = "gae"      # how A_t is estimated; gae alone has a value model
+    baseline: Literal["none", "batch", "leave_one_out", "moving"] = "none"      # what G_t is compared with
+    objective: Literal["clip", "penalty", "policy_gradient"] = "clip"           # what the update maximizes
+    kl: Literal["rewards", "loss"] = "rewards"      # where β KL(π_θ || π_ref) stands; in the loss: k3
+    mean: Literal["tokens", "responses"] = "tokens" # of the loss: over all tokens, or over those of each response first
+    scale: bool = True          # divide advantages by their standard deviation; gae's are whitened, their mean taken off
+    group: int = 1              # responses to the same prompt in a rollout batch
     iterations: int = 40        # rollout batches
     rollouts: int = 64          # responses in a rollout batch
     epochs: int = 4             # K: passes over each rollout batch
@@ -58,9 +69,12 @@ class Config:
     micro_batch: int = 8        # responses in one forward pass; less memory and padding, the same gradient
     lr: float = 2e-4            # the policy's learning rate, falling linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
-    beta: float = 0.2           # price of one nat of KL to the reference, in reward units
+    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; 0: no reference in memory
     kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats (Ziegler et al. 2019)
     clip: float = 0.2           # ε of the policy's ratio
+    penalty: float = 1.0        # first coefficient of KL(π_old || π_θ), which adapts
+    penalty_target: float = 0.01    # the KL(π_old || π_θ) per token, in nats, that it adapts to
+    ptx: float = 0.0            # γ of PPO-ptx: price of a nat of a pretraining document, in reward units
     value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
     gamma: float = 1.0          # discount: 1, the reward comes with the last token
     lam: float = 0.95           # λ of generalized advantage estimation
@@ -105,9 +119,7 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """
     kl = logprobs - ref_logprobs
     rewards = torch.where(mask, -beta * kl, 0.0)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, columns, -1).amax(dim=1)  # (B,): where the last response token is emitted
-    rewards[torch.arange(len(scores), device=mask.device), last] += scores
+    rewards[mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))] += scores  # at the last response token of each
     return rewards
 
 
@@ -148,18 +160,6 @@ def clipped_value_loss(values, old_values, returns, mask, clip):
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def kl_estimators(log_ratio):
-    """Three estimates of KL(p || q) from samples of p, one by one (Schulman 2020, "Approximating KL Divergence").
-
-    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2 is not; k2 and k3 are
-    never negative. The shaped rewards need k1: its sum is the log-ratio of the whole response, which the objective holds.
-    """
-    k1 = log_ratio
-    k2 = log_ratio ** 2 / 2
-    k3 = (-log_ratio).exp() - 1 + log_ratio
-    return k1, k2, k3
-
-
 def adapt_beta(beta, kl, kl_target):
     """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2), β ← β(1 + 0.1 e)."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
@@ -167,18 +167,81 @@ def adapt_beta(beta, kl, kl_target):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The family: what other methods have in the place of GAE, of the clipped objective and of the KL penalty in the rewards.
+
+ONE_STEP = dict(objective="policy_gradient", epochs=1, minibatch=64)  # a batch: afterwards it is another policy's
+PRESETS = {"method": {
+    "ppo": {},
+    "ppo_penalty": dict(objective="penalty"),
+    "a2c": ONE_STEP,
+    "reinforce": dict(ONE_STEP, advantage="reward_to_go"),
+    "reinforce_baseline": dict(ONE_STEP, advantage="reward_to_go", baseline="batch"),
+    "grpo": dict(advantage="group", group=8, kl="loss", mean="responses"),
+}}
+NEEDS = {  # flags that mean nothing without another one's value
+    **dict.fromkeys(("lam", "value_lr", "value_clip"), ("advantage", "gae")), "gamma": ("advantage", "gae", "reward_to_go"),
+    "baseline": ("advantage", "reward_to_go"), "scale": ("advantage", "gae", "group"), "clip": ("objective", "clip"),
+    **dict.fromkeys(("penalty", "penalty_target"), ("objective", "penalty")),
+    "kl": ("beta",), "kl_target": ("beta",), "top_k": ("prompt",),
+}
+
+
+def returns_to_go(rewards, mask, gamma):
+    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1), 0 outside the mask.
+
+    >>> returns_to_go(torch.tensor([[9.0, 1.0, 2.0, 9.0]]), torch.tensor([[False, True, True, False]]), 0.5).tolist()
+    [[0.0, 2.0, 2.0, 0.0]]
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[1]  # δ_t = r_t where V = 0
+
+
+def group_advantages(scores, group, scale=True):
+    """GRPO's Â = (R - mean)/std over the responses to one prompt (Shao et al. 2024, section 4.1.2): (B,) -> (B,).
+
+    Rows i·group to (i+1)·group - 1 belong to one prompt. Without scale only the mean goes. Equal scores give 0.
+    >>> group_advantages(torch.tensor([1.0, 3.0, 7.0, 7.0]), group=2).tolist()
+    [-1.0, 1.0, 0.0, 0.0]
+    """
+    rows = scores.view(-1, group)
+    equal = (rows == rows[:, :1]).all(dim=1, keepdim=True)
+    spread = rows.std(dim=1, keepdim=True, correction=0) if scale else 1.0
+    return torch.where(equal, 0.0, (rows - rows.mean(dim=1, keepdim=True)) / spread).flatten()
+
+
+def policy_gradient_loss(logprobs, advantages, mask):
+    """REINFORCE and A2C, -E_t[A_t log π_θ(a_t|s_t)], a token mean (ECE 7115, "Policy Gradient"): all (B, T-1) -> scalar."""
+    return -masked_mean(advantages * logprobs, mask)
+
+
+def penalty_policy_loss(logprobs, old_logprobs, advantages, kl, mask, coefficient):
+    """PPO without clipping, -E_t[ρ_t A_t - c KL(π_old(·|s_t) || π_θ(·|s_t))] (Schulman et al. 2017, eq. 8): a scalar. kl
+    (B, T-1): that divergence, exact."""
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t
+    return -masked_mean(ratio * advantages - coefficient * kl, mask)
+
+
+def adapt_penalty(coefficient, kl, target):
+    """c ← 2c where the update went further than 1.5 times the target, c/2 where less than 1/1.5 of it (Schulman et al.
+    2017, section 4)."""
+    return coefficient * 2 if kl > 1.5 * target else coefficient / 2 if kl < target / 1.5 else coefficient
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The steps of the loop
 
 
 class Experience(NamedTuple):
-    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), prompt + response, all others (B, T-1)."""
+    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), prompt + response, all others (B, T-1); None
+    where the method has no such thing."""
     tokens: torch.Tensor
     lengths: torch.Tensor
     mask: torch.Tensor
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
-    old_values: torch.Tensor = None     # these two: of the value model, where there is one
+    old_values: torch.Tensor = None
     returns: torch.Tensor = None
+    ref_logprobs: torch.Tensor = None
+    old_distribution: torch.Tensor = None   # (B, T-1, V): log π_old(·|s_t)
 
     def pick(self, rows):
         """The Experience of some rows only, cut to the longest of them: what is cut off is padding."""
@@ -189,65 +252,99 @@ class Experience(NamedTuple):
 
 @torch.inference_mode()
 def score(policy, reference, reward_model, value_model, rollout, mask, config):
-    """Step 2. What the four models say of a Rollout: (logprobs, ref_logprobs, values), each (B, T-1) and 0 where the mask
-    is false, and the reward model's scores (B,)."""
+    """Step 2. What the models say of a Rollout: (logprobs, ref_logprobs, values), each (B, T-1) and 0 where the mask is
+    false or the model is None, and the reward model's scores (B,)."""
     logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=mask.device)
     scores = torch.zeros(len(mask), device=mask.device)
     for rows in rollout.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
         T = int(rollout.lengths[rows].max())
         tokens, part = rollout.tokens[rows, :T], mask[rows, :T - 1]
         logprobs[rows, :T - 1] = masked_logprobs(policy, tokens, part, config.temperature)
-        ref_logprobs[rows, :T - 1] = masked_logprobs(reference, tokens, part, config.temperature)
         scores[rows] = reward_model.score(tokens, rollout.lengths[rows])
+        if reference:
+            ref_logprobs[rows, :T - 1] = masked_logprobs(reference, tokens, part, config.temperature)
         if value_model:
             values[rows, :T - 1] = torch.where(part, value_model(tokens)[:, :-1], 0.0)  # column t: V(s_t)
     return logprobs, ref_logprobs, values, scores
 
 
-def estimate_advantages(rewards, values, mask, config):
-    """Step 3. (advantages, returns), each (B, T-1): what pushes the policy, and what the value model is fitted to."""
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    return whiten(advantages, mask), returns
+def estimate_advantages(rewards, values, mask, config, moving=0.0):
+    """Step 3. (advantages, returns), each (B, T-1): what pushes the policy, and what the value model is fitted to.
+    moving: the mean return of the batches before, a baseline."""
+    if config.advantage == "gae":
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        return whiten(advantages, mask) if config.scale else advantages, returns
+    returns = returns_to_go(rewards, mask, config.gamma)
+    whole = returns.gather(1, mask.int().argmax(dim=1, keepdim=True))  # (B, 1): G_0, of the whole response
+    if config.advantage == "group":  # every token of a response has its advantage
+        advantages = group_advantages(whole[:, 0], config.group, config.scale)[:, None]
+    elif config.baseline == "leave_one_out":  # the mean G_0 of the prompt's other responses: not a function of the action
+        others = whole.view(-1, config.group).sum(dim=1).repeat_interleave(config.group)[:, None] - whole
+        advantages = returns - others / (config.group - 1)
+    else:
+        advantages = returns - dict(none=0.0, batch=masked_mean(returns, mask), moving=moving)[config.baseline]
+    return torch.where(mask, advantages, 0.0), returns
 
 
-def backward(policy, value_model, batch, config):
-    """Step 4. Accumulate the gradient of both losses over one minibatch (an Experience), config.micro_batch rows at a time,
+def backward(policy, value_model, batch, config, documents=()):
+    """Step 4. Accumulate the gradient of all losses over one minibatch (an Experience), config.micro_batch rows at a time,
     each counting by its share of the response tokens: the gradient is the minibatch's token mean, however it is cut.
-    Returns figures (policy_loss, value_loss, clip_fraction, approx_kl), token means too."""
-    total = torch.zeros(4, device=batch.tokens.device)
+    documents: as many lists of ids as responses, for PPO-ptx. Returns (policy_loss, value_loss, clip_fraction, approx_kl)."""
+    total, count = torch.zeros(4, device=batch.tokens.device), batch.mask.sum()
+    weight = torch.ones(len(batch.mask), 1, device=batch.mask.device)  # of a response's tokens in the token mean
+    if config.mean == "responses":  # 1/B Σ_i 1/|y_i| Σ_t = 1/N Σ_i Σ_t N/(B |y_i|)
+        weight = count / (len(batch.mask) * batch.mask.sum(dim=1, keepdim=True))
     for rows in batch.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
         part = batch.pick(rows)
-        logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
-        loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
+        advantages, clip_fraction = weight[rows] * part.advantages, torch.zeros_like(count, dtype=torch.float32)
+        if config.objective == "penalty":
+            new = log_distribution(policy, part.tokens, part.mask, config.temperature)  # (B, T-1, V)
+            logprobs = new.gather(2, part.tokens[:, 1:, None]).squeeze(2)
+            step_kl = (part.old_distribution.exp() * (part.old_distribution - new)).sum(dim=2)  # KL(π_old || π_θ), exact
+            loss = penalty_policy_loss(logprobs, part.old_logprobs, advantages, weight[rows] * step_kl, part.mask,
+                                       config.penalty)
+        else:
+            logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
+            _, _, step_kl = kl_estimators((part.old_logprobs - logprobs).detach())  # k3: the samples are π_old's
+            if config.objective == "clip":
+                loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, advantages, part.mask, config.clip)
+            else:
+                loss = policy_gradient_loss(logprobs, advantages, part.mask)
+        if config.kl == "loss" and config.beta:  # β k3 of KL(π_θ || π_ref)   (Shao et al. 2024, eq. 4)
+            loss = loss + config.beta * masked_mean(weight[rows] * kl_estimators(logprobs - part.ref_logprobs)[2], part.mask)
         value_loss = torch.zeros_like(loss)
         if value_model:
             values = value_model(part.tokens)[:, :-1]  # column t: V(s_t)
             value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
-        share = part.mask.sum() / batch.mask.sum()
+        share = part.mask.sum() / count
         (share * (loss + value_loss)).backward()  # two models, no shared parameter: the sum needs no coefficient
-        _, _, k3 = kl_estimators((part.old_logprobs - logprobs).detach())  # of KL(π_old || π_θ): the samples are π_old's
-        total += share * torch.stack([loss.detach(), value_loss.detach(), clip_fraction, masked_mean(k3, part.mask)])
+        total += share * torch.stack([loss, value_loss, clip_fraction, masked_mean(step_kl, part.mask)]).detach()
+    if documents:  # PPO-ptx: -γ E[log π_θ(x)]   (Ouyang et al. 2022, eq. 2)
+        total[0] += sft.backward(policy, documents, [1] * len(documents), count / config.ptx, config.micro_batch)
     return total
 
 
-def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None):
-    """PPO's loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
+def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None, draw_documents=None):
+    """The loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
 
-    reward_model: anything with score(tokens, lengths) -> (B,); draw_prompts(count, rng) -> lists of ids; figures: name ->
-    number, without the annotator's; state: what a later call needs as `saved`, with its "step" (iterations), to go on.
+    reference and value_model: None where config has no use for them; reward_model: anything with score(tokens, lengths)
+    -> (B,); draw_prompts(count, rng), draw_documents(count, rng) (for PPO-ptx) -> lists of ids; figures: name -> number,
+    without the annotator's; state: what a later call needs as `saved`, with its "step" (iterations), to go on.
     """
     device, saved = policy.wte.weight.device, saved or {"step": 0}
     models = dict(policy=policy, value_model=value_model) if value_model else dict(policy=policy)
     optimizers = {f"{name}_optimizer": make_optimizer(model, weight_decay=0.0) for name, model in models.items()}
-    state = dict(**models, **optimizers, beta=config.beta)
+    state = dict(**models, **optimizers, beta=config.beta, penalty=config.penalty, moving=0.0)
     state.update(restore(saved, config.iterations, **state))
     for iteration in range(saved["step"], config.iterations):
-        started, rng, beta = time.perf_counter(), random.Random(f"ppo {config.seed} {iteration}"), state["beta"]
+        started, rng = time.perf_counter(), random.Random(f"ppo {config.seed} {iteration}")
+        config = replace(config, beta=state["beta"], penalty=state["penalty"])
 
         # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
+        prompts = [prompt for prompt in draw_prompts(config.rollouts // config.group, rng) for _ in range(config.group)]
         with autocast(device):
-            rollout = generate(policy, draw_prompts(config.rollouts, rng), config.max_new_tokens, end_token,
-                               config.temperature, seed=rng.getrandbits(48))
+            rollout = generate(policy, prompts, config.max_new_tokens, end_token, config.temperature,
+                               seed=rng.getrandbits(48))
         tokens, lengths, ended = rollout.tokens, rollout.lengths, rollout.ended(end_token)
         mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
         generated = time.perf_counter()
@@ -257,13 +354,15 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
         old_logprobs, ref_logprobs, values, scores = score(policy, reference, reward_model, value_model, rollout, mask,
                                                            config)
         scores = torch.where(ended, scores, config.missing_end_score)
-        rewards = shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
+        rewards = shaped_rewards(scores, old_logprobs, ref_logprobs, mask, config.beta if config.kl == "rewards" else 0.0)
         scored = time.perf_counter()
 
         # 3. Estimate advantages.
-        advantages, returns = estimate_advantages(rewards, values, mask, config)
+        advantages, returns = estimate_advantages(rewards, values, mask, config, state["moving"])
+        with torch.no_grad():
+            distribution = log_distribution(policy, tokens, mask, config.temperature) if config.objective == "penalty" else None
         experience = Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=advantages, old_values=values,
-                                returns=returns)
+                                returns=returns, ref_logprobs=ref_logprobs, old_distribution=distribution)
 
         # 4. Update: K epochs of minibatches on the same rollouts.
         falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
@@ -271,7 +370,8 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
         for epoch in range(config.epochs):
             order = torch.tensor(rng.sample(range(len(tokens)), len(tokens)), device=device)
             for rows in order.split(config.minibatch):
-                losses.append(backward(policy, value_model, experience.pick(rows), config))
+                documents = draw_documents(len(rows), rng) if draw_documents else ()
+                losses.append(backward(policy, value_model, experience.pick(rows), config, documents))
                 for model, optimizer, lr, loss in zip(models.values(), optimizers.values(), rates, losses[-1]):
                     optimizer_step(optimizer, model, lr, loss)
         policy_loss, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
@@ -279,51 +379,66 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
         # 5. Repeat with a new batch: the next rollouts come from the updated policy.
         kl = (old_logprobs - ref_logprobs).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x), both 0 outside the mask
-        G = gae(rewards, torch.zeros_like(values), mask, config.gamma, lam=1.0)[1][mask]  # the slides' G_t: V plays no part
+        G = returns_to_go(rewards, mask, config.gamma)[mask]  # the slides' G_t: V plays no part
         spread, unexplained = G.var(correction=0), (G - values[mask]).var(correction=0)
+        clipped, penalized = config.objective == "clip", config.objective == "penalty"
         figures = dict(
-            reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - beta * kl).mean().item(), beta=beta,
-            entropy=-masked_mean(old_logprobs, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
-            value_explained=(1 - unexplained / spread).item() if spread > 1e-8 else 0.0, value_loss=value_loss,
-            length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(), **peak_memory(device),
-            rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
+            reward=scores.mean().item(), kl=kl.mean().item() if reference else None,
+            J=(scores - config.beta * kl).mean().item() if reference else None, beta=config.beta,
+            entropy=-masked_mean(old_logprobs, mask).item(), clip_fraction=clip_fraction if clipped else None,
+            approx_kl=approx_kl, penalty=config.penalty if penalized else None,
+            value_explained=(1 - (unexplained / spread).item() if spread > 1e-8 else 0.0) if value_model else None,
+            value_loss=value_loss if value_model else None, length=mask.sum(dim=1).float().mean().item(),
+            no_end=1 - ended.float().mean().item(), **peak_memory(device), rollout_s=generated - started,
+            scoring_s=scored - generated, update_s=updated - scored)
         if config.kl_target:
-            state["beta"] = adapt_beta(beta, kl.mean().item(), config.kl_target)
-        yield rollout, figures, state
+            state["beta"] = adapt_beta(config.beta, kl.mean().item(), config.kl_target)
+        if penalized:
+            state["penalty"] = adapt_penalty(config.penalty, approx_kl, config.penalty_target)
+        state["moving"] = 0.9 * state["moving"] + 0.1 * G.mean().item()
+        yield rollout, {name: x for name, x in figures.items() if x is not None}, state
 
 
 def load_models(config, device):
-    """(policy, reference, reward model, value model, tokenizer, the files they come from)."""
+    """({name: model}, of those that the method needs, tokenizer, the files they come from)."""
     sft_path, reward_path = (stage_folder(config, stage) / "checkpoint.pt" for stage in ("sft", "reward_model"))
     policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
-    reference, _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
     reward_model, reward_tokenizer, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
-    value_model, _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)  # V starts as r_φ
+    models = dict(policy=policy, reward_model=reward_model)
+    if config.beta:
+        models["reference"], _, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_ref, frozen
+    if config.advantage == "gae":  # V starts as r_φ
+        models["value_model"], _, _ = load_checkpoint(reward_path, "reward_model", config.size, device, RewardModel)
     if reward_tokenizer.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{reward_path}: its vocabulary is not that of {sft_path}; train the reward model again")
-    return policy, reference, reward_model, value_model, tokenizer, [sft_path, reward_path]
+    return models, tokenizer, [sft_path, reward_path]
 
 
 def train(config):
     """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "ppo")
-    if config.kl_target and not config.beta:
-        raise InputError(f"--kl_target {config.kl_target}: multiplies beta, and --beta 0 stays 0; give a --beta above 0")
+    alone = config.group == 1 and (config.advantage == "group" or config.baseline == "leave_one_out")
+    if alone or config.rollouts % config.group:
+        raise InputError(f"--group {config.group}: must divide --rollouts {config.rollouts}" + alone * ", and be above 1")
     own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)  # before minutes of training
     train_missing(config, EARLIER, config.name)
     folder, device = stage_folder(config, config.name), get_device()
-    policy, reference, reward_model, value_model, tokenizer, sources = load_models(config, device)
-    fitting, data = (prompts_with_room(own, tokenizer, config, policy.config.block_size) if own else
+    models, tokenizer, sources = load_models(config, device)
+    policy, reference, value_model = models["policy"], models.get("reference"), models.get("value_model")
+    fitting, data = (sft.prompts_with_room(own, tokenizer, config, policy.config.block_size) if own else
                      (None, "fresh requests of the little world"))
     announce(config.name, config, device, data, policy)
+    show_models(trained=("policy", "value_model"), **models)
 
     def draw_prompts(count, rng):
         return rng.choices(fitting, k=count) if own else [tokenizer.prompt(stories.request(rng).text) for _ in range(count)]
 
+    draw_documents, documents = pretraining_text(config, tokenizer) if config.ptx else (None, [])
     unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
     with Run(config.name, folder, config, config.save, sources, unprinted) as run:
         run.total, state = config.iterations, run.saved
-        loop = optimize(policy, reference, reward_model, value_model, draw_prompts, tokenizer.end_token, config, run.saved)
+        loop = optimize(policy, reference, models["reward_model"], value_model, draw_prompts, tokenizer.end_token, config,
+                        run.saved, draw_documents)
         for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):
             gold = {} if config.data else dict(gold=gold_rewards(rollout, tokenizer).mean().item())
             run(iteration, **gold, **figures)
@@ -333,15 +448,16 @@ def train(config):
                         missing_end_score=config.missing_end_score, metrics=run.figures())
         run.finish()
 
-    show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model, config.temperature)
+    reference = reference or load_checkpoint(sources[0], "sft", config.size, device)[0]
+    show_before_and_after(held_out, reference, policy, tokenizer, config, models["reward_model"], config.temperature,
+                          documents)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
 
 
 def main(argv=None):
-    config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.",
-                          needs={"top_k": ("prompt",)})
+    config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.", NEEDS, PRESETS)
     if config.prompt:
-        answer(config, "ppo", config.name)
+        sft.answer(config, "ppo", config.name)
     else:
         train(config)
 

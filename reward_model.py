@@ -31,10 +31,10 @@ import torch.nn.functional as F
 import sft
 from data import annotator, stories
 from data.annotator import annotator_judge, answer_key, gold_margins, print_agreement, print_answer_key, standard_error
-from data.files import InputError, hold_out, read_pairs, run_script, split_prompts, write_jsonl
+from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, counts, doublings, parse_config, progress, restore, show, stage_folder, train_missing
-from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 optimizer_step, pad, respond, response_texts, save_checkpoint)
+from gpt import (GPT, autocast, batches_by_length, generate, get_device, held_out_loss, learning_rate, load_checkpoint,
+                 make_optimizer, optimizer_step, pad, respond, response_texts, save_checkpoint)
 from sft import has_room, prompts_with_room
 
 EARLIER = {**sft.EARLIER, "sft": sft.main}  # the stages that this one builds on
@@ -349,10 +349,13 @@ def collect(policy, tokenizer, judge, config):
     return split
 
 
-def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0):
+def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0, documents=()):
     """Two policies answer the same prompts (None: 33 held-out requests of the world), with one seed, the second one at the
     temperature at which it was trained: prints the mean scores of both, and both texts for the prompt whose gain is the
-    median, in gold where it is known, else in reward."""
+    median, in gold where it is known, else in reward. documents: lists of ids, of which both tell the loss."""
+    if documents:
+        print(f"pretraining loss {held_out_loss(before, documents, 1):.3f} → {held_out_loss(after, documents, 1):.3f} "
+              "nats per token")
     if prompts is None:
         rng = random.Random("before and after")
         prompts = [stories.request(rng, held_out=True).text for _ in range(33)]

@@ -145,6 +145,14 @@ def announce(stage, config, device, data, model):
           f"data    {data}\nsaves   {stage_folder(config, stage)}", flush=True)
 
 
+def show_models(trained, **models):
+    """How many models a stage holds in memory, and how much that is. trained: the names of those that learn."""
+    size = sum(x.numel() * x.element_size() * (4 if name in trained else 1)  # itself, its gradient, Adam's two moments
+               for name, model in models.items() for x in model.parameters())
+    print(f"models in memory: {len(models)} ({', '.join(models)}), {size / 2 ** 20:.0f} MB with gradients and optimizer",
+          flush=True)
+
+
 def show(*lines):
     """Print (label, text) pairs, the texts in one column."""
     for label, text in lines:

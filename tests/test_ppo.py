@@ -232,7 +232,9 @@ def experience(policy, value_model, seed=0):
         logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
     old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
     return ppo.Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=noise(3, *mask.shape),
-                          old_values=old_values, returns=values + noise(4, *mask.shape))
+                          old_values=old_values, returns=values + noise(4, *mask.shape),
+                          ref_logprobs=logprobs + noise(5, *mask.shape),
+                          old_distribution=noise(6, *mask.shape, V).log_softmax(dim=2))
 
 
 def update_by_hand(policy, value_model, batch):
@@ -271,7 +273,7 @@ def test_pick_keeps_the_rows_together():
         assert part.lengths.tolist() == [batch.lengths[row].item() for row in rows]
         for name in set(batch._fields) - {"lengths"}:
             width = T if name == "tokens" else T - 1
-            assert getattr(part, name).shape == (len(rows), width), name
+            assert getattr(part, name).shape[:2] == (len(rows), width), name
             for i, row in enumerate(rows):
                 assert torch.equal(getattr(part, name)[i], getattr(batch, name)[row, :width]), name
         assert part.mask.sum() == batch.mask[rows].sum()  # only padding was cut off
@@ -509,7 +511,7 @@ def test_advantages_without_a_value_model(monkeypatch):
     inside = expected[batch.mask]
     white = (inside - inside.mean()) / inside.std(correction=0)
     torch.testing.assert_close(batch.advantages[batch.mask], white, rtol=1e-4, atol=1e-4)
-    assert figures[0]["value_loss"] == 0 and figures[0]["value_explained"] == pytest.approx(0, abs=1e-6)
+    assert not {"value_loss", "value_explained"} & figures[0].keys()
 
 
 @pytest.mark.parametrize("valued", [True, False])
@@ -529,7 +531,7 @@ def test_a_loop_goes_on_from_its_state(valued):
         whole.append(untimed([figures]))
         if step == 2:
             saved = copy.deepcopy({"step": 2, "path": "state.pt", **state_dicts(state)})
-    names = {"beta", "policy", "policy_optimizer"} | ({"value_model", "value_model_optimizer"} if valued else set())
+    names = {"beta", "penalty", "moving", "policy", "policy_optimizer"} | ({"value_model", "value_model_optimizer"} if valued else set())
     assert saved.keys() == names | {"step", "path"}
     (_, figures, resumed), = loop(saved)
     assert untimed([figures]) == whole[2]
@@ -751,7 +753,7 @@ def test_no_prompt_is_left(out, tmp_path):
 @pytest.mark.parametrize("flags, reason", [
     (["--name", name], "--name .*must be ppo") for name in ("sft", "reward_model", "dpo", "my-ppo", "../ppo", "ppo/../sft")] + [
     (["--temperature", "0"], "--temperature 0.0: must be positive"),
-    (["--beta", "0", "--kl_target", "6"], "--kl_target 6.0: .*--beta 0 stays 0")])
+    (["--beta", "0", "--kl_target", "6"], "--kl_target 6.0: goes with --beta only")])
 def test_flags_that_would_cost_another_stage(out, flags, reason):
     """--name sft: the policy takes the reference's place. --temperature 0: a division by zero in the first rollout.
     --beta 0 with a KL target: a controller that multiplies 0, and holds nothing back."""
