@@ -8,6 +8,7 @@ Departures from the slides: completions are counted from 0, and the k best overa
     python best_of_n.py --prompt "Tell me a story about a shy fox and a kite." --n 16      candidates and the winner
     python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
     python best_of_n.py --data FILE.jsonl   the same over prompts of your own, without the gold columns
+    python best_of_n.py --process           best-of-N by a process reward model too (reward_model.py --process)
 
 The answer key: the objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at
 π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), and J* = β log Z(x) (CS 224R, Lecture 9, ch. 7). For y ~ π put
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import dpo
 import ppo
@@ -30,7 +32,7 @@ from data.run import (announce, complete, parse_config, progress, read_torch, re
                       train_missing)
 from dpo import response_logprobs
 from gpt import autocast, generate, get_device, load_checkpoint, response_texts
-from reward_model import RewardModel, gold_rewards
+from reward_model import RewardModel, gold_rewards, step_rewards
 from sft import has_room, prompts_with_room
 
 
@@ -49,6 +51,7 @@ class Config:
     beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
+    process: bool = False       # best-of-N by the process reward model too, by its smallest step, their product, their sum
     resume: bool = False        # a missing stage that was interrupted goes on
 
 
@@ -97,6 +100,13 @@ def subset_weights(rewards, n):
     # P(all n are among k given ones) = C(k, n) / C(N, n)
     among = torch.tensor([math.comb(k, n) / math.comb(N, n) for k in range(N + 1)], dtype=rewards.dtype)
     return (among[not_better] - among[worse]) / (not_better - worse)
+
+
+def process_scores(rewards, steps):
+    """{rule: score (B,)} of responses, from their steps' rewards r_k: the smallest, the product of σ(r_k), which is the
+    probability that all are good (Lightman et al. 2023), as a logarithm, and the sum, an estimate of gold_reward + 0.5."""
+    return {"smallest": torch.where(steps, rewards, math.inf).amin(dim=1),
+            "product": torch.where(steps, F.logsigmoid(rewards), 0.0).sum(dim=1), "sum": rewards.sum(dim=1)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,6 +259,9 @@ def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
     names = list(dict.fromkeys(name for name in config.policies.split(",") if name))
+    path = stage_folder(config, "process_model") / "checkpoint.pt"
+    if config.process:
+        process_model, _, _ = load_checkpoint(path, "process_model", config.size, get_device(), RewardModel)
     policies, reward_model, tokenizer = load_policies(config, names)
     gold, (reference, _) = not config.data, policies["sft"]
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
@@ -277,10 +290,12 @@ def yardstick(config):
 
     # 4. Best-of-N picks among SFT's samples by the reward model; best of 1 is SFT. Then the tables.
     rows, sft = {}, samples["sft"]
+    judged = {"": sft.reward, **(judge_steps(sft, process_model, tokenizer) if config.process else {})}
     for n in [n for n in (1, 4, 16, 64) if n <= config.samples]:
-        wins = dict(win_rate=best_of_n_win_rate(sft.reward, sft.gold, n)) if gold else {}
-        kl = torch.full((len(prompts),), best_of_n_kl(n))
-        rows["sft" if n == 1 else f"best of {n}"] = make_row(sft, n, **wins, kl=kl)
+        for rule, scores in judged.items():
+            wins = dict(win_rate=best_of_n_win_rate(scores, sft.gold, n)) if gold else {}
+            kl = torch.full((len(prompts),), best_of_n_kl(n))
+            rows["sft" if n == 1 else f"best of {n}{rule}"] = make_row(sft, n, scores, **wins, kl=kl)
     for i, name in list(enumerate(policies))[1:]:
         wins = dict(win_rate=win_rate(samples[name].gold, sft.gold).mean(dim=1)) if gold else {}
         rows[name] = make_row(samples[name], 1, **wins, kl=log_ratios[name][:, :, i].mean(dim=1))
@@ -298,16 +313,28 @@ def yardstick(config):
     print(f"\nsaved {folder / 'metrics.jsonl'}")
 
 
-def make_row(one, n, **given):
+def judge_steps(one, process_model, tokenizer):
+    """process_scores of a policy's Samples, each (M, N); -inf for a response without <|end|> or without a sentence."""
+    scores = {}
+    for rollout in one.rollouts:
+        rewards, steps = step_rewards(process_model, rollout, tokenizer)
+        whole = rollout.ended(tokenizer.end_token) & steps.any(dim=1)
+        for rule, score in process_scores(rewards, steps).items():
+            scores.setdefault(f", {rule}", []).append(torch.where(whole, score, -math.inf).cpu())
+    return {rule: torch.cat(parts).view(one.reward.shape) for rule, parts in scores.items()}
+
+
+def make_row(one, n, scores=None, **given):
     """The figures of best-of-n over a policy's Samples, prompt by prompt: name -> (M,); n = 1: of the policy itself.
 
     Means over all subsets of n of a prompt's samples; distinct_2, of the best of each prompt's first n, is one number,
-    (1,). given: figures that are known already.
+    (1,). scores (M, N): what the best is chosen by (None: the reward). given: figures that are known already.
     """
-    weights, N = subset_weights(one.reward, n), one.reward.shape[1]
+    scores = one.reward if scores is None else scores
+    weights, N = subset_weights(scores, n), one.reward.shape[1]
     means = {key: (weights * getattr(one, key)).sum(dim=1)  # E[x of the best of n] = Σ_i weight_i x_i
              for key in ("reward", "gold", "length", "ended") if getattr(one, key) is not None}
-    winners = [one.texts[N * prompt + j] for prompt, j in enumerate(top_per_prompt(one.reward[:, :n]).tolist())]
+    winners = [one.texts[N * prompt + j] for prompt, j in enumerate(top_per_prompt(scores[:, :n]).tolist())]
     return dict(**means, **given, distinct_2=torch.tensor([distinct_2(winners)]))
 
 
@@ -452,7 +479,7 @@ def answer(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.",
-                          needs={"n": ("prompt",)})
+                          needs={"n": ("prompt",), "process": ("data", "")})
     if config.prompt:
         answer(config)
     else:

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 import reward_model as reward_model_stage
 from data import stories
 from data.annotator import JUDGES, judge_of
-from data.files import InputError, hold_out, read_labels, read_pairs, run_script, write_jsonl
+from data.files import InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, check_name, parse_config, restore, stage_folder, train_missing
+from data.tokenizer import encode_comparisons, encode_pairs
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
-from reward_model import (RewardModel, collect_pairs, encode_comparisons, encode_pairs, read_comparisons,
-                          reward_model_judge, show_before_and_after)
+from reward_model import RewardModel, collect_pairs, reward_model_judge, show_before_and_after
 from sft import answer, has_room
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on

@@ -17,6 +17,8 @@ Below the annotator stand those who may take its place (CS 224R, ch. 11): a cons
 of the user's. And the answer key: how far a reward model is from the best one.
 """
 
+import bisect
+import itertools
 import json
 import math
 import re
@@ -86,6 +88,68 @@ def rubric(prompt, response, world=WORLD):
 def gold_reward(prompt, response, world=WORLD):
     """The true reward, the sum of the rubric's parts; any text gets one. ValueError: the prompt is no request."""
     return float(sum(rubric(prompt, response, world).values()))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Process supervision (Lightman et al. 2023; CS 224R, ch. 11): a step is a sentence
+
+def steps(prompt, response, world=WORLD):
+    """The true reward step by step: what each sentence adds to the reward of the story so far, a list of floats.
+
+    gold_reward(first k sentences) - gold_reward(first k - 1): an ending counts where it stands, and is lost again where the
+    story goes on. The sum telescopes to gold_reward(response) - gold_reward(""), that is gold_reward + 0.5, because a story
+    that has not begun lacks an ending.
+    """
+    sentences = split_sentences(response)
+    totals = [gold_reward(prompt, " ".join(sentences[:k]), world) for k in range(len(sentences) + 1)]
+    return [after - before for before, after in zip(totals, totals[1:])]
+
+
+def step_ends(pieces):
+    """Where the sentences of a response end: the index of the last token of each. pieces: the bytes of its tokens."""
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")  # bytes that are no text keep their number
+    lengths, ends, at = list(itertools.accumulate(map(len, pieces))), [], 0
+    for sentence in split_sentences(text):
+        at = text.index(sentence, at) + len(sentence)
+        ends.append(bisect.bisect_left(lengths, len(text[:at].encode("utf-8", "surrogateescape"))))
+    return ends
+
+
+class Marked(NamedTuple):
+    """A response with the annotator's mark for every step."""
+    ids: list       # prompt + response + <|end|>
+    ends: list      # the index in ids of each step's last token
+    steps: list     # their true rewards
+    marks: list     # good or not
+
+
+def mark(rows, tokenizer, rng):
+    """The annotator marks both responses of every pair: a list of Marked. rng: a random.Random.
+
+    The mark of a step compares the story with it and without it, as choose does: P(good) = sigmoid(step).
+    """
+    marked = []
+    for row in rows:
+        for text in (row["chosen"], row["rejected"]):
+            prompt, response, true = tokenizer.prompt(row["prompt"]), tokenizer.response(text), steps(row["prompt"], text)
+            ends = [len(prompt) + end for end in step_ends(tokenizer.pieces(response[:-1]))]
+            marked.append(Marked(prompt + response, ends, true, [rng.random() < 1 / (1 + math.exp(-x)) for x in true]))
+    return marked
+
+
+def read_texts(tokens, lengths, tokenizer):
+    """Sequences in the chat format, tokens (B, T) and their lengths (B,), as texts: [(prompt, response)]."""
+    texts = []
+    for row, length in zip(tokens.tolist(), lengths.tolist()):
+        start = row.index(tokenizer.assistant_token)
+        stop = length - (row[length - 1] == tokenizer.end_token)
+        texts.append((tokenizer.decode(row[1:start]), tokenizer.decode(row[start + 1:stop])))
+    return texts
+
+
+def gold_rewards(rollout, tokenizer):
+    """The annotator's true reward of every response of a Rollout in the chat format: (B,)."""
+    return torch.tensor([gold_reward(*texts) for texts in read_texts(rollout.tokens, rollout.lengths, tokenizer)])
 
 
 def answers(texts, ended):

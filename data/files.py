@@ -76,6 +76,11 @@ def read_pairs(path):
     return read_jsonl(path, ("prompt", "chosen", "rejected"))
 
 
+def read_comparisons(folder):
+    """(rows to train on, held-out rows) that the reward model's stage, or an unfinished run of it, left in its folder."""
+    return read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
+
+
 def read_labels(path):
     """Rows {"prompt", "completion", "label"}, label true for a good response. A pair, without a label, serves as two."""
     rows = []

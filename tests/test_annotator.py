@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from data.annotator import (CONSTITUTION, both_judge, choose, command_judge, constitution_choice, gold_reward, judge_of,
-                            print_agreement, rubric, scored)
+                            mark, print_agreement, rubric, scored, step_ends, steps)
 from data.files import InputError
-from data.stories import request, story
+from data.stories import request, split_sentences, story
+from data.tokenizer import Tokenizer, train as train_vocabulary
 
 PROMPT = "Tell me a story about a shy fox and a kite."
 OPENING = "Once there was a shy fox who lived by the river."         # 11 words
@@ -123,6 +124,65 @@ def test_choices_come_from_the_given_generator_only():
     runs = [[choose(PROMPT, story_of(HAPPY), story_of(SAD), rng) for _ in range(50)]
             for rng in (random.Random(6), random.Random(6))]
     assert runs[0] == runs[1] and set(runs[0]) == {0, 1} and random.getstate() == state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+@pytest.mark.parametrize("sentences, gains", [
+    ([KIND[0], UNKIND[0], HAPPY], [1.0, 0.75, 1.0, -1.5, 2.0]),             # no ending costs 0.5 from the start
+    ([KIND[0], KIND[1], KIND[0], SAD], [1.0, 0.75, 1.0, 0.5, 0.25 - 0.75, 0.5]),
+    ([HAPPY, KIND[0]], [1.0, 0.75, 2.0, 1.0 - 2.0])])                        # an ending that was none is lost again
+def test_steps_by_hand(sentences, gains):
+    """A step that is paid for what came before it, or for an ending that the story does not have there."""
+    assert steps(PROMPT, story_of(*sentences)) == pytest.approx(gains)
+
+
+def test_steps_sum_to_the_true_reward():
+    """A dense reward whose sum is another reward: its optimum is another policy."""
+    rng, texts = random.Random(4), [(PROMPT, text) for text in ("", "fox", "Moo. Moo. \n Moo! ", "word " * 60, story_of(*KIND))]
+    for _ in range(50):
+        prompt = request(rng).text
+        texts.append((prompt, story(rng, prompt).text))
+    for prompt, text in texts:
+        assert sum(steps(prompt, text)) == pytest.approx(gold_reward(prompt, text) + 0.5)
+        assert len(steps(prompt, text)) == len(split_sentences(text))
+
+
+HOSTILE = ["Hi. There!", "Né. \xa0Où? \x85 日本。 Fin", "a.\u2028b? \" c.\" d", " . ! ?", "..", "No end", "x.\x1cy.\r\n\tz.", ""]
+
+
+@pytest.mark.parametrize("vocab_size", [259, 300])
+def test_a_step_is_read_at_its_sentences_last_token(vocab_size):
+    """A mark read a token too early, where the sentence might still turn out well, or at the next one's first word;
+    sentences counted otherwise than the annotator does, and all marks behind them moved."""
+    tokenizer, rng = Tokenizer(train_vocabulary(" ".join(HOSTILE) + story_of(*KIND), vocab_size)), random.Random(5)
+    texts = HOSTILE + [story_of(*KIND, HAPPY), story_of(SAD)]
+    samples = [tokenizer.encode(text) for text in texts]
+    samples += [rng.choices([*tokenizer.encode(". ! \"? é 日 a b"), *range(tokenizer.n_vocab)], k=40) for _ in range(200)]
+    for ids in samples:         # a sample may be any tokens: bytes that are no text, special ones
+        ends, sentences = step_ends(tokenizer.pieces(ids)), split_sentences(tokenizer.decode(ids))
+        assert len(ends) == len(sentences) and ends == sorted(set(ends))
+        for k, end in enumerate(ends):
+            before, through = (split_sentences(tokenizer.decode(ids[:stop])) for stop in (end, end + 1))
+            assert through == sentences[:k + 1]
+            assert before[:k + 1] != sentences[:k + 1] or "\ufffd" in sentences[k]      # of a character, a byte is enough
+
+
+def test_marks_are_a_comparison_with_the_story_without_the_step():
+    """A mark that is the sign of the reward, which no noise hides, or that hangs on the steps after it."""
+    tokenizer, rng, n = Tokenizer(train_vocabulary(story_of(*KIND), 300)), random.Random(6), 1000
+    row = {"prompt": PROMPT, "chosen": story_of(KIND[0], UNKIND[0], HAPPY), "rejected": story_of(SAD)}
+    marked = mark([row] * n, tokenizer, rng)
+    for text, items in zip((row["chosen"], row["rejected"]), (marked[::2], marked[1::2])):
+        ids = tokenizer.prompt(PROMPT) + tokenizer.response(text)
+        assert all(item.ids == ids and item.steps == steps(PROMPT, text) for item in items)
+        assert [tokenizer.decode(ids[:end + 1]).split()[-1] for end in items[0].ends] == [
+            sentence.split()[-1] for sentence in split_sentences(text)]
+        for k, step in enumerate(items[0].steps):
+            p = 1 / (1 + math.exp(-step))
+            assert abs(sum(item.marks[k] for item in items) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

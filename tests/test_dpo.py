@@ -15,10 +15,10 @@ import reward_model
 from data import stories
 from data.files import InputError, read_pairs, write_jsonl
 from data.run import Run
+from data.tokenizer import encode_pairs
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, labels_of, orpo_loss, simpo_loss
 from gpt import load_checkpoint, pad, save_checkpoint
 from helpers import metrics, noise, snapshot, tiny_gpt, untimed
-from reward_model import encode_pairs
 
 END = 4
 FIGURES = ["loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio"]
