@@ -190,6 +190,69 @@ def _gumbel(rng):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Verifiable rewards (DeepSeek-R1; CS 224R, ch. 11). A reward of texts takes [(prompt, response)] and returns their
+# rewards, a list of numbers
+
+def verify(prompt, response, world=WORLD):
+    """1.0 where the story names hero and thing, has no unkind sentence and ends happily, else 0.0: right or wrong."""
+    seen = look(prompt, response, world)
+    return float(seen.hero and seen.thing and not seen.unkind and seen.ending == "happy")
+
+
+def verifier(asked):
+    """verify as a reward of texts."""
+    return [verify(*one) for one in asked]
+
+
+def command_reward(command):
+    """A reward of texts that is a program of the user's (see ask): {"prompt", "response"} in, {"reward": number} out."""
+    words = words_of(command, "--reward")
+
+    def number(row, where):
+        if type(row.get("reward")) not in (int, float) or not math.isfinite(row["reward"]):
+            found = kind(row["reward"]) if "reward" in row else "none"
+            raise InputError(f'{where}: "reward" must be a number, found {found}')
+        return float(row["reward"])
+
+    return lambda asked: list(ask(words, [dict(zip(("prompt", "response"), one)) for one in asked], number))
+
+
+class TextReward:
+    """A reward of texts with the score of a RewardModel."""
+
+    def __init__(self, rewards, tokenizer):
+        self.rewards, self.tokenizer = rewards, tokenizer
+
+    def score(self, tokens, lengths):
+        """The rewards (B,) of sequences in the chat format, tokens (B, T), lengths (B,)."""
+        return torch.tensor(self.rewards(read_texts(tokens, lengths, self.tokenizer)), device=tokens.device)
+
+
+def pass_at_k(correct, n, k):
+    """P(one of k samples at least is right), from `correct` right ones of n samples, without bias: 1 - C(n - c, k)/C(n, k),
+    the share of all subsets of k that hold one (Chen et al. 2021, eq. 1).
+
+    >>> pass_at_k(1, 4, 1), pass_at_k(1, 4, 2), pass_at_k(0, 4, 4)
+    (0.25, 0.5, 0.0)
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def verified_optimum(p, beta):
+    """The best policy for a reward of 1 (with probability p under the reference) or 0: (J*, its own probability of 1).
+
+    Z = E_ref[exp(r/β)] = 1 - p + p e^{1/β}, J* = β log Z, and π* is right with probability p e^{1/β}/Z (CS 224R, ch. 7).
+    >>> J_star, right = verified_optimum(0.25, 1 / math.log(3))     # right ones count three times: Z = 0.75 + 0.25 · 3
+    >>> round(J_star * math.log(3), 3), right
+    (0.405, 0.5)
+    """
+    if p == 0:
+        return 0.0, 0.0
+    z = p + (1 - p) * (math.exp(-1 / beta) if beta else 0.0)  # Z e^{-1/β}, which a small β cannot make too large
+    return 1 + beta * math.log(z), p / z
+
+
+# ----------------------------------------------------------------------------------------------------
 # Judges. A judge labels comparisons: it takes (asked, rng), asked a list of (prompt, first response, second
 # response), and returns a list of (which one it prefers, 0 or 1, and why: "" for no reason given).
 
@@ -284,6 +347,8 @@ def ask(words, questions, read):
 
     InputError, one line with what the program said, if it fails, or answers too little, too much or something else.
     """
+    if not questions:
+        return
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as complaints:
         asked.write("".join(json.dumps(question) + "\n" for question in questions).encode())
         asked.seek(0)

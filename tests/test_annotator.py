@@ -1,5 +1,6 @@
 """The annotator of data/annotator.py, against a rubric worked by hand and the Bradley-Terry formula; other judges."""
 
+import itertools
 import json
 import math
 import random
@@ -8,9 +9,11 @@ import statistics
 import sys
 
 import pytest
+import torch
 
-from data.annotator import (CONSTITUTION, both_judge, choose, command_judge, constitution_choice, gold_reward, judge_of,
-                            mark, print_agreement, rubric, scored, step_ends, steps)
+from data.annotator import (CONSTITUTION, TextReward, both_judge, choose, command_judge, command_reward,
+                            constitution_choice, gold_reward, judge_of, mark, pass_at_k, print_agreement, read_texts,
+                            rubric, scored, step_ends, steps, verified_optimum, verifier, verify)
 from data.files import InputError
 from data.stories import request, split_sentences, story
 from data.tokenizer import Tokenizer, train as train_vocabulary
@@ -183,6 +186,69 @@ def test_marks_are_a_comparison_with_the_story_without_the_step():
         for k, step in enumerate(items[0].steps):
             p = 1 / (1 + math.exp(-step))
             assert abs(sum(item.marks[k] for item in items) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verifiable rewards
+
+
+@pytest.mark.parametrize("response, verified", [
+    (story_of(HAPPY), 1), (story_of(KIND[0], KIND[0], HAPPY), 1), (story_of(SAD), 0), (story_of(KIND[0]), 0),
+    (story_of(UNKIND[0], KIND[0], HAPPY), 0), (story_of(HAPPY, KIND[0]), 0), ("", 0), ("A fox. A kite.", 0),
+    ("The foxes. " + HAPPY, 0), ("The fox. At last she found the drum and danced for joy.", 0), ("Fox! " + HAPPY, 1)])
+def test_verified_by_hand(response, verified):
+    """Half of what was asked for, or an ending in the middle, that is as good as right."""
+    assert verify(PROMPT, response) == verified and type(verify(PROMPT, response)) is float
+
+
+def test_pass_at_k_goes_through_all_subsets():
+    """1 - (1 - c/n)^k, as if the samples were drawn with replacement: too low, and most of all where k is near n."""
+    for n in range(1, 7):
+        for correct in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+                assert pass_at_k(correct, n, k) == pytest.approx(statistics.mean(map(any, subsets)))
+    rng, p = random.Random(7), 0.1      # and so without bias: the mean over draws of n samples is that of fresh ones of k
+    estimates = [pass_at_k(sum(rng.random() < p for _ in range(20)), 20, 16) for _ in range(4000)]
+    assert statistics.mean(estimates) == pytest.approx(1 - (1 - p) ** 16, abs=4 * statistics.stdev(estimates) / 4000 ** 0.5)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.3, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.01, 0.2, 5.0])
+def test_the_optimum_of_a_verifiable_reward(p, beta):
+    """exp(1/β) that is too large a number, J* above 1, or the optimum's own share put for its objective."""
+    J_star, right = verified_optimum(p, beta)
+    assert 0 <= right <= 1 and J_star <= right + 1e-12
+    if beta > 0.005:        # among all policies, which differ in how often they are right, none is better
+        kl = lambda q: sum(x * math.log(x / y) for x, y in ((q, p), (1 - q, 1 - p)) if x)
+        assert J_star == pytest.approx(right - beta * kl(right), abs=1e-9)
+        others = [q / 50 for q in range(51) if 0 < p < 1 or q / 50 == p]
+        assert J_star >= max(q - beta * kl(q) for q in others) - 1e-9
+    else:                   # without a price, always right, if the reference ever is
+        assert (J_star, right) == pytest.approx((float(p > 0),) * 2, abs=1e-3)
+
+
+def test_rewards_of_texts_in_the_chat_format(tmp_path):
+    """A program that is asked about "...<|end|>", about another prompt's answer, or about the padding."""
+    tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
+    rows = [(PROMPT, story_of(HAPPY)), ("ä <|end|>\n", "Hm."), ("Who?", "")]
+    ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows]
+    ids.append(ids[0][:-1])                                                     # never ended
+    tokens = torch.tensor([row + [tokenizer.end_token] * (200 - len(row)) for row in ids])
+    lengths = torch.tensor(list(map(len, ids)))
+    assert read_texts(tokens, lengths, tokenizer) == rows + rows[:1]
+    command = program(tmp_path, "for row in rows:\n    reward = len(row['prompt']) - 0.5 * len(row['response'])\n"
+                                "    print(json.dumps({'reward': reward}))")
+    found = TextReward(command_reward(command), tokenizer).score(tokens, lengths)
+    assert found.tolist() == [len(prompt) - 0.5 * len(text) for prompt, text in rows + rows[:1]]
+    assert TextReward(verifier, tokenizer).score(tokens[[0, 3]], lengths[[0, 3]]).tolist() == [1.0, 1.0]
+    for answer, message in (("'reward': 'good'", "found a string"), ("'reward': True", "found true"),
+                            ("'a': 1", "found none"), ("'reward': None", "found null"),
+                            ("'reward': float('nan')", "found the number nan")):
+        with pytest.raises(InputError, match=f'judge.py: answer 1: "reward" must be a number, {message}'):
+            command_reward(program(tmp_path, f"print(json.dumps({{{answer}}}))"))(rows)
+    with pytest.raises(InputError, match="^--reward verifyer: no such program"):
+        command_reward("verifyer")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
