@@ -62,12 +62,12 @@ class Config:
     mean: Literal["tokens", "responses"] = "tokens" # of the loss: over all tokens, or over those of each response first
     scale: bool = True          # divide advantages by their standard deviation; gae's are whitened, their mean taken off
     group: int = 1              # responses to the same prompt in a rollout batch
-    iterations: int = 40        # rollout batches
+    iterations: int = 100       # rollout batches
     rollouts: int = 64          # responses in a rollout batch
-    epochs: int = 4             # K: passes over each rollout batch
+    epochs: int = 1             # K: passes over each rollout batch; its samples are on-policy in the first only
     minibatch: int = 16         # responses in an optimizer step
     micro_batch: int = 8        # responses in one forward pass; less memory and padding, the same gradient
-    lr: float = 2e-4            # the policy's learning rate, falling linearly to zero
+    lr: float = 3e-4            # the policy's learning rate, falling linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
     beta: float = 0.2           # price of one nat of KL to the reference, in reward units; 0: no reference in memory
     kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats (Ziegler et al. 2019)
@@ -77,7 +77,7 @@ class Config:
     ptx: float = 0.0            # γ of PPO-ptx: price of a nat of a pretraining document, in reward units
     value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
     gamma: float = 1.0          # discount: 1, the reward comes with the last token
-    lam: float = 0.95           # λ of generalized advantage estimation
+    lam: float = 0.9            # λ of generalized advantage estimation
     temperature: float = 1.0    # of the policy that samples, and so of every log-probability; with --prompt: times that
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, in place of the reward model's
@@ -85,7 +85,8 @@ class Config:
     resume: bool = False        # go on with the run that was interrupted in this folder
 
 
-GPU = dict(iterations=100, rollouts=512, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, max_new_tokens=128)
+GPU = dict(iterations=100, rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95,
+           max_new_tokens=128)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The algorithm. Every tensor per token is (B, T-1), aligned with gpt.masked_logprobs: column t is the action
