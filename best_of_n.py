@@ -8,6 +8,7 @@ Departures from the slides: completions are counted from 0, and the k best overa
     python best_of_n.py --prompt "Tell me a story about a shy fox and a kite." --n 16      candidates and the winner
     python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
     python best_of_n.py --data FILE.jsonl   the same over prompts of your own, without the gold columns
+    python best_of_n.py --verify --policies ppo-verifier        right or wrong: pass@1, pass@16, J* of the verifier
     python best_of_n.py --process           best-of-N by a process reward model too (reward_model.py --process)
 
 The answer key: the objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 import dpo
 import ppo
 from data import stories
+from data.annotator import pass_at_k, verified_optimum, verifier
 from data.files import InputError, run_script, split_prompts, write_jsonl
 from data.run import (announce, complete, parse_config, progress, read_torch, refused_if_broken, stage_folder,
                       train_missing)
@@ -51,6 +53,7 @@ class Config:
     beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
+    verify: bool = False        # the verifier's reward too: who is right how often, pass@16, J* under it
     process: bool = False       # best-of-N by the process reward model too, by its smallest step, their product, their sum
     resume: bool = False        # a missing stage that was interrupted goes on
 
@@ -183,6 +186,7 @@ class Samples(NamedTuple):
     gold: torch.Tensor
     length: torch.Tensor
     ended: torch.Tensor
+    verified: torch.Tensor = None
 
 
 def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature=1.0):
@@ -203,7 +207,9 @@ def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rn
         texts += response_texts(rollout, tokenizer)
         report(len(texts))
     rewards, golds, ended, lengths = torch.cat(columns, dim=1).view(4, *shape)
-    return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended)
+    asked = zip([prompt for prompt in prompts for _ in range(count)], texts)
+    verified = torch.tensor(verifier(asked)).view(shape) * ended if config.verify else None
+    return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended, verified)
 
 
 @torch.no_grad()
@@ -306,6 +312,8 @@ def yardstick(config):
     print_table(figures, FORMATS)
     for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
         figures += optimum(kind, field, rows, samples, log_ratios, config.beta)
+    if config.verify:
+        figures += verified_figures(rows, samples, config.beta)
     if gold:
         where_gold_is_lost([row for row in figures if row.get("under") == "gold"])
         close_to_the_best(stages, figures)
@@ -395,6 +403,25 @@ def optimum(kind, field, rows, samples, log_ratios, beta):
     return figures
 
 
+def verified_figures(rows, samples, beta):
+    """Print and return how often each policy is right, how often one of 16 of its responses is (pass@16, from the counts),
+    and its J under the verifier beside J*, which is exact given how often SFT is right on each prompt. Arguments as
+    optimum's."""
+    figures, starts = [], samples["sft"].verified.mean(dim=1)  # (M,): J of SFT, whose KL is 0
+    J_stars, right = torch.tensor([verified_optimum(p, beta) for p in starts.tolist()]).unbind(dim=1)  # each (M,)
+    for name, one in samples.items():
+        n, p = one.verified.shape[1], one.verified.mean(dim=1)
+        row = dict(verified=p, J=p - beta * rows[name]["kl"])
+        if n >= 16:
+            row["pass_16"] = torch.tensor([pass_at_k(int(count), n, 16) for count in one.verified.sum(dim=1)])
+        figures.append(dict(under="verifier", policy=name, **with_errors(dict(**row, kl=rows[name]["kl"], J_star=J_stars))))
+        figures[-1]["share"], figures[-1]["share_error"] = share_and_error(row["J"] - starts, J_stars - starts)
+    print(f"\nunder the verifier, beta {beta}: J* = {cell(*mean_and_error(J_stars))}, from how often SFT is right on each "
+          f"prompt;\nthe optimum is right {cell(*mean_and_error(right), '.1%')}")
+    print_table(figures, dict(verified=".1%", pass_16=".1%", kl=".2f", J=".3f", share=".1%"))
+    return figures
+
+
 def where_gold_is_lost(figures):
     """Print the parts of the way from SFT to J* under gold: what a policy got, what it left of that which the reward
     model's exact optimum gets, and what no optimizer of this reward model can get. figures: optimum's, SFT first, which
@@ -479,7 +506,7 @@ def answer(config):
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, or the yardstick that compares all policies.",
-                          needs={"n": ("prompt",), "process": ("data", "")})
+                          needs={"n": ("prompt",), "process": ("data", ""), "verify": ("data", "")})
     if config.prompt:
         answer(config)
     else:

@@ -255,7 +255,7 @@ def train(config):
     with Run("reward_model", folder, config, config.report, [stage_folder(config, "sft") / "checkpoint.pt"]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
         if not config.data:
-            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, judge, config)
+            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, config, judge)
             data = encode_comparisons(split, "the collected pairs", tokenizer, policy.config.block_size)
         print(f"pairs   {data.description}", flush=True)
         if not run.saved["step"]:
@@ -298,7 +298,7 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard deviation {scores.std():.3f}")
 
 
-def collect(policy, tokenizer, judge, config):
+def collect(policy, tokenizer, config, judge=annotator_judge):
     """(rows to train on, held-out rows), fresh comparisons; says what was replaced. No request is in both. Whoever is the
     judge, the annotator labels those held out: they are the answer key."""
     split = []

@@ -209,12 +209,17 @@ def command_reward(command):
     words = words_of(command, "--reward")
 
     def number(row, where):
-        if type(row.get("reward")) not in (int, float) or not math.isfinite(row["reward"]):
+        if type(row.get("reward")) not in (int, float) or not abs(row["reward"]) < 1e30:
             found = kind(row["reward"]) if "reward" in row else "none"
             raise InputError(f'{where}: "reward" must be a number, found {found}')
         return float(row["reward"])
 
     return lambda asked: list(ask(words, [dict(zip(("prompt", "response"), one)) for one in asked], number))
+
+
+def reward_of(name):
+    """The reward of texts of this name, "verifier", or else the command_reward."""
+    return verifier if name == "verifier" else command_reward(name)
 
 
 class TextReward:

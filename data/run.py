@@ -111,7 +111,8 @@ def check_name(name, stage, flag="name"):
         raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
 
 
-MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5}  # size cpu, two cores
+MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0, "dpo": 2.5,
+           "best_of_n": 1.5}  # size cpu, two cores
 
 
 def train_missing(config, earlier, stage):

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -604,6 +605,40 @@ def test_yardstick_figures_are_of_the_samples(trained, tmp_path, monkeypatch):
             J, J_star = optimality_gap(rewards, log_ratios.view(3, 16), 0.2)
             assert found[kind, name]["J"] == pytest.approx(J.mean().item(), abs=1e-5)
             assert found[kind, name]["own_J_star"] == pytest.approx(J_star.mean().item(), abs=1e-5)
+
+
+def test_who_is_right_how_often(trained, tmp_path, monkeypatch, capsys):
+    """A pass@16 of the mean over all prompts, where easy ones make up for hard ones; J* of SFT's mean rate instead of each
+    prompt's; an unfinished response that is right."""
+    M, N, right = 3, 16, []
+    draw_samples = best_of_n.draw
+
+    def verifier(asked):
+        asked = list(asked)
+        right.append([float(len(text) % (2 + len(prompt) % 3) == 0) for prompt, text in asked])
+        return right[-1]
+
+    drawn = []
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: drawn.append(draw_samples(*arguments)) or drawn[-1])
+    monkeypatch.setattr(best_of_n, "verifier", verifier)
+    out = shutil.copytree(trained, tmp_path / "out")
+    printed = run(out, capsys, *f"--verify --policies ppo --prompts {M} --samples {N} --beta 0.5".split())
+    found = {row["policy"]: row for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if row.get("under") == "verifier"}
+    kl = next(row["kl"] for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if row["policy"] == "ppo")
+    verified = [torch.tensor(x).view(M, -1) * one.ended for x, one in zip(right, drawn)]
+    assert [x.shape[1] for x in verified] == [32, 16] and list(found) == ["sft", "ppo"]
+    p = verified[0].mean(dim=1).tolist()
+    J_star = statistics.mean(0.5 * math.log(1 - x + x * math.exp(2)) for x in p)
+    for (name, row), x in zip(found.items(), verified):
+        rates = x.mean(dim=1).tolist()
+        passed = [1 - math.comb(round(x.shape[1] * (1 - q)), 16) / math.comb(x.shape[1], 16) for q in rates]
+        assert row["verified"] == pytest.approx(statistics.mean(rates)) and 0.05 < row["verified"] < 0.95
+        assert row["pass_16"] == pytest.approx(statistics.mean(passed), abs=1e-6)
+        assert row["J_star"] == pytest.approx(J_star, abs=1e-5) and len(set(p)) > 1
+        assert row["J"] == pytest.approx(row["verified"] - 0.5 * kl * (name == "ppo"), abs=1e-5)
+    block = printed.split("under the verifier")[1]
+    assert "pass_16" in block and "ppo, J under verifier" in printed
+    assert "verified" not in run(out, capsys, *"--policies ppo --prompts 3 --samples 4".split())
 
 
 def test_process_scores_by_hand():
