@@ -418,12 +418,9 @@ def train_process(config):
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.",
                           needs={"judge": ("data", ""), "process": ("data", "")})
-    if config.learning_curve:
-        learning_curve(config)
-    elif config.process:
-        train_process(config)
-    else:
-        train(config)
+    if config.process and config.learning_curve:
+        raise InputError("--learning_curve True: is a curve of pairs, and --process trains on steps")
+    (train_process if config.process else learning_curve if config.learning_curve else train)(config)
 
 
 if __name__ == "__main__":

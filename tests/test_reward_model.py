@@ -866,4 +866,6 @@ def test_marks_of_what_the_annotator_does_not_know_are_refused(policy):
         train(policy, "--process")
     with pytest.raises(InputError, match="--process True: goes without --data only"):
         train(policy, "--process", "--data", str(policy / "pairs.jsonl"))
+    with pytest.raises(InputError, match="--learning_curve True: is a curve of pairs"):
+        train(policy, "--process", "--learning_curve")
     assert snapshot(policy) == before
