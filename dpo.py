@@ -272,8 +272,7 @@ def train(config):
     train_missing(config, EARLIER if judged or not config.data else reward_model_stage.EARLIER, config.name)
     policy, tokenizer = load(config, config.start)  # π_θ, trained
     reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
-    if judged:
-        judge = reward_model_judge(*load(config, "reward_model", RewardModel))
+    judge = reward_model_judge(*load(config, "reward_model", RewardModel)) if judged else judge
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
     files = [] if config.data else [stage / "pairs.jsonl", stage / "held_out.jsonl"]

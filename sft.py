@@ -242,8 +242,8 @@ def learning_curve(model, tokenizer, data, config):
     base, chat = copy.deepcopy(model.state_dict()), [tokenizer.prompt(question) for question in data.questions]
     for count in doublings(512, len(data.sequences)):
         model.load_state_dict(base)
-        part = data._replace(sequences=data.sequences[:count], prompt_lengths=data.prompt_lengths[:count])
-        for _ in fit(model, part.sequences, part.prompt_lengths, config, random.Random(f"demonstrations' order {config.seed}")):
+        order = random.Random(f"demonstrations' order {config.seed}")
+        for _ in fit(model, data.sequences[:count], data.prompt_lengths[:count], config, order):
             pass
         held_out = held_out_loss(model, data.held_out, data.held_out_prompts)
         found = answers(*respond(model, tokenizer, chat, config.max_new_tokens, config.seed)) if data.entropy else ()

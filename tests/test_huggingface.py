@@ -321,7 +321,7 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     assert loaded.pattern == tokenizer.pattern == exported.pattern == "gpt2"
     assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
     with pytest.raises(InputError, match="nobody knows what that was trained on"):
-        gpt.pretraining_text(gpt.Config(size="gpt2", out=str(tmp_path)), tokenizer)
+        gpt.pretraining_text(gpt.Config(size="gpt2", out=str(tmp_path)), tokenizer, 16)
 
 
 def test_settings_of_a_published_model():
