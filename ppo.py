@@ -416,10 +416,10 @@ def load_models(config, device):
         reward_model, found, _ = load_checkpoint(sources[1], stage, config.size, device, RewardModel)
         if found.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{sources[1]}: its vocabulary is not that of {sft_path}; train the reward model again")
-    start = deepcopy(reward_model) or start_from(policy)  # V starts as r_φ, or without one as the policy with a new head, 0
-    models = dict(policy=policy, reference=deepcopy(policy) if config.beta else None,  # frozen
-                  reward_model=reward_model, value_model=start if config.advantage == "gae" else None)
-    return models, tokenizer, sources
+    # V starts as r_φ, or where there is none as the policy with a new head, 0.
+    value_model = (deepcopy(reward_model) or start_from(policy)) if config.advantage == "gae" else None
+    return dict(policy=policy, reference=deepcopy(policy) if config.beta else None, reward_model=reward_model,
+                value_model=value_model), tokenizer, sources
 
 
 def train(config):
