@@ -395,7 +395,7 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
         if found != (stage, size):
             raise InputError(f"{path}: is a {found[0]} checkpoint of size {found[1]}, "
                              f"but {stage} of size {size} is wanted")
-        tokenizer = Tokenizer.from_strings(checkpoint["vocabulary"], checkpoint.get("pattern", "words"))
+        tokenizer = Tokenizer.from_strings(checkpoint["vocabulary"], checkpoint["pattern"])
         config = GPTConfig(**checkpoint["config"])
         if config.vocab_size != tokenizer.n_vocab:
             raise ValueError(f"the model has {config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")

@@ -14,6 +14,7 @@ Nothing in this file knows what a GPT is.
 import argparse
 import contextlib
 import inspect
+import io
 import itertools
 import math
 import os
@@ -440,7 +441,9 @@ def restore(saved, steps, **state):
 
 def write_torch(path, values):
     """torch.save, atomic."""
-    write_atomic(path, lambda file: torch.save(values, file))
+    buffer = io.BytesIO()  # torch.save to a file that has no room says so in forty lines
+    torch.save(values, buffer)
+    write_atomic(path, buffer.getvalue())
 
 
 def read_torch(path):

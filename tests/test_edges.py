@@ -203,7 +203,8 @@ def test_ppo_at_the_edges(case, monkeypatch):
     for name, value in dict(reward=reward, kl=kl, J=reward - config.beta * kl, beta=config.beta,
                             length=len(logprobs) / len(rows), entropy=-logprobs.mean().item(),
                             no_end=sum(response[-1] != END for _, response, _ in rows) / len(rows)).items():
-        assert figures[name] == pytest.approx(value, abs=1e-3), name
+        if config.beta or name not in ("kl", "J"):  # without a penalty there is no reference
+            assert figures[name] == pytest.approx(value, abs=1e-3), name
     assert end != NEVER or figures["no_end"] == 1
     assert end != ALWAYS or (figures["no_end"], figures["length"]) == (0, 1)
     assert case.get("max_new_tokens") != 1 or figures["length"] == 1

@@ -193,9 +193,9 @@ def an_earlier_run(folder, reference):
 
 
 def left_behind(folder):
-    """The files of a finished run: not its lock, and not the documents, which every run of these settings may read."""
+    """The files of a finished run: not its lock, and not the tokens of a text, which every run of these settings may read."""
     return [path.name for path in folder.iterdir()
-            if path.is_file() and not path.name.startswith(("lock", "documents-"))]
+            if path.is_file() and not path.name.startswith(("lock", "documents-", "text-"))]
 
 
 def check_finished(folder, reference):
