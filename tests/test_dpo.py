@@ -601,7 +601,7 @@ def test_rounds_are_fresh_samples_of_the_policy(loss, judge, out, monkeypatch, c
     def sample(model, *arguments):
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         rounds.append([model, weights, []])
-        assert (dpo.JUDGES.get(judge) in arguments) == ("reward_model" not in loaded) == (judge != "reward_model")
+        assert (dpo.JUDGES.get(judge, "no judge") in arguments) == ("reward_model" not in loaded) == (judge != "reward_model")
         return collect(model, *arguments)
 
     def learn(policy, reference, items, config):
@@ -720,6 +720,7 @@ def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
     assert (f"pairs.jsonl: {len(short)} prompts, dropped {72 - len(short)} that leave no room for 16 new tokens\n"
             in capsys.readouterr().out)
     own_pairs(tmp_path / "pairs.jsonl")
+    train, _ = dpo.hold_out(read_pairs(tmp_path / "pairs.jsonl"), 1)
     before = snapshot(out)
     with pytest.raises(InputError, match="pairs.jsonl: no prompt leaves room for --max_new_tokens 124"):
         dpo.main([*argv, *data, "--max_new_tokens", "124"])
