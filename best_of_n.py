@@ -12,6 +12,8 @@ Departures from the slides: completions are counted from 0, and the k best overa
     python best_of_n.py --finetune overall          RSFT on as many responses, the best of all: easy prompts get more
     python best_of_n.py                     the yardstick: SFT, best-of-N, PPO, DPO over a fixed set of held-out prompts
     python best_of_n.py --data FILE.jsonl   the same over prompts of your own, without the gold columns
+    python best_of_n.py --verify --policies ppo-verifier        right or wrong: pass@1, pass@16, J* of the verifier
+    python best_of_n.py --process           best-of-N by a process reward model too (reward_model.py --process)
 
 The answer key: the objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at
 π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), and J* = β log Z(x) (CS 224R, Lecture 9, ch. 7). For y ~ π put
@@ -27,16 +29,18 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import dpo
 import ppo
 from data import stories
+from data.annotator import pass_at_k, verified_optimum, verifier
 from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
 from data.run import (Run, announce, check_name, complete, forget_rounds, parse_config, progress, read_torch,
                       refused_if_broken, stage_folder, train_missing)
 from dpo import response_logprobs
 from gpt import autocast, generate, get_device, load_checkpoint, response_texts, save_checkpoint
-from reward_model import RewardModel, gold_rewards, show_before_and_after
+from reward_model import RewardModel, gold_rewards, show_before_and_after, step_rewards
 from sft import encode_demonstrations, fit, prompts_with_room, sample_prompts
 
 
@@ -65,6 +69,8 @@ class Config:
     beta: float = 0.2           # price of one nat of KL in J, in reward units
     max_new_tokens: int = 96    # the longest response
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
+    verify: bool = False        # the verifier's reward too: who is right how often, pass@16, J* under it
+    process: bool = False       # best-of-N by the process reward model too, by its smallest step, their product, their sum
     resume: bool = False        # --finetune, or a missing stage, that was interrupted goes on
 
 
@@ -115,6 +121,13 @@ def subset_weights(rewards, n):
     # P(all n are among k given ones) = C(k, n) / C(N, n)
     among = torch.tensor([math.comb(k, n) / math.comb(N, n) for k in range(N + 1)], dtype=rewards.dtype)
     return (among[not_better] - among[worse]) / (not_better - worse)
+
+
+def process_scores(rewards, steps):
+    """{rule: score (B,)} of responses, from their steps' rewards r_k: the smallest, the product of σ(r_k), which is the
+    probability that all are good (Lightman et al. 2023), as a logarithm, and the sum, an estimate of gold_reward + 0.5."""
+    return {"smallest": torch.where(steps, rewards, math.inf).amin(dim=1),
+            "product": torch.where(steps, F.logsigmoid(rewards), 0.0).sum(dim=1), "sum": rewards.sum(dim=1)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,6 +204,7 @@ class Samples(NamedTuple):
     gold: torch.Tensor
     length: torch.Tensor
     ended: torch.Tensor
+    verified: torch.Tensor = None
 
 
 def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng, temperature=1.0):
@@ -211,7 +225,9 @@ def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rn
         texts += response_texts(rollout, tokenizer)
         report(len(texts))
     rewards, golds, ended, lengths = torch.cat(columns, dim=1).view(4, *shape)
-    return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended)
+    asked = zip([prompt for prompt in prompts for _ in range(count)], texts)
+    verified = torch.tensor(verifier(asked)).view(shape) * ended if config.verify else None
+    return Samples(rollouts, texts, rewards, golds if gold else None, lengths, ended, verified)
 
 
 def selection_figures(rewards, kept):
@@ -334,6 +350,9 @@ def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it could be."""
     held_out = split_prompts(config.data, config.seed)[1] if config.data else None  # before minutes of training
     names = list(dict.fromkeys(name for name in config.policies.split(",") if name))
+    path = stage_folder(config, "process_model") / "checkpoint.pt"
+    if config.process:
+        process_model, _, _ = load_checkpoint(path, "process_model", config.size, get_device(), RewardModel)
     policies, reward_model, tokenizer = load_policies(config, names, "best_of_n")
     gold, reference = not config.data, policies["sft"][0]
     stages = {stage: stage_metrics(config, stage) for stage in ("gpt", "sft", "reward_model") if gold}
@@ -365,10 +384,12 @@ def yardstick(config):
 
     # 4. Best-of-N picks among SFT's samples by the reward model; best of 1 is SFT. Then the tables.
     rows, sft = {}, samples["sft"]
+    judged = {"": sft.reward, **(judge_steps(sft, process_model, tokenizer) if config.process else {})}
     for n in sorted(n for n in {1, 4, 16, 64, *(n for _, _, n in policies.values())} if n <= config.samples):
-        wins = dict(win_rate=best_of_n_win_rate(sft.reward, sft.gold, n)) if gold else {}
-        kl = torch.full((len(prompts),), best_of_n_kl(n))
-        rows["sft" if n == 1 else f"best of {n}"] = make_row(sft, n, **wins, kl=kl)
+        for rule, scores in judged.items():
+            wins = dict(win_rate=best_of_n_win_rate(scores, sft.gold, n)) if gold else {}
+            kl = torch.full((len(prompts),), best_of_n_kl(n))
+            rows["sft" if n == 1 else f"best of {n}{rule}"] = make_row(sft, n, scores, **wins, kl=kl)
     for i, name in list(enumerate(policies))[1:]:
         wins = dict(win_rate=win_rate(samples[name].gold, sft.gold).mean(dim=1)) if gold else {}
         rows[name] = make_row(samples[name], 1, **wins, kl=log_ratios[name][:, :, i].mean(dim=1))
@@ -379,6 +400,8 @@ def yardstick(config):
     print_table(figures, FORMATS)
     for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
         figures += optimum(kind, field, rows, samples, log_ratios, config.beta)
+    if config.verify:
+        figures += verified_figures(rows, samples, config.beta)
     if gold:
         where_gold_is_lost([row for row in figures if row.get("under") == "gold"])
         close_to_the_best(stages, figures)
@@ -386,16 +409,28 @@ def yardstick(config):
     print(f"\nsaved {folder / 'metrics.jsonl'}")
 
 
-def make_row(one, n, **given):
+def judge_steps(one, process_model, tokenizer):
+    """process_scores of a policy's Samples, each (M, N); -inf for a response without <|end|> or without a sentence."""
+    scores = {}
+    for rollout in one.rollouts:
+        rewards, steps = step_rewards(process_model, rollout, tokenizer)
+        whole = rollout.ended(tokenizer.end_token) & steps.any(dim=1)
+        for rule, score in process_scores(rewards, steps).items():
+            scores.setdefault(f", {rule}", []).append(torch.where(whole, score, -math.inf).cpu())
+    return {rule: torch.cat(parts).view(one.reward.shape) for rule, parts in scores.items()}
+
+
+def make_row(one, n, scores=None, **given):
     """The figures of best-of-n over a policy's Samples, prompt by prompt: name -> (M,); n = 1: of the policy itself.
 
     Means over all subsets of n of a prompt's samples; distinct_2, of the best of each prompt's first n, is one number,
-    (1,). given: figures that are known already.
+    (1,). scores (M, N): what the best is chosen by (None: the reward). given: figures that are known already.
     """
-    weights, N = subset_weights(one.reward, n), one.reward.shape[1]
+    scores = one.reward if scores is None else scores
+    weights, N = subset_weights(scores, n), one.reward.shape[1]
     means = {key: (weights * getattr(one, key)).sum(dim=1)  # E[x of the best of n] = Σ_i weight_i x_i
              for key in ("reward", "gold", "length", "ended") if getattr(one, key) is not None}
-    winners = [one.texts[N * prompt + j] for prompt, j in enumerate(top_per_prompt(one.reward[:, :n]).tolist())]
+    winners = [one.texts[N * prompt + j] for prompt, j in enumerate(top_per_prompt(scores[:, :n]).tolist())]
     return dict(**means, **given, distinct_2=torch.tensor([distinct_2(winners)]))
 
 
@@ -452,6 +487,25 @@ def optimum(kind, field, rows, samples, log_ratios, beta):
     print_table(figures, dict(J=".3f", share=".1%", own_J_star=".3f"))
     estimates = best["J_star"], *own.values()
     print(f"the estimates of J*, pooled and of each policy's own, lie within {max(estimates) - min(estimates):.3f}")
+    return figures
+
+
+def verified_figures(rows, samples, beta):
+    """Print and return how often each policy is right, how often one of 16 of its responses is (pass@16, from the counts),
+    and its J under the verifier beside J*, which is exact given how often SFT is right on each prompt. Arguments as
+    optimum's."""
+    figures, starts = [], samples["sft"].verified.mean(dim=1)  # (M,): J of SFT, whose KL is 0
+    J_stars, right = torch.tensor([verified_optimum(p, beta) for p in starts.tolist()]).unbind(dim=1)  # each (M,)
+    for name, one in samples.items():
+        n, p = one.verified.shape[1], one.verified.mean(dim=1)
+        row = dict(verified=p, J=p - beta * rows[name]["kl"])
+        if n >= 16:
+            row["pass_16"] = torch.tensor([pass_at_k(int(count), n, 16) for count in one.verified.sum(dim=1)])
+        figures.append(dict(under="verifier", policy=name, **with_errors(dict(**row, kl=rows[name]["kl"], J_star=J_stars))))
+        figures[-1]["share"], figures[-1]["share_error"] = share_and_error(row["J"] - starts, J_stars - starts)
+    print(f"\nunder the verifier, beta {beta}: J* = {cell(*mean_and_error(J_stars))}, from how often SFT is right on each "
+          f"prompt;\nthe optimum is right {cell(*mean_and_error(right), '.1%')}")
+    print_table(figures, dict(verified=".1%", pass_16=".1%", kl=".2f", J=".3f", share=".1%"))
     return figures
 
 
@@ -542,11 +596,14 @@ def answer(config):
 
 
 def main(argv=None):
-    needs = {"n": ("prompt",), "policies": ("finetune", "no"), "beta": ("finetune", "no")}
+    needs = {"n": ("prompt",), "policies": ("finetune", "no"), "beta": ("finetune", "no"), "process": ("data", ""),
+             "verify": ("data", "")}
     for flag in ("name", "rounds", "epochs", "batch", "micro_batch", "lr", "warmup", "weight_decay", "report"):
         needs[flag] = ("finetune", "per_prompt", "overall")
     config = parse_config(Config, GPU, argv, "Best-of-N for one prompt, rejection-sampling fine-tuning, or the yardstick "
                                              "that compares all policies.", needs, PRESETS)
+    if config.finetune != "no" and (config.process or config.verify):
+        raise InputError(f"--finetune {config.finetune}: goes without --process and --verify")
     if config.prompt:
         answer(config)
     elif config.finetune != "no":

@@ -32,12 +32,13 @@ import torch.nn.functional as F
 
 import reward_model as reward_model_stage
 from data import stories
-from data.files import InputError, hold_out, read_labels, read_pairs, run_script, write_jsonl
+from data.annotator import JUDGES, judge_of
+from data.files import InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, check_name, forget_rounds, parse_config, restore, stage_folder, train_missing
+from data.tokenizer import encode_comparisons, encode_pairs
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
-from reward_model import (RewardModel, annotator_judge, collect_pairs, encode_comparisons, encode_pairs,
-                          read_comparisons, reward_model_judge, show_before_and_after)
+from reward_model import RewardModel, collect_pairs, reward_model_judge, show_before_and_after
 from sft import answer, encode_demonstrations, prompts_with_room
 
 EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
@@ -65,7 +66,7 @@ class Config:
     lam: float = 0.5            # ORPO's λ, the weight of the odds ratio beside the SFT loss
     online: int = 0             # rounds of online DPO; 0: on the comparisons that are there
     pairs: int = 2048           # fresh comparisons in a round
-    judge: Literal["reward_model", "annotator"] = "reward_model"    # who labels them
+    judge: str = "reward_model"     # who labels them: reward_model, annotator, constitution, both, or a program: "COMMAND"
     sample_batch: int = 512     # prompts in one batch of sampling them
     max_new_tokens: int = 96    # the longest sampled response
     report: int = 64            # steps between two reports; the state for --resume is saved as often
@@ -260,17 +261,18 @@ def train(config):
     """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
     judged = bool(config.online) and config.judge == "reward_model"
-    if config.online and config.data and not judged:
-        raise InputError(f"--judge annotator: knows the little world only, not the prompts of {config.data}")
+    if config.online and config.data and config.judge in JUDGES:
+        raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of {config.data}")
     if config.loss == "ipo" and config.beta == 0:
         raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
+    folder, stage = stage_folder(config, config.name), stage_folder(config, "reward_model")
+    judge = judge_of(config.judge, folder / "unfinished/labels.jsonl") if config.online and not judged else None
     read = read_labels if config.loss == "kto" else read_pairs
     split = hold_out(read(config.data), config.seed, config.data) if config.data else None  # before any training
     train_missing(config, EARLIER if judged or not config.data else reward_model_stage.EARLIER, config.name)
-    folder, stage = stage_folder(config, config.name), stage_folder(config, "reward_model")
     policy, tokenizer = load(config, config.start)  # π_θ, trained
     reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
-    judge = reward_model_judge(*load(config, "reward_model", RewardModel)) if judged else annotator_judge
+    judge = reward_model_judge(*load(config, "reward_model", RewardModel)) if judged else judge
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
     files = [] if config.data else [stage / "pairs.jsonl", stage / "held_out.jsonl"]

@@ -1,5 +1,5 @@
 """
-gpt.py: a small GPT from scratch, and stage 1 of the pipeline, pretraining.
+gpt.py: a small GPT from scratch, and stage 1 of the pipeline, pretraining; with --start, mid-training.
 
 The model is GPT-2's (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU, tied embeddings.
 Pretraining is next-token prediction, max_θ E_{x~D} Σ_t log p_θ(x_t | x_{<t})  (CS 224R, Lecture 9, ch. 3).
@@ -7,6 +7,7 @@ Pretraining is next-token prediction, max_θ E_{x~D} Σ_t log p_θ(x_t | x_{<t})
     python gpt.py                           pretrain on the little world (data/stories.py), no download
     python gpt.py --text FILE               pretrain on any UTF-8 text file
     python gpt.py --load FOLDER             take a GPT-2 as it is published instead (config.json, model.safetensors, …)
+    python gpt.py --start out/cpu/gpt --name gpt-curated --curated --steps 250 --lr 1e-3     go on with better text (ch. 1)
     python gpt.py --sample "Once"           print samples from the checkpoint
     python gpt.py --export FOLDER --stage ppo       write any stage as a folder for transformers, TRL, vLLM
     python gpt.py --resume                  go on with a run that was interrupted (every stage has this flag)
@@ -24,11 +25,10 @@ import math
 import random
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -465,13 +465,15 @@ def excess(held_out, entropy):
 @dataclass
 class Config:
     size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
-    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/gpt
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
+    name: str = "gpt"           # name of this run's folder: gpt-… keeps an experiment apart; ppo-… or dpo-… with --stage
     seed: int = 1               # fixes weights, data and samples
-    text: str = ""              # pretrain on this text file instead of the little world
+    text: str = ""              # train on this text file instead of the little world
+    start: str = ""             # mid-training: go on from the checkpoint in this folder, on --text or --curated
+    curated: bool = False       # the little world's stories without an unkind sentence
     load: str = ""              # take the GPT-2 in this folder, as transformers writes it, instead of pretraining one
     export: str = ""            # write the checkpoint of --stage to this folder, for transformers, and stop
     stage: str = "gpt"          # of --export: any stage or --name; of --load: ppo or dpo for a policy trained elsewhere
-    name: str = ""              # name of that policy's folder: ppo-… or dpo-…
     sample: str = ""            # print three continuations of this text from the checkpoint, and stop
     temperature: float = 1.0    # of --sample
     top_k: int = 0              # --sample draws from the k likeliest tokens only; 0: from all
@@ -490,6 +492,7 @@ class Config:
 
 
 GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100)
+PRESETS = {"stage": {"ppo": dict(name="ppo"), "dpo": dict(name="dpo")}}
 
 
 class Corpus(NamedTuple):
@@ -503,9 +506,9 @@ class Corpus(NamedTuple):
     description: str
 
 
-def read_corpus(config):
-    """The Corpus of a text file: random windows of it; the last tenth is held out."""
-    tokenizer = Tokenizer(train_vocabulary(sample_text(config.text), config.vocab_size))
+def read_corpus(config, tokenizer):
+    """The Corpus of a text file: random windows of it; the last tenth is held out. Without a tokenizer it learns one."""
+    tokenizer = tokenizer or Tokenizer(train_vocabulary(sample_text(config.text), config.vocab_size))
     tokens, held_out, description = split_text(config, config.text, tokenizer, config.block_size)
     rng = random.Random(f"pretraining {config.seed}")
     windows = draw_windows(tokens, config.steps * config.batch, config.block_size, rng)
@@ -536,10 +539,10 @@ def encode_documents(documents, tokenizer):
     return [end + ids + end for ids in tokenizer.encode_batch(document.text for document in documents)]
 
 
-def held_out_documents():
+def held_out_documents(world=stories.WORLD):
     """The 500 documents of the little world that every run holds out."""
     rng = random.Random("held-out documents")
-    return [stories.document(rng) for _ in range(500)]
+    return [stories.document(rng, world) for _ in range(500)]
 
 
 def pretraining_text(config, tokenizer, model):
@@ -557,42 +560,60 @@ def pretraining_text(config, tokenizer, model):
     return lambda count, rng: draw_windows(tokens, count, size, rng), held_out, [path, Path(text)]
 
 
-def draw_corpus(config):
-    """The Corpus of the little world: fresh documents for every step, 500 held out.
+def draw_corpus(config, tokenizer):
+    """The Corpus of the little world, or of its curated part: fresh documents for every step, 500 held out.
 
     A row is one whole document, between two <|end|>: no row begins in the middle of a story, where nobody can know whose
     story it is, so the loss compares with the source's entropy.
     """
-    rng = random.Random(f"pretraining {config.seed}")
-    sample_text = "\n".join(stories.document(rng).text for _ in range(4000))
-    tokenizer = Tokenizer(train_vocabulary(sample_text, config.vocab_size))
-    documents = held_out_documents()
+    rng = random.Random(f"{'mid-training' if config.start else 'pretraining'} {config.seed}")
+    world = stories.curate()[0] if config.curated else stories.WORLD
+    sample_text = "\n".join(stories.document(rng, world).text for _ in range(4000))
+    tokenizer = tokenizer or Tokenizer(train_vocabulary(sample_text, config.vocab_size))
+    documents = held_out_documents(world)
     held_out = encode_documents(documents, tokenizer)
     entropy = -sum(document.logprob for document in documents) / sum(len(ids) - 1 for ids in held_out)
 
     def draw():
         drawn, report = [], progress("documents drawn", config.steps * config.batch)
         while len(drawn) < config.steps * config.batch:
-            drawn.append(stories.document(rng))
+            drawn.append(stories.document(rng, world))
             report(len(drawn))
         return encode_documents(drawn, tokenizer)
 
     # The name tells seed, amount, vocabulary and, by a checksum of the sample, the world itself.
-    world = zlib.crc32(sample_text.encode())
-    sequences = memory_mapped(stage_folder(config, "gpt") / f"documents-{config.seed}-{config.steps * config.batch}-"
-                                                            f"{tokenizer.n_vocab}-{world:08x}.ids", draw)
+    checksum = zlib.crc32((sample_text + "".join(tokenizer.to_strings()) * bool(config.start)).encode())
+    sequences = memory_mapped(stage_folder(config, config.name) / f"documents-{config.seed}-{config.steps * config.batch}-"
+                                                                  f"{tokenizer.n_vocab}-{checksum:08x}.ids", draw)
     longest = max(map(len, held_out + sequences))
     if longest > config.block_size:
         raise InputError(f"--block_size {config.block_size}: the longest document has {longest} tokens")
     return Corpus(tokenizer, sequences, held_out, [tokenizer.end_token], entropy,
-                  f"the little world: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} tokens; "
-                  f"{len(documents)} documents held out")
+                  f"the little world{', curated' * config.curated}: {len(sequences):,} fresh documents, "
+                  f"{sum(map(len, sequences)):,} tokens; {len(documents)} documents held out")
+
+
+def held_out_figures(model, corpus, old):
+    """The loss on held-out text beside its source's entropy, and on old, what mid-training may forget (None: unknown)."""
+    loss = held_out_loss(model, corpus.held_out, 1)
+    forgotten = {"old_held_out": held_out_loss(model, old, 1)} if old else {}
+    return dict(held_out=loss, **excess(loss, corpus.entropy), **forgotten)
 
 
 def train(config):
-    """Pretrain a GPT and save it to OUT/SIZE/gpt/checkpoint.pt."""
-    folder, device = stage_folder(config, "gpt"), get_device()
-    if config.size == "gpt2":
+    """Pretrain a GPT, or go on with one, and save it to OUT/SIZE/NAME/checkpoint.pt."""
+    folder, device = stage_folder(config, config.name), get_device()
+    model, tokenizer, old, sources = None, None, None, []
+    if config.start:
+        if bool(config.text) == config.curated or Path(config.start).resolve() == folder.resolve():
+            raise InputError(f"--start {config.start}: goes on with either --curated or --text FILE, in a folder of its "
+                             "own: --name gpt-…")
+        complete(Path(config.start))
+        sources = [Path(config.start) / "checkpoint.pt"]
+        model, tokenizer, base = load_checkpoint(sources[0], "gpt", config.size, device)
+        config = replace(config, **asdict(model.config))
+        old = None if base["text"] or base.get("loaded") else encode_documents(held_out_documents(), tokenizer)
+    elif config.size == "gpt2":
         raise InputError("--size gpt2: is that of a published GPT-2, which is not trained here: python gpt.py --size gpt2 "
                          "--load FOLDER")
     if config.n_embd % config.n_head:
@@ -601,13 +622,13 @@ def train(config):
         raise InputError(f"--vocab_size {config.vocab_size}: 256 bytes and 3 special tokens need at least 259")
 
     # 1. Text, tokenizer, tokens; what is held out.
-    print("reads the text and learns its vocabulary", flush=True)
-    corpus = read_corpus(config) if config.text else draw_corpus(config)
+    print(f"reads the text{' and learns its vocabulary' * (not tokenizer)}", flush=True)
+    corpus = read_corpus(config, tokenizer) if config.text else draw_corpus(config, tokenizer)
     tokenizer, sequences, start = corpus.tokenizer, corpus.sequences, corpus.start
     shape = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd)
-    model = GPT(shape, torch.Generator().manual_seed(config.seed)).to(device)
+    model = model or GPT(shape, torch.Generator().manual_seed(config.seed)).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
-    announce("gpt", config, device, corpus.description, model)
+    announce(config.name, config, device, corpus.description, model)
     beginning = [start + tokenizer.encode("Once" if start else "\n")] * 2
     room = min(60, config.block_size - len(beginning[0]))
     before, _ = respond(model, tokenizer, beginning, room, config.seed)
@@ -615,8 +636,11 @@ def train(config):
     # 2. Next-token prediction.
     batches = batches_by_length(list(map(len, sequences)), config.batch, random.Random(f"batches {config.seed}"))
     tokens_per_batch = (sum(map(len, sequences)) - len(sequences)) / len(batches)  # so every token of all counts alike
-    with Run("gpt", folder, config, every=config.report) as run:
+    with Run(config.name, folder, config, config.report, sources) as run:
         run.total = len(batches)
+        if config.start and not run.saved["step"]:
+            run.record(0, **held_out_figures(model, corpus, old))
+            print("before  " + ", ".join(f"{name} {value:.3f}" for name, value in run.rows[0].items() if "held" in name))
         losses = restore(run.saved, run.total, model=model, optimizer=optimizer, losses=[])["losses"]
         for step in range(run.saved["step"], len(batches)):
             tokens, lengths = pad([sequences[i] for i in batches[step]], device)  # (B, T)
@@ -627,8 +651,8 @@ def train(config):
             norm = optimizer_step(optimizer, model, lr, loss)
             losses.append(loss.item())
             if (step + 1) % config.report == 0 or step + 1 == len(batches):
-                row = dict(loss=sum(losses) / len(losses), held_out=held_out_loss(model, corpus.held_out, 1))
-                run(step + 1, **row, **excess(row["held_out"], corpus.entropy), grad_norm=norm, lr=lr)
+                row = dict(loss=sum(losses) / len(losses), **held_out_figures(model, corpus, old))
+                run(step + 1, **row, grad_norm=norm, lr=lr)
                 losses = []
             run.end_step(step + 1, model=model, optimizer=optimizer, losses=losses)
 
@@ -639,12 +663,13 @@ def train(config):
     after, _ = respond(model, tokenizer, beginning, room, config.seed)
     opening = tokenizer.decode(beginning[0][len(start):])
     show(*[("before", opening + text) for text in before], *[("after", opening + text) for text in after])
-    print(f"saved {folder / 'checkpoint.pt'}; next: python sft.py", flush=True)
+    base = f" --base {config.name}" if config.name != "gpt" else ""
+    print(f"saved {folder / 'checkpoint.pt'}; next: python sft.py{base}", flush=True)
 
 
 def load(config):
     """Save the GPT-2 in the folder config.load as the base model, or with --stage ppo or dpo as one trained elsewhere."""
-    name, path = config.name or config.stage, stage_folder(config, "sft") / "checkpoint.pt"
+    name, path = config.name, stage_folder(config, "sft") / "checkpoint.pt"
     if config.stage not in ("gpt", "ppo", "dpo"):
         raise InputError(f"--stage {config.stage}: with --load it must be gpt, ppo or dpo")
     check_name(name, config.stage)
@@ -677,7 +702,7 @@ def export(config):
 
 def sample(config):
     """Print three continuations of config.sample from the stage's checkpoint."""
-    folder = stage_folder(config, "gpt")
+    folder = stage_folder(config, config.name)
     complete(folder)
     model, tokenizer, checkpoint = load_checkpoint(folder / "checkpoint.pt", "gpt", config.size, get_device())
     start = [] if checkpoint["text"] else [tokenizer.end_token]
@@ -691,14 +716,18 @@ def sample(config):
 
 
 def main(argv=None):
+    fixed = {name: ("start", "") for name in GPTConfig.__dataclass_fields__}  # the checkpoint's own
     config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or on a text file.",
-                          needs={"temperature": ("sample",), "top_k": ("sample",), "name": ("load",)})
-    jobs = {"load": load, "export": export, "sample": sample, "text": train}
+                          needs={"temperature": ("sample",), "top_k": ("sample",), "curated": ("start",),
+                                 "name": ("export", ""), **fixed}, presets=PRESETS)
+    jobs = {"load": load, "export": export, "sample": sample, "start": train, "text": train}
     given = [name for name in jobs if getattr(config, name)]
-    if len(given) > 1:
+    if len({jobs[name] for name in given}) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: one job at a time")
     if config.stage != "gpt" and not config.load + config.export:
         raise InputError(f"--stage {config.stage}: goes with --load or --export only")
+    if not config.load + config.export:
+        check_name(config.name, "gpt")
     jobs[given[0] if given else "text"](config)
 
 

@@ -9,6 +9,8 @@ Step two: fit r_φ(x, y), the SFT trunk with a scalar head read at the last toke
 
     python reward_model.py                      collect pairs from the SFT model, then train
     python reward_model.py --data FILE.jsonl    train on your own pairs: {"prompt", "chosen", "rejected"}
+    python reward_model.py --judge constitution     AI feedback (CS 224R, ch. 11); --judge "COMMAND": from any program
+    python reward_model.py --process            a process reward model: a mark for every sentence (CS 224R, ch. 11)
     python reward_model.py --learning_curve     how many pairs it takes
 
 One epoch: the pairs are few and a second pass learns them by heart (ECE 7115, "Reward Model Training").
@@ -19,8 +21,8 @@ The slides' class finds the last token from the attention mask; here every lengt
 
 import math
 import random
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -28,8 +30,11 @@ import torch.nn.functional as F
 
 import sft
 from data import annotator, stories
-from data.files import InputError, hold_out, read_pairs, run_script, write_jsonl
-from data.run import Run, announce, counts, parse_config, progress, restore, show, stage_folder, train_missing
+from data.annotator import (Marked, annotator_judge, answer_key, gold_margins, gold_rewards, print_agreement,
+                            print_answer_key, standard_error, step_ends)
+from data.files import InputError, hold_out, read_comparisons, read_pairs, run_script, write_jsonl
+from data.run import Run, announce, counts, doublings, parse_config, progress, restore, show, stage_folder, train_missing
+from data.tokenizer import encode_comparisons
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, held_out_loss, learning_rate, load_checkpoint,
                  make_optimizer, optimizer_step, pad, respond, response_texts, save_checkpoint)
 from sft import has_room, prompts_with_room, sample_prompts
@@ -44,7 +49,8 @@ class Config:
     seed: int = 1               # fixes prompts, samples, the annotator's noise and the order of training
     data: str = ""              # your own pairs, a .jsonl file, instead of comparisons collected from the SFT model
     pairs: int = 10240          # comparisons to collect for training
-    held_out: int = 1024        # comparisons to collect for the held-out figures
+    held_out: int = 1024        # comparisons to collect for the held-out figures, labelled by the annotator
+    judge: str = "annotator"    # who labels the others: annotator, constitution, both in turn, or a program: "COMMAND"
     max_new_tokens: int = 96    # the longest sampled response
     sample_batch: int = 512     # prompts in one batch of sampling
     epochs: int = 1             # passes over the pairs
@@ -56,6 +62,7 @@ class Config:
     report: int = 64            # steps between two reports; the state for --resume is saved as often
     resume: bool = False        # go on with the run that was interrupted in this folder
     learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number; saves nothing
+    process: bool = False       # a process reward model, from the reward model's responses; in OUT/SIZE/process_model
 
 
 GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64, micro_batch=64, lr=1e-4,
@@ -115,24 +122,12 @@ def score_all(model, sequences, rows=128):
 # Step one: preferences
 
 
-def gold_rewards(rollout, tokenizer):
-    """The annotator's true reward of every response of a Rollout in the chat format: (B,)."""
-    rows = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist())
-    prompts = [tokenizer.decode(row[1:length - 1]) for row, length in rows]  # between <|user|> and <|assistant|>
-    return torch.tensor(list(map(annotator.gold_reward, prompts, response_texts(rollout, tokenizer))))
-
-
-def annotator_judge(asked, rng):
-    """The annotator's choices, 0 or 1, for a list of (prompt, first response, second response)."""
-    return [annotator.choose(*one, rng) for one in asked]
-
-
 def reward_model_judge(model, tokenizer):
-    """A judge as annotator_judge is, by Bradley-Terry on a reward model's scores: P(first) = σ(r(first) - r(second))."""
+    """A judge (data/annotator.py) by Bradley-Terry on a reward model's scores: P(first) = σ(r(first) - r(second))."""
     def judge(asked, rng):
         ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, *texts in asked for text in texts]
         first, second = score_all(model, ids).view(-1, 2).unbind(dim=1) if asked else torch.empty(2, 0)
-        return [int(rng.random() >= p) for p in torch.sigmoid(first - second).tolist()]
+        return [(int(rng.random() >= p), "") for p in torch.sigmoid(first - second).tolist()]
 
     return judge
 
@@ -141,7 +136,8 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=an
     """Ask the policy twice for each of the world's requests (the held-out ones or the others), or for prompts of a user's
     own, and let the judge choose. context: encoded anew, a sample can be longer than it was, and have no end within it.
 
-    Returns (rows {"prompt", "chosen", "rejected"}, dropped {reason: number}); a dropped comparison is replaced.
+    Returns (rows {"prompt", "chosen", "rejected"}, and "why" where the judge says it, dropped {reason: number}); a dropped
+    comparison is replaced.
     """
     rows, dropped = [], {"no end": 0, "blank": 0, "equal texts": 0}
     report = progress(f"{'held-out ' * held_out}comparisons collected", count)
@@ -165,92 +161,53 @@ def collect_pairs(model, tokenizer, count, config, rng, held_out=False, judge=an
                 dropped["equal texts"] += 1
             else:
                 asked.append((prompt, first, second))
-        for (prompt, *texts), choice in zip(asked, judge(asked, rng)):
-            rows.append({"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]})
+        for (prompt, *texts), (choice, why) in zip(asked, judge(asked, rng)):
+            row = {"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]}
+            rows.append({**row, "why": why} if why else row)
         report(len(rows))
     return rows, dropped
-
-
-def encode_pairs(rows, tokenizer, block_size):
-    """Rows -> (pairs (chosen ids, rejected ids, prompt length), kept rows, dropped {reason: number}); never cut."""
-    pairs, kept, dropped = [], [], {"longer than the context": 0, "equal texts": 0}
-    for row in rows:
-        prompt = tokenizer.prompt(row["prompt"])
-        chosen, rejected = (prompt + tokenizer.response(row[name]) for name in ("chosen", "rejected"))
-        if row["chosen"] == row["rejected"]:
-            dropped["equal texts"] += 1
-        elif max(len(chosen), len(rejected)) > block_size:
-            dropped["longer than the context"] += 1
-        else:
-            pairs.append((chosen, rejected, len(prompt)))
-            kept.append(row)
-    return pairs, kept, dropped
-
-
-def pair_lengths(pairs):
-    """The length of the longer sequence of each pair."""
-    return [max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs]
-
-
-class Comparisons(NamedTuple):
-    """What the reward model and DPO read: pairs as encode_pairs makes them and their rows, to train on and held out."""
-    pairs: list
-    rows: list
-    held_out: list
-    held_out_rows: list
-    description: str
-
-
-def encode_comparisons(split, origin, tokenizer, block_size):
-    """The Comparisons of split = (rows to train on, held-out rows). InputError, naming origin, if one keeps nothing."""
-    pairs, rows, dropped = encode_pairs(split[0], tokenizer, block_size)
-    held_out, held_out_rows, held_out_dropped = encode_pairs(split[1], tokenizer, block_size)
-    if not pairs or not held_out:
-        raise InputError(f"{origin}: no pair is left to {'hold out' if pairs else 'train on'}; dropped {counts(dropped)} "
-                         f"and {counts(held_out_dropped)}")
-    return Comparisons(pairs, rows, held_out, held_out_rows,
-                       f"{origin}\n        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
-                       f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")
-
-
-def read_comparisons(folder):
-    """The split that the reward model's stage, or an unfinished run of it, left in its folder."""
-    return read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Step two: Bradley-Terry
 
 
-def backward(model, pairs, micro_batch):
-    """Accumulate the gradient of the Bradley-Terry loss of one batch, micro_batch pairs at a time. Returns the loss."""
-    device, total_loss = model.head.weight.device, 0.0
-    for start in range(0, len(pairs), micro_batch):
-        part = pairs[start:start + micro_batch]
-        tokens, lengths = pad([chosen for chosen, _, _ in part] + [rejected for _, rejected, _ in part], device)
-        rewards = model.score(tokens, lengths)  # (2b,): the chosen ones, then the rejected ones
-        loss = bradley_terry_loss(*rewards.chunk(2)) * len(part) / len(pairs)
+def compared_rewards(model, items):
+    """The rewards that each label compares, (of the better, of the worse), both (N,): of pairs r(x, y_w) and r(x, y_l). Of
+    Marked responses, of every step its reward and that of the story without it, 0: a binary loss, -log σ(r) or -log σ(-r).
+    """
+    if isinstance(items[0], Marked):
+        rows, ends, marks = zip(*((row, *step) for row, item in enumerate(items) for step in zip(item.ends, item.marks)))
+        tokens, _ = pad([item.ids for item in items], model.head.weight.device)
+        r, good = model(tokens)[list(rows), list(ends)], torch.tensor(marks, device=tokens.device)  # (N,): all steps
+        return torch.where(good, r, 0.0), torch.where(good, 0.0, r)
+    sequences = [chosen for chosen, _, _ in items] + [rejected for _, rejected, _ in items]
+    return model.score(*pad(sequences, model.head.weight.device)).chunk(2)
+
+
+def backward(model, items, micro_batch):
+    """Accumulate the gradient of the Bradley-Terry loss of one batch, micro_batch items at a time. Returns the loss."""
+    total_loss, count = 0.0, sum(len(item.marks) if isinstance(item, Marked) else 1 for item in items)
+    for start in range(0, len(items), micro_batch):
+        better, worse = compared_rewards(model, items[start:start + micro_batch])
+        loss = bradley_terry_loss(better, worse) * len(better) / count
         loss.backward()
         total_loss += loss.detach()
     return total_loss
 
 
-def fit(model, pairs, held_out, config, rng, saved=None):
-    """Train a reward model on pairs, in place. A generator, after every step: (step, figures or None, state).
-
-    figures come every config.report steps; state is what a later call needs as `saved`, with its "step", to go on.
-    """
-    saved = saved or {"step": 0}
-    optimizer = make_optimizer(model, config.weight_decay)
-    lengths = pair_lengths(pairs)
+def fit(model, items, held_out, config, rng, saved=None):
+    """Train a reward model on pairs or Marked responses, in place. A generator, after every step: (step, figures, None but
+    for every config.report steps, state: what a later call needs as `saved`, with its "step", to go on)."""
+    saved, optimizer = saved or {"step": 0}, make_optimizer(model, config.weight_decay)
+    lengths = [len(item.ids) if isinstance(item, Marked) else max(len(item[0]), len(item[1])) for item in items]
     batches = [batch for epoch in range(config.epochs) for batch in batches_by_length(lengths, config.batch, rng)]
-    steps = len(batches)
-    losses = restore(saved, steps, model=model, optimizer=optimizer, losses=[])["losses"]
-    for step in range(saved["step"], steps):
-        loss = backward(model, [pairs[i] for i in batches[step]], config.micro_batch)
-        optimizer_step(optimizer, model, learning_rate(step, steps, config.lr, config.warmup), loss)
+    losses = restore(saved, len(batches), model=model, optimizer=optimizer, losses=[])["losses"]
+    for step in range(saved["step"], len(batches)):
+        loss = backward(model, [items[i] for i in batches[step]], config.micro_batch)
+        optimizer_step(optimizer, model, learning_rate(step, len(batches), config.lr, config.warmup), loss)
         losses, row = [*losses, loss.item()], None
-        if (step + 1) % config.report == 0 or step + 1 == steps:
+        if (step + 1) % config.report == 0 or step + 1 == len(batches):
             margin = held_out_margins(model, held_out)
             row = dict(loss=sum(losses) / len(losses), held_out_loss=-F.logsigmoid(margin).mean().item(),
                        held_out_accuracy=(margin > 0).float().mean().item())
@@ -258,48 +215,23 @@ def fit(model, pairs, held_out, config, rng, saved=None):
         yield step + 1, row, dict(model=model, optimizer=optimizer, losses=losses)
 
 
-def held_out_margins(model, pairs):
-    """r(x, y_w) - r(x, y_l) of every pair: (N,)."""
-    chosen, rejected = ([pair[i] for pair in pairs] for i in (0, 1))
+def learn(run, model, items, held_out, config):
+    """fit as a Run, which keeps and prints the figures."""
+    run.total = config.epochs * math.ceil(len(items) / config.batch)
+    for step, row, state in fit(model, items, held_out, config, random.Random(f"pairs' order {config.seed}"), run.saved):
+        if row:
+            run(step, **row)
+        run.end_step(step, **state)
+
+
+@torch.inference_mode()
+def held_out_margins(model, items):
+    """r(x, y_w) - r(x, y_l) of every pair, or the like of every step: (N,)."""
+    if isinstance(items[0], Marked):
+        parts = [compared_rewards(model, items[start:start + 128]) for start in range(0, len(items), 128)]
+        return torch.cat([better - worse for better, worse in parts]).cpu()
+    chosen, rejected = ([pair[i] for pair in items] for i in (0, 1))
     return score_all(model, chosen) - score_all(model, rejected)
-
-
-def answer_key(margin, gold_margin, bins=10):
-    """How far a reward model is from the best one, on pairs whose true rewards are known.
-
-    margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns (figures, table):
-    accuracy is the share of labels that the model guesses; expected_accuracy is its expectation over the annotator's
-    noise, E P(the model's choice), which is the same thing with less variance, and is what Bayes accuracy bounds. Bayes
-    accuracy E σ(|Δgold|) is what the true reward itself scores on labels this noisy; share_of_bayes and above_chance are
-    expected_accuracy / Bayes and (expected_accuracy - 0.5) / (Bayes - 0.5), because a coin is right half of the time;
-    ..._error are standard errors over the pairs. The annotator's own loss is its entropy, E[-σ log σ - (1-σ) log(1-σ)];
-    correlation and slope (Δreward = slope · Δgold, least squares) are taken through the origin: a pair counts in both
-    orders, so both means are 0;
-    table has a row (pairs, predicted, observed) for each bin of predicted preference: a pair counts in both orders.
-    """
-    p, norms = torch.sigmoid(gold_margin.double()), margin.norm() * gold_margin.norm()
-    agreed, best = torch.where(margin > 0, p, 1 - p), torch.maximum(p, 1 - p)  # P(annotator agrees) with the model, at best
-    figures = dict(accuracy=(margin > 0).double().mean().item(), expected_accuracy=agreed.mean().item(),
-                   expected_accuracy_error=standard_error(agreed), bayes_accuracy=best.mean().item())
-    for name, ours, most in (("share_of_bayes", agreed, best), ("above_chance", agreed - 0.5, best - 0.5)):
-        share = (ours.mean() / most.mean().clamp(min=1e-9)).item()
-        error = standard_error(ours - share * most) / max(most.mean().item(), 1e-9)  # of a ratio of two means
-        figures.update({name: share, f"{name}_error": error})
-    figures.update(loss=-F.logsigmoid(margin.double()).mean().item(),
-                   annotator_loss=(torch.special.entr(p) + torch.special.entr(1 - p)).mean().item(),
-                   correlation=(margin @ gold_margin / norms.clamp(min=1e-9)).item(),
-                   slope=(margin @ gold_margin / (gold_margin @ gold_margin).clamp(min=1e-9)).item())
-    predicted = torch.sigmoid(torch.cat([margin, -margin]))
-    won = torch.cat([torch.ones_like(margin), torch.zeros_like(margin)])
-    which = (predicted * bins).long().clamp(max=bins - 1)
-    table = [(int((which == b).sum()), predicted[which == b].mean().item(), won[which == b].mean().item())
-             for b in range(bins) if (which == b).any()]
-    return figures, table
-
-
-def standard_error(x):
-    """The standard error of the mean of x (N,), 0 for a single number."""
-    return (x.std(correction=0) / len(x) ** 0.5).item()
 
 
 def start_from(policy):
@@ -312,31 +244,28 @@ def start_from(policy):
 def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model/checkpoint.pt."""
     split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else None  # before any training
-    train_missing(config, EARLIER, "reward_model")
     folder, device = stage_folder(config, "reward_model"), get_device()
-    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
-    policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)
+    judge = annotator.judge_of(config.judge, folder / "unfinished/labels.jsonl")
+    train_missing(config, EARLIER, "reward_model")
+    policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
     model = start_from(policy)
-    announce("reward_model", config, device, config.data or "two SFT samples a request, compared by the annotator", model)
+    origin = config.data or f"two SFT samples a request, compared by {config.judge}"
+    announce("reward_model", config, device, origin, model)
     if config.data:
         data = encode_comparisons(split, config.data, tokenizer, policy.config.block_size)  # before anything is written
         prompts_with_room([row["prompt"] for row in data.rows], tokenizer, config, policy.config.block_size)
-    with Run("reward_model", folder, config, config.report, [sft_path]) as run:
+    with Run("reward_model", folder, config, config.report, [stage_folder(config, "sft") / "checkpoint.pt"]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
         if not config.data:
-            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, config)
+            split = read_comparisons(run.folder) if run.saved["step"] else collect(policy, tokenizer, config, judge)
             data = encode_comparisons(split, "the collected pairs", tokenizer, policy.config.block_size)
         print(f"pairs   {data.description}", flush=True)
-        write_jsonl(run.folder / "pairs.jsonl", data.rows)
-        write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
+        if not run.saved["step"]:
+            write_jsonl(run.folder / "pairs.jsonl", data.rows)
+            write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
 
         # 2. Train by maximum likelihood.
-        run.total = config.epochs * math.ceil(len(data.pairs) / config.batch)
-        order = random.Random(f"pairs' order {config.seed}")
-        for step, row, state in fit(model, data.pairs, data.held_out, config, order, run.saved):
-            if row:
-                run(step, **row)
-            run.end_step(step, **state)
+        learn(run, model, data.pairs, data.held_out, config)
 
         # 3. Shift to mean 0 over the SFT policy's own responses.
         shift_to_zero(model, policy, tokenizer, [row["prompt"] for row in data.rows], config)
@@ -371,28 +300,18 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard deviation {scores.std():.3f}")
 
 
-def collect(policy, tokenizer, config):
-    """(rows to train on, held-out rows), fresh comparisons; says what was replaced. No request is in both."""
+def collect(policy, tokenizer, config, judge=annotator_judge):
+    """(rows to train on, held-out rows), fresh comparisons; says what was replaced. No request is in both. Whoever is the
+    judge, the annotator labels those held out: they are the answer key."""
     split = []
-    for held_out, count in ((False, config.pairs), (True, config.held_out)):
+    for held_out, count, labels in ((False, config.pairs, judge), (True, config.held_out, annotator_judge)):
         rng = random.Random(f"pairs {config.seed} {held_out}")
-        rows, dropped = collect_pairs(policy, tokenizer, count, config, rng, held_out)
+        rows, dropped = collect_pairs(policy, tokenizer, count, config, rng, held_out, labels)
         print(f"        replaced {counts(dropped)}")
         split.append(rows)
+    if config.judge != "annotator":
+        print_agreement(split[0])
     return split
-
-
-def print_answer_key(figures, table):
-    """Print what answer_key found."""
-    print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {figures['expected_accuracy']:.3f} ± "
-          f"{figures['expected_accuracy_error']:.3f}; Bayes {figures['bayes_accuracy']:.3f}\n"
-          f"        {figures['share_of_bayes']:.1%} ± {figures['share_of_bayes_error']:.1%} of it; above chance "
-          f"{figures['above_chance']:.1%} ± {figures['above_chance_error']:.1%}\n"
-          f"loss {figures['loss']:.3f}, the annotator's own {figures['annotator_loss']:.3f}; "
-          f"Δreward against Δgold: correlation {figures['correlation']:.3f}, slope {figures['slope']:.3f}\n"
-          f"calibration   pairs  predicted  observed")
-    for count, predicted, observed in table:
-        print(f"           {count:8d}  {predicted:9.3f}  {observed:8.3f}")
 
 
 def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0, documents=()):
@@ -409,12 +328,11 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
         return
     ids, texts, scores = [tokenizer.prompt(prompt) for prompt in prompts], [], {"reward": [], "gold": []}
     for policy, at in ((before, 1.0), (after, temperature)):
-        with autocast(get_device()):
+        with autocast(get_device()), torch.inference_mode():
             rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, at, seed=config.seed)
-        texts.append(response_texts(rollout, tokenizer))
-        if reward_model:
-            with torch.inference_mode():
+            if reward_model:
                 scores["reward"].append(reward_model.score(rollout.tokens, rollout.lengths).cpu())
+        texts.append(response_texts(rollout, tokenizer))
         if all(map(stories.parse_request, prompts)):
             scores["gold"].append(gold_rewards(rollout, tokenizer))
     scores = {name: torch.stack(pair) for name, pair in scores.items() if pair}  # each (2, N)
@@ -428,49 +346,82 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
                                         for i, label in enumerate(("before", "after"))])
 
 
-def gold_margins(rows):
-    """The annotator's true r(x, y_w) - r(x, y_l) of every row of a file of pairs: (N,)."""
-    return torch.tensor([annotator.gold_reward(row["prompt"], row["chosen"])
-                         - annotator.gold_reward(row["prompt"], row["rejected"]) for row in rows])
+def stage_comparisons(config):
+    """The split of the stage's own comparisons; a stage that is missing is trained, with this run's settings."""
+    train_missing(config, EARLIER, "reward_model")
+    if not (stage_folder(config, "reward_model") / "checkpoint.pt").exists():
+        train(config)
+    return read_comparisons(stage_folder(config, "reward_model"))
 
 
 def learning_curve(config):
     """How many pairs does it take? Train a fresh reward model on the first 256, 512, ... pairs of --data, or of those that
     the stage collected, and print a row for each."""
-    split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else None
+    split = hold_out(read_pairs(config.data), config.seed, config.data) if config.data else stage_comparisons(config)
     train_missing(config, EARLIER, "reward_model")
-    if not config.data and not (stage_folder(config, "reward_model") / "checkpoint.pt").exists():
-        train(config)  # with this run's --pairs
-    split = split or read_comparisons(stage_folder(config, "reward_model"))
-    device = get_device()
-    policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, device)
+    policy, tokenizer, _ = load_checkpoint(stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, get_device())
     data = encode_comparisons(split, config.data or stage_folder(config, "reward_model") / "pairs.jsonl", tokenizer,
                               policy.config.block_size)
     print(f"pairs   {data.description}", flush=True)
     world = all(stories.parse_request(row["prompt"]) for row in data.held_out_rows)  # else nobody knows the true rewards
     print("   pairs  held-out accuracy" + world * "  share of Bayes accuracy  above chance")
-    sizes = [2 ** k for k in range(8, len(data.pairs).bit_length()) if 2 ** k < len(data.pairs)]
-    for count in [*sizes, len(data.pairs)]:
-        model = start_from(policy)
-        for _ in fit(model, data.pairs[:count], data.held_out, config, random.Random(f"learning curve {config.seed}")):
-            pass
-        margin = held_out_margins(model, data.held_out)
+    for count in doublings(256, len(data.pairs)):
+        model, order = start_from(policy), random.Random(f"learning curve {config.seed}")
+        *_, (_, row, _) = fit(model, data.pairs[:count], data.held_out, config, order)
+        figures = f"{row['held_out_accuracy']:17.3f}"
         if world:
-            figures, _ = answer_key(margin, gold_margins(data.held_out_rows))
-            print(f"{count:8,d}  {figures['expected_accuracy']:9.3f} ± {figures['expected_accuracy_error']:.3f}  "
-                  f"{figures['share_of_bayes']:14.1%} ± {figures['share_of_bayes_error']:.1%}  "
-                  f"{figures['above_chance']:.1%} ± {figures['above_chance_error']:.1%}", flush=True)
-        else:
-            print(f"{count:8,d}  {(margin > 0).float().mean():17.3f}", flush=True)
+            x, _ = answer_key(held_out_margins(model, data.held_out), gold_margins(data.held_out_rows))
+            figures = (f"{x['expected_accuracy']:9.3f} ± {x['expected_accuracy_error']:.3f}  {x['share_of_bayes']:14.1%} ± "
+                       f"{x['share_of_bayes_error']:.1%}  {x['above_chance']:.1%} ± {x['above_chance_error']:.1%}")
+        print(f"{count:8,d}  {figures}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The process reward model: the same class, read at the last token of every sentence
+
+
+@torch.inference_mode()
+def step_rewards(model, rollout, tokenizer):
+    """What a process reward model gives the steps of a Rollout: (rewards, steps), both (B, T-1). steps is true at the action
+    that emits the last token of a sentence; rewards is 0 elsewhere."""
+    steps = torch.zeros(rollout.tokens.shape, dtype=torch.bool)
+    for row, (ids, start) in enumerate(zip(rollout.responses(), rollout.prompt_lengths.tolist())):
+        ends = step_ends(tokenizer.pieces(ids[:-1] if ids[-1] == tokenizer.end_token else ids))
+        steps[row, [start + end for end in ends]] = True
+    steps = steps[:, 1:].to(rollout.tokens.device)
+    return torch.where(steps, model(rollout.tokens)[:, 1:], 0.0), steps
+
+
+def train_process(config):
+    """Train a process reward model on the responses of the reward model's comparisons, marked by the annotator."""
+    split, source, folder = stage_comparisons(config), *(stage_folder(config, x) for x in ("reward_model", "process_model"))
+    if not all(stories.parse_request(row["prompt"]) for rows in split for row in rows):
+        raise InputError(f"{source / 'pairs.jsonl'}: the annotator marks answers to the little world's requests only")
+    sources = [stage_folder(config, "sft") / "checkpoint.pt", source / "pairs.jsonl", source / "held_out.jsonl"]
+    policy, tokenizer, _ = load_checkpoint(sources[0], "sft", config.size, get_device())
+    model, rng = start_from(policy), random.Random(f"marks {config.seed}")
+    announce("process_model", config, get_device(), f"the responses of {source}, every sentence marked", model)
+    items, held_out = (annotator.mark(rows, tokenizer, rng) for rows in split)
+    marks = [mark for item in items for mark in item.marks]
+    print(f"steps   {len(marks):,} in {len(items):,} responses, {sum(marks) / len(marks):.1%} of them good", flush=True)
+    config = replace(config, batch=2 * config.batch, micro_batch=2 * config.micro_batch)  # as many responses as in pairs
+    with Run("process_model", folder, config, config.report, sources) as run:
+        learn(run, model, items, held_out, config)
+        true = torch.tensor([x if good else -x for item in held_out for x, good in zip(item.steps, item.marks)])
+        figures, table = answer_key(held_out_margins(model, held_out), true)
+        run.record(run.total, **figures)
+        print_answer_key(figures, table)
+        save_checkpoint(run.folder / "checkpoint.pt", "process_model", config.size, model, tokenizer, metrics=run.figures())
+        run.finish()
+    print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --process", flush=True)
 
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Collect preferences and train a Bradley-Terry reward model on them.",
-                          presets=PRESETS)
-    if config.learning_curve:
-        learning_curve(config)
-    else:
-        train(config)
+                          needs={"judge": ("data", ""), "process": ("data", "")}, presets=PRESETS)
+    if config.process and config.learning_curve:
+        raise InputError("--learning_curve True: is a curve of pairs, and --process trains on steps")
+    (train_process if config.process else learning_curve if config.learning_curve else train)(config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ and <|end|> is one of them: a model that is not taught <|end|> never stops talki
 
     python sft.py                       fine-tune on demonstrations of the little world
     python sft.py --data FILE.jsonl     on your own: {"prompt", "completion"}, or pairs, whose "chosen" is taken
+    python sft.py --base gpt-curated    start from a base model after mid-training (gpt.py --start)
+    python sft.py --learning_curve      how many demonstrations it takes
     python sft.py --prompt "…"          answer a prompt
 
 Departure from the slides: the loss is the sum over a batch's response tokens, divided by the mean number of them in a
@@ -15,6 +17,7 @@ batch of the whole training: the learning rate does not depend on how long peopl
 alike.
 """
 
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -26,8 +29,8 @@ import gpt
 from data import stories
 from data.annotator import answers, scored
 from data.files import InputError, hold_out, read_demonstrations, run_script
-from data.run import (Run, announce, check_name, complete, parse_config, restore, show, stage_folder, train_missing,
-                      with_error)
+from data.run import (Run, announce, check_name, complete, doublings, parse_config, restore, show, stage_folder,
+                      train_missing, with_error)
 from gpt import (batches_by_length, excess, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
                  masked_logprobs, optimizer_step, pad, respond, response_mask, save_checkpoint)
 
@@ -38,6 +41,7 @@ EARLIER = {"gpt": gpt.main}  # the stages that this one builds on
 class Config:
     size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/sft
+    base: str = "gpt"           # the base model's folder, OUT/SIZE/BASE: the --name of a run of gpt.py
     seed: int = 1               # fixes data and samples
     data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
     prompt: str = ""            # answer this prompt with the fine-tuned model, and stop
@@ -54,6 +58,7 @@ class Config:
     questions: int = 200        # held-out requests put to the model before and after
     report: int = 64            # steps between two reports; the state for --resume is saved as often
     resume: bool = False        # go on with the run that was interrupted in this folder
+    learning_curve: bool = False    # figures by number of demonstrations, from the base model each time; saves nothing
 
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
@@ -187,13 +192,17 @@ def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
     # First: a wrong file is found before minutes of training.
     split = hold_out(read_demonstrations(config.data), config.seed, config.data) if config.data else None
-    train_missing(config, EARLIER, "sft")
+    check_name(config.base, "gpt", "base")
+    complete(stage_folder(config, config.base))
+    train_missing(config, EARLIER if config.base == "gpt" else {}, "sft")
     folder, device = stage_folder(config, "sft"), get_device()
-    base_path = stage_folder(config, "gpt") / "checkpoint.pt"
+    base_path = stage_folder(config, config.base) / "checkpoint.pt"
     model, tokenizer, base = load_checkpoint(base_path, "gpt", config.size, device)
 
     # 1. Demonstrations: prompts and the answers that somebody wrote. What is held out.
     data = prepare(config, split, tokenizer, model.config.block_size)
+    if config.learning_curve:
+        return learning_curve(model, tokenizer, data, config)
     announce("sft", config, device, data.description, model)
     # A base model has never seen the chat format: it is asked in plain text, a line on a page.
     start = [] if base["text"] else [tokenizer.end_token]
@@ -224,6 +233,22 @@ def train(config):
     for question, base_text, text in list(zip(data.questions, before[0], after[0]))[:3]:
         show(("prompt", question), ("before", scored(question, base_text)), ("after", scored(question, text)))
     print(f"saved {folder / 'checkpoint.pt'}; next: python reward_model.py", flush=True)
+
+
+def learning_curve(model, tokenizer, data, config):
+    """How many demonstrations does it take? Fine-tune a model on the first 512, 1,024, ..., and print a row for each."""
+    print(f"data    {data.description}\ndemonstrations  held out, nats a token"
+          + ("  excess  answers with a story  with a flawless one" if data.entropy else ""), flush=True)
+    base, chat = copy.deepcopy(model.state_dict()), [tokenizer.prompt(question) for question in data.questions]
+    for count in doublings(512, len(data.sequences)):
+        model.load_state_dict(base)
+        order = random.Random(f"demonstrations' order {config.seed}")
+        for _ in fit(model, data.sequences[:count], data.prompt_lengths[:count], config, order):
+            pass
+        held_out = held_out_loss(model, data.held_out, data.held_out_prompts)
+        found = answers(*respond(model, tokenizer, chat, config.max_new_tokens, config.seed)) if data.entropy else ()
+        print(f"{count:14,d}  {held_out:22.3f}" + (f"  {excess(held_out, data.entropy)['excess']:6.1%}" if found else "")
+              + "".join(f"  {with_error(share, len(chat)):>20s}" for share in found), flush=True)
 
 
 def answer(config, stage, name):

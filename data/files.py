@@ -97,6 +97,11 @@ def read_pairs(path):
     return read_jsonl(path, ("prompt", "chosen", "rejected"))
 
 
+def read_comparisons(folder):
+    """(rows to train on, held-out rows) that the reward model's stage, or an unfinished run of it, left in its folder."""
+    return read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
+
+
 def read_labels(path):
     """Rows {"prompt", "completion", "label"}, label true for a good response. A pair, without a label, serves as two."""
     rows = []
@@ -177,27 +182,9 @@ def objects(path):
     where = None
     # Bytes are split, not text: str.splitlines would also cut at U+2028, which may stand inside a string.
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"), object_pairs_hook=dict_of_distinct_keys)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x}; "
-                             "save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            near = shown(error.doc[max(0, error.pos - 15):error.pos + 15])
-            raise InputError(f"{where}: not JSON: {error.msg} (character {error.pos + 1}, near {near}); "
-                             "each line must be one JSON object") from None
-        except RecursionError:
-            raise InputError(f"{where}: the JSON is nested too deeply") from None
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        except ValueError:      # what int() says of more than 4,300 digits
-            raise InputError(f"{where}: a number has too many digits") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: found {kind(row)}; each line must be one JSON object")
-        yield plain(row, where), where
+        if line.strip():
+            where = f"{path}:{number}"
+            yield plain(parse_object(line, where), where), where
     if where is None:
         raise InputError(f"{path}: the file is empty; each line must be one JSON object")
 
@@ -220,6 +207,27 @@ def plain(row, where):
         if len(turns) == 2 and row.get("prompt", turns[0]["content"]) != turns[0]["content"]:
             raise InputError(f'{where}: "{field}" begins with another prompt than the row has; keep one of them')
         row = {**row, **({"prompt": turns[0]["content"]} if len(turns) == 2 else {}), field: turns[-1]["content"]}
+    return row
+
+
+def parse_object(line, where):
+    """The JSON object that a line, bytes, is; else InputError "WHERE: reason"."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=dict_of_distinct_keys)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        near = shown(error.doc[max(0, error.pos - 15):error.pos + 15])
+        raise InputError(f"{where}: not JSON: {error.msg} (character {error.pos + 1}, near {near}); "
+                         "each line must be one JSON object") from None
+    except RecursionError:
+        raise InputError(f"{where}: the JSON is nested too deeply") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except ValueError:      # what int() says of more than 4,300 digits
+        raise InputError(f"{where}: a number has too many digits") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: found {kind(row)}; each line must be one JSON object")
     return row
 
 

@@ -3,7 +3,8 @@
 A stage's folder OUT/SIZE/STAGE holds what its last finished run left, all of one run:
 
     checkpoint.pt  metrics.jsonl        and what else the stage writes (reward_model.py: its comparisons)
-    unfinished/                         a run that is not over: its state.pt for --resume, and the files that it will leave
+    unfinished/                         a run that is not over: its state.pt for --resume, labels.jsonl (what a program of the
+                                        user's has said so far as a judge), and the files that it will leave
     finished/                           a run that is over and was killed while its files took their places (complete)
     lock                                held by the one process that may write here
 
@@ -53,8 +54,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
 
     gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of them, also of gpu's}};
     needs: {flag: (another flag, values)}: the flag means something only where the other one has one of these values,
-    or, where none is listed, is set at all. Fields must have the type int, float, str, bool or a Literal of strings,
-    whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
+    or, where none is listed, is set at all ("": is not set). Fields must have the type int, float, str, bool or a Literal
+    of strings, whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
     """
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     parser = _Parser(description=description, allow_abbrev=False)
@@ -78,7 +79,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     for name, (other, *values) in needs.items():
         found = {**preset, **given}.get(other, getattr(Config, other))
         if name in given and not (found in values if values else found):
-            raise InputError(f"--{name} {given[name]}: goes with --{other}{' ' * bool(values)}{' or '.join(values)} only")
+            raise InputError(f"--{name} {given[name]}: goes without --{other} only" if values == [""] else
+                             f"--{name} {given[name]}: goes with --{other}{' ' * bool(values)}{' or '.join(values)} only")
     size = given.get("size", "auto")
     if size == "auto":
         size = "gpu" if torch.cuda.is_available() else "cpu"
@@ -103,13 +105,14 @@ def stage_folder(config, stage):
     return Path(config.out) / config.size / stage
 
 
-def check_name(name, stage):
-    """--name of a run that makes a policy begins with its stage: no run can overwrite another stage's folder."""
+def check_name(name, stage, flag="name"):
+    """--name of a run begins with its stage: no run can overwrite another stage's folder."""
     if not re.fullmatch(rf"{stage}[\w.-]*", name):
-        raise InputError(f"--name {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
+        raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
 
 
-MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5, "rsft": 3.0}  # size cpu, two cores
+MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5,
+           "rsft": 3.0}  # size cpu, two cores
 
 
 def train_missing(config, earlier, stage):
@@ -167,6 +170,15 @@ def show(*lines):
 def counts(dropped):
     """{reason: number} as text: "0 equal texts, 3 longer than the context"."""
     return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+
+
+def doublings(first, total):
+    """first, twice first, ... as far as they are below total, and total: the numbers of a learning curve.
+
+    >>> doublings(256, 1000)
+    [256, 512, 1000]
+    """
+    return [first << k for k in range(total.bit_length()) if first << k < total] + [total]
 
 
 def with_error(share, count):
@@ -382,7 +394,8 @@ def move_finished(folder):
     """The files of a finished run take their places in the folder, whose lock the caller holds."""
     finished = folder / "finished"
     if finished.exists():
-        (finished / "state.pt").unlink(missing_ok=True)
+        for name in ("state.pt", "labels.jsonl"):
+            (finished / name).unlink(missing_ok=True)
         for path in sorted(finished.iterdir()):
             os.replace(path, folder / path.name)
         finished.rmdir()

@@ -36,7 +36,7 @@ All sentences were written for this project.
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from string import Formatter
 from typing import NamedTuple
@@ -345,6 +345,22 @@ class Sentence(NamedTuple):
     part: str
     pattern: int
     slots: dict
+
+
+def curate(world=WORLD, unwanted="unkind"):
+    """The world's documents on the condition that each is a story without a turn of the unwanted part, for mid-training.
+
+    Returns (its Grammar, log P(condition) in nats). With u the odds of the part, P(condition) = (1 - page_share) Σ_k
+    turns_k (1 - u)^k. By Bayes' rule P(k turns | condition) ~ turns_k (1 - u)^k, and each turn is of another part with its
+    odds / (1 - u). So what is left is again a world, and of every document the log-probability is the old one less the
+    same constant, log P(condition).
+    """
+    odds = dict(world.turn_odds)
+    rest = 1 - odds.pop(unwanted)
+    turns = [p * rest ** k for k, p in enumerate(world.turns, 1)]
+    curated = replace(world, turns=tuple(p / sum(turns) for p in turns), page_share=0.0,
+                      turn_odds=tuple((part, p / rest) for part, p in odds.items()))
+    return curated, math.log((1 - world.page_share) * sum(turns))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ import os
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import regex
 import tiktoken
 
-from data.files import checksum, read_blocks, read_chunks
-from data.run import memory_mapped, progress
+from data.files import InputError, checksum, read_blocks, read_chunks
+from data.run import counts, memory_mapped, progress
 
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
@@ -160,6 +161,10 @@ class Tokenizer:
         """A list of ids to text. Special tokens are spelled out; bytes that aren't UTF-8 become U+FFFD."""
         return self._encoding.decode(ids)
 
+    def pieces(self, ids):
+        """The bytes of each id, a list; those of a special token spell its name."""
+        return self._encoding.decode_tokens_bytes(ids)
+
     def prompt(self, text):
         """The ids of <|user|>TEXT<|assistant|>."""
         return [self.user_token, *self.encode(text), self.assistant_token]
@@ -219,3 +224,43 @@ def encode_file(path, tokenizer, folder):
 
     vocabulary = zlib.crc32(repr((tokenizer.vocabulary, tokenizer.pattern)).encode())
     return memory_mapped(folder / f"text-{checksum(path):08x}-{vocabulary:08x}.ids", draw, joined=True)[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rows in the chat format: whole ones only, never cut
+
+def encode_pairs(rows, tokenizer, block_size):
+    """Rows -> (pairs (chosen ids, rejected ids, prompt length), kept rows, dropped {reason: number}); never cut."""
+    pairs, kept, dropped = [], [], {"longer than the context": 0, "equal texts": 0}
+    for row in rows:
+        prompt = tokenizer.prompt(row["prompt"])
+        chosen, rejected = (prompt + tokenizer.response(row[name]) for name in ("chosen", "rejected"))
+        if row["chosen"] == row["rejected"]:
+            dropped["equal texts"] += 1
+        elif max(len(chosen), len(rejected)) > block_size:
+            dropped["longer than the context"] += 1
+        else:
+            pairs.append((chosen, rejected, len(prompt)))
+            kept.append(row)
+    return pairs, kept, dropped
+
+
+class Comparisons(NamedTuple):
+    """What the reward model and DPO read: pairs as encode_pairs makes them and their rows, to train on and held out."""
+    pairs: list
+    rows: list
+    held_out: list
+    held_out_rows: list
+    description: str
+
+
+def encode_comparisons(split, origin, tokenizer, block_size):
+    """The Comparisons of split = (rows to train on, held-out rows). InputError, naming origin, if one keeps nothing."""
+    pairs, rows, dropped = encode_pairs(split[0], tokenizer, block_size)
+    held_out, held_out_rows, held_out_dropped = encode_pairs(split[1], tokenizer, block_size)
+    if not pairs or not held_out:
+        raise InputError(f"{origin}: no pair is left to {'hold out' if pairs else 'train on'}; dropped {counts(dropped)} "
+                         f"and {counts(held_out_dropped)}")
+    return Comparisons(pairs, rows, held_out, held_out_rows,
+                       f"{origin}\n        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
+                       f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ import reward_model
 import sft
 from best_of_n import (FORMATS, Samples, best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2,
                        judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum, print_table,
-                       select, selection_figures, sequence_logprobs, share_and_error, subset_weights, top_k_overall,
-                       top_per_prompt, where_gold_is_lost, win_rate, with_errors)
+                       process_scores, select, selection_figures, sequence_logprobs, share_and_error, subset_weights,
+                       top_k_overall, top_per_prompt, where_gold_is_lost, win_rate, with_errors)
 from data import stories
+from data.annotator import step_ends
 from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
 from data.run import Run, read_torch, write_torch
 from data.tokenizer import Tokenizer
@@ -604,6 +606,88 @@ def test_yardstick_figures_are_of_the_samples(trained, tmp_path, monkeypatch):
             J, J_star = optimality_gap(rewards, log_ratios.view(3, 16), 0.2)
             assert found[kind, name]["J"] == pytest.approx(J.mean().item(), abs=1e-5)
             assert found[kind, name]["own_J_star"] == pytest.approx(J_star.mean().item(), abs=1e-5)
+
+
+def test_who_is_right_how_often(trained, tmp_path, monkeypatch, capsys):
+    """A pass@16 of the mean over all prompts, where easy ones make up for hard ones; J* of SFT's mean rate instead of each
+    prompt's; an unfinished response that is right."""
+    M, N, right = 3, 16, []
+    draw_samples = best_of_n.draw
+
+    def verifier(asked):
+        asked = list(asked)
+        right.append([float(len(text) % (2 + len(prompt) % 3) == 0) for prompt, text in asked])
+        return right[-1]
+
+    drawn = []
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: drawn.append(draw_samples(*arguments)) or drawn[-1])
+    monkeypatch.setattr(best_of_n, "verifier", verifier)
+    out = shutil.copytree(trained, tmp_path / "out")
+    printed = run(out, capsys, *f"--verify --policies ppo --prompts {M} --samples {N} --beta 0.5".split())
+    found = {row["policy"]: row for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if row.get("under") == "verifier"}
+    kl = next(row["kl"] for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if row["policy"] == "ppo")
+    verified = [torch.tensor(x).view(M, -1) * one.ended for x, one in zip(right, drawn)]
+    assert [x.shape[1] for x in verified] == [32, 16] and list(found) == ["sft", "ppo"]
+    p = verified[0].mean(dim=1).tolist()
+    J_star = statistics.mean(0.5 * math.log(1 - x + x * math.exp(2)) for x in p)
+    for (name, row), x in zip(found.items(), verified):
+        rates = x.mean(dim=1).tolist()
+        passed = [1 - math.comb(round(x.shape[1] * (1 - q)), 16) / math.comb(x.shape[1], 16) for q in rates]
+        assert row["verified"] == pytest.approx(statistics.mean(rates)) and 0.05 < row["verified"] < 0.95
+        assert row["pass_16"] == pytest.approx(statistics.mean(passed), abs=1e-6)
+        assert row["J_star"] == pytest.approx(J_star, abs=1e-5) and len(set(p)) > 1
+        assert row["J"] == pytest.approx(row["verified"] - 0.5 * kl * (name == "ppo"), abs=1e-5)
+    block = printed.split("under the verifier")[1]
+    assert "pass_16" in block and "ppo, J under verifier" in printed
+    assert "verified" not in run(out, capsys, *"--policies ppo --prompts 3 --samples 4".split())
+
+
+def test_process_scores_by_hand():
+    """A smallest step that is the padding's 0, a product of rewards instead of probabilities, a mean for a sum."""
+    rewards = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.5, 0.0, 0.0, 0.0], [3.0, 0.0, 1.0, 2.0]])
+    scores = process_scores(rewards, torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 1]]).bool())
+    p = [1 / (1 + math.exp(-x)) for x in (2, -1, 0.5, 3, 1, 2)]
+    assert scores["smallest"].tolist() == [-1, 0.5, 1] and scores["sum"].tolist() == [1, 0.5, 6]
+    assert scores["product"].exp().tolist() == pytest.approx([p[0] * p[1], p[2], p[3] * p[4] * p[5]])
+
+
+def test_best_of_n_by_the_process_model(trained, tmp_path, monkeypatch, capsys):
+    """Candidates chosen by one model's score of other samples, or shown with the process model's scores as the reward; an
+    unfinished answer whose few steps are all good wins."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    model, tokenizer, _ = load_checkpoint(out / "cpu/reward_model/checkpoint.pt", "reward_model", "cpu",
+                                          model_class=RewardModel)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(70))
+    (out / "cpu/process_model").mkdir()
+    save_checkpoint(out / "cpu/process_model/checkpoint.pt", "process_model", "cpu", model, tokenizer)
+    drawn, draw_samples = [], best_of_n.draw
+    monkeypatch.setattr(best_of_n, "draw", lambda *arguments: drawn.append(draw_samples(*arguments)) or drawn[-1])
+    monkeypatch.setattr(best_of_n, "gold_rewards",
+                        lambda rollout, tokenizer: torch.tensor([sum(row) % 17 / 4 for row in rollout.responses()]))
+    run(out, capsys, *"--process --policies , --prompts 3 --samples 8".split())
+    found = {row["policy"]: row for row in metrics(out / "cpu/best_of_n/metrics.jsonl") if "under" not in row}
+    assert list(found) == ["sft", *(f"best of 4{rule}" for rule in ("", ", smallest", ", product", ", sum"))]
+    one, = drawn
+    ids = [row[:length] for rollout in one.rollouts for row, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    starts = [start for rollout in one.rollouts for start in rollout.prompt_lengths.tolist()]
+    scores = []         # the sum of the steps, response by response
+    for row, start in zip(ids, starts):
+        whole = row[-1] == tokenizer.end_token
+        ends = step_ends(tokenizer.pieces(row[start:-1])) if whole else []
+        with torch.no_grad():
+            values = model(torch.tensor([row]))[0]
+        scores.append(sum(values[start + end].item() for end in ends) if ends else -math.inf)
+    scores = torch.tensor(scores).view(one.reward.shape)
+    assert 0 < scores.isinf().sum() < scores.numel()
+    weights = subset_weights(scores, 4)
+    for key in ("reward", "gold", "ended"):
+        expected = (weights * getattr(one, key)).sum(dim=1).mean().item()
+        assert found["best of 4, sum"][key] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="--process True: goes without --data only"):
+        run(out, capsys, "--process", "--data", str(tmp_path / "prompts.jsonl"))
+    shutil.rmtree(out / "cpu/process_model")
+    with pytest.raises(InputError, match="process_model/checkpoint.pt: no such checkpoint"):
+        run(out, capsys, "--process")
 
 
 def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ import reward_model
 from data import stories
 from data.files import InputError, read_pairs, write_jsonl
 from data.run import Run
+from data.tokenizer import encode_pairs
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, labels_of, orpo_loss, simpo_loss
 from gpt import load_checkpoint, pad, save_checkpoint
 from helpers import metrics, noise, snapshot, tiny_gpt, untimed
-from reward_model import encode_pairs
 
 END = 4
 FIGURES = ["loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio"]
@@ -589,8 +590,8 @@ def test_wrong_labels_cost_nothing(rows, reason, out, tmp_path):
 ONLINE = "--online 2 --pairs 12 --batch 4 --report 2 --max_new_tokens 16".split()
 
 
-@pytest.mark.parametrize("judge", ["reward_model", "annotator"])
-@pytest.mark.parametrize("loss", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize("loss, judge", [("dpo", "reward_model"), ("dpo", "annotator"), ("kto", "reward_model"),
+                                         ("kto", "constitution"), ("simpo", "annotator")])
 def test_rounds_are_fresh_samples_of_the_policy(loss, judge, out, monkeypatch, capsys):
     """Every round on samples of the SFT model, which is offline DPO; a reference that moves along; a round trained on
     the pairs of another, or with its prompts; a judge who isn't asked, or is in memory and isn't."""
@@ -600,7 +601,7 @@ def test_rounds_are_fresh_samples_of_the_policy(loss, judge, out, monkeypatch, c
     def sample(model, *arguments):
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         rounds.append([model, weights, []])
-        assert (dpo.annotator_judge in arguments) == ("reward_model" not in loaded) == (judge == "annotator")
+        assert (dpo.JUDGES.get(judge, "no judge") in arguments) == ("reward_model" not in loaded) == (judge != "reward_model")
         return collect(model, *arguments)
 
     def learn(policy, reference, items, config):
@@ -719,10 +720,17 @@ def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
     assert (f"pairs.jsonl: {len(short)} prompts, dropped {72 - len(short)} that leave no room for 16 new tokens\n"
             in capsys.readouterr().out)
     own_pairs(tmp_path / "pairs.jsonl")
+    train, _ = dpo.hold_out(read_pairs(tmp_path / "pairs.jsonl"), 1)
     before = snapshot(out)
     with pytest.raises(InputError, match="pairs.jsonl: no prompt leaves room for --max_new_tokens 124"):
         dpo.main([*argv, *data, "--max_new_tokens", "124"])
     assert snapshot(out) == before
+    (tmp_path / "judge.py").write_text("import json, sys\nfor line in sys.stdin:\n    row = json.loads(line)\n"
+                                       "    print(json.dumps({'choice': int(row['second'] > row['first'])}))")
+    dpo.main(["--out", str(out), "--judge", f"{sys.executable} {tmp_path / 'judge.py'}", *ONLINE, *data])
+    rows = [row for number in (1, 2) for row in read_pairs(out / f"cpu/dpo/pairs-{number}.jsonl")]
+    assert len(rows) == 24 and all(row["chosen"] > row["rejected"] for row in rows)
+    assert {row["prompt"] for row in rows} <= {row["prompt"] for row in train} and not list(out.glob("cpu/dpo/labels*"))
     reward_model.main(["--out", str(out), *data, *FLAGS])
     for judge in ("annotator", "reward_model"):
         with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; --online"):

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import gpt
+import sft
 from data import stories
 from data.files import InputError
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, Rollout, generate, masked_logprobs, response_mask, token_logprobs
-from helpers import metrics, untimed
+from helpers import metrics, snapshot, untimed
 
 V, END = 11, 3      # the tiny vocabulary, and the token that ends a response in it
 
@@ -905,7 +906,7 @@ def test_every_token_of_pretraining_counts_alike(tmp_path, monkeypatch):
     tokenizer, rng = Tokenizer(train_vocabulary("", 259)), random.Random(34)
     sequences = [[rng.randrange(259) for _ in range(n)] for n in [2] * 20 + [3] * 20 + [60] * 20 + [15, 31, 45]]
     corpus = gpt.Corpus(tokenizer, sequences, held_out=sequences[:9], start=[0], entropy=None, description="")
-    monkeypatch.setattr(gpt, "draw_corpus", lambda config: corpus)
+    monkeypatch.setattr(gpt, "draw_corpus", lambda config, tokenizer: corpus)
     models, losses = [], []
 
     def no_step(optimizer, model, lr, loss):
@@ -948,3 +949,112 @@ def test_what_pretraining_refuses_leaves_the_old_checkpoint(text_run):
         assert "\n" not in str(error.value)
         assert wrong[0] in str(error.value) or wrong[1] in str(error.value)
     assert before == ((folder / "cpu/gpt/checkpoint.pt").read_bytes(), (folder / "cpu/gpt/metrics.jsonl").read_bytes())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mid-training
+
+
+@pytest.fixture
+def mid(stages, out):
+    """Flags of mid-training from the base model that the tests share."""
+    return ["--size", "cpu", "--out", str(out), "--start", str(stages / "cpu/gpt"), "--name", "gpt-mid", "--batch", "8"]
+
+
+def test_mid_training_goes_on_from_the_checkpoint_on_curated_stories(mid, stages, out, monkeypatch):
+    """A new vocabulary, under which the weights mean nothing; fresh weights; a warm-up that is over already; the
+    documents of pretraining once more; forgetting measured on the new text, or after training only."""
+    model, tokenizer, _ = gpt.load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    before, rates, corpora, draw = snapshot(stages), [], [], gpt.draw_corpus
+
+    def spy(optimizer, model, lr, loss, step=gpt.optimizer_step):
+        rates.append(lr)
+        return step(optimizer, model, lr, loss)
+
+    monkeypatch.setattr(gpt, "optimizer_step", spy)
+    monkeypatch.setattr(gpt, "draw_corpus", lambda *arguments: corpora.append(draw(*arguments)) or corpora[0])
+    gpt.main([*mid, "--curated", "--steps", "8", "--warmup", "2", "--lr", "0.01"])
+    first, last = rows = metrics(out / "cpu/gpt-mid/metrics.jsonl")
+    trained, same_tokenizer, _ = gpt.load_checkpoint(out / "cpu/gpt-mid/checkpoint.pt", "gpt", "cpu")
+    assert same_tokenizer.vocabulary == tokenizer.vocabulary and trained.config == model.config
+    assert rates[:2] == [0.005, 0.01] and [row["step"] for row in rows] == [0, 8]
+
+    texts = [tokenizer.decode(ids[1:-1]) for ids in corpora[0].sequences]
+    curated, log_p = stories.curate()
+    assert len(texts) == 64 and all(stories.document_log_probability(text, curated) > -math.inf for text in texts)
+    told = [tokenizer.decode(ids[1:-1]) for ids in corpora[0].held_out]
+    nats = -sum(stories.document_log_probability(text) - log_p for text in told)     # of the world, less the constant
+    assert first["entropy"] == pytest.approx(nats / sum(len(ids) - 1 for ids in corpora[0].held_out))
+
+    rng = random.Random("held-out documents")
+    old = [[tokenizer.end_token, *tokenizer.encode(stories.document(rng).text), tokenizer.end_token] for _ in range(500)]
+    for row, one in ((first, model), (last, trained)):
+        assert row["held_out"] == pytest.approx(gpt.held_out_loss(one, corpora[0].held_out, 1), rel=1e-5)
+        assert row["old_held_out"] == pytest.approx(gpt.held_out_loss(one, old, 1), rel=1e-5)
+    assert last["held_out"] < first["held_out"] and snapshot(stages) == before
+
+
+def test_mid_training_goes_on_bit_for_bit(mid, out, monkeypatch):
+    """A run that begins once more at the base model, or that measures the beginning at its middle."""
+    argv, end_step = [*mid, "--curated", "--steps", "6", "--report", "2"], gpt.Run.end_step
+    few = gpt.held_out_documents()[:9]      # all take too long
+    monkeypatch.setattr(gpt, "held_out_documents", lambda world=None: few)
+
+    def stop(run, step, **state):
+        end_step(run, step, **state)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    gpt.main(argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt.Run, "end_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            gpt.main([*argv, "--name", "gpt-killed"])
+    gpt.main([*argv, "--name", "gpt-killed", "--resume"])
+    models = [gpt.load_checkpoint(out / f"cpu/{name}/checkpoint.pt", "gpt", "cpu")[0] for name in ("gpt-mid", "gpt-killed")]
+    assert all(torch.equal(*both) for both in zip(*(model.parameters() for model in models)))
+    assert untimed(metrics(out / "cpu/gpt-mid/metrics.jsonl")) == untimed(metrics(out / "cpu/gpt-killed/metrics.jsonl"))
+
+
+def test_mid_training_on_a_text_and_sft_on_it(mid, out, tmp_path, capsys):
+    """A text that teaches a vocabulary of its own; an SFT model that starts from pretraining all the same; no way to
+    look at what came out."""
+    (tmp_path / "own.txt").write_text(TEXT)
+    gpt.main([*mid, "--text", str(tmp_path / "own.txt"), "--steps", "2"])
+    first, last = metrics(out / "cpu/gpt-mid/metrics.jsonl")
+    assert "entropy" not in first and first["old_held_out"] != last["old_held_out"]
+    sft.main(["--size", "cpu", "--out", str(out), "--base", "gpt-mid", "--demonstrations", "32", "--questions", "2", "--lr",
+              "1e-9", "--max_new_tokens", "8"])
+    base, model = (gpt.load_checkpoint(out / f"cpu/{name}/checkpoint.pt", stage, "cpu")[0]
+                   for name, stage in (("gpt-mid", "gpt"), ("sft", "sft")))
+    for ours, theirs in zip(model.parameters(), base.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    capsys.readouterr()
+    gpt.main(["--size", "cpu", "--out", str(out), "--name", "gpt-mid", "--sample", "The fox"])
+    assert capsys.readouterr().out.startswith("The fox")
+
+
+@pytest.mark.parametrize("change, message", [
+    ("--curated --n_layer 2", "--n_layer 2: goes without --start only"), ("", "goes on with either --curated or --text"),
+    ("--curated --block_size 64", "--block_size 64: goes without --start only"),
+    ("--curated --text {out}/demonstrations.jsonl", "goes on with either --curated or --text"),
+    ("--curated --start {out}/cpu/gpt --name gpt", "in a folder of its "),
+    ("--curated --start {out}/cpu/sft", "sft/checkpoint.pt: is a sft checkpoint"),
+    ("--curated --start {out}", "no such checkpoint")])
+def test_mid_training_that_cannot_be_is_refused(mid, out, change, message):
+    """The pretrained model overwritten by its own continuation; a shape that is asked for, and is the checkpoint's."""
+    before = snapshot(out)
+    with pytest.raises(InputError, match=message):
+        gpt.main([*mid, *change.format(out=out).split()])
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("stage, change, message", [
+    (gpt, "--curated", "--curated True: goes with --start only"), (gpt, "--name ppo", "--name ppo: must be gpt"),
+    (sft, "--base ppo", "--base ppo: must be gpt"), (sft, "--base gpt-none", "gpt-none/checkpoint.pt: no such checkpoint")])
+def test_a_base_model_that_there_is_not(stage, change, message, out):
+    """Pretraining on half of the world, that somebody took for mid-training; minutes of it for a name mistyped."""
+    before = snapshot(out)
+    with pytest.raises(InputError, match=message):
+        stage.main(["--size", "cpu", "--out", str(out), *change.split()])
+    assert snapshot(out) == before

@@ -239,7 +239,9 @@ def test_round_trip(stages, out, tmp_path):
                          (["--export", str(tmp_path / "new"), "--stage", "ppo-none"], "ppo-none.*no such checkpoint"),
                          (["--export", "x", "--load", "y"], "one job at a time"),
                          (["--stage", "ppo"], "--stage ppo: goes with"),
-                         (["--name", "ppo-x"], "goes with --load only")):
+                         (["--name", "ppo-x"], "--name ppo-x: must be gpt"),
+                         (["--export", "x", "--name", "gpt-x"], "--name gpt-x: goes without --export only"),
+                         (["--load", "x", "--start", "y"], "--load and --start: one job at a time")):
         with pytest.raises(InputError, match=match):
             gpt.main([*SIZE, "--out", str(out), *flags])
     assert snapshot(out) == before and not (tmp_path / "new").exists()

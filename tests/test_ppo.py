@@ -5,6 +5,9 @@ import itertools
 import math
 import random
 import re
+import shutil
+import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ import ppo
 import reward_model
 import sft
 from data import stories
+from data.annotator import TextReward
 from data.files import InputError, write_jsonl
-from data.tokenizer import Tokenizer
+from data.run import read_torch
+from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
 from helpers import experience, metrics, noise, ragged_mask, snapshot, tiny_gpt, tiny_reward_model, untimed
 from reward_model import RewardModel
@@ -749,4 +754,131 @@ def test_reward_model_of_another_vocabulary(out):
     before = snapshot(out)
     with pytest.raises(InputError, match="reward_model.checkpoint.pt: its vocabulary"):
         ppo.main(["--out", str(out), "--iterations", "1", *FLAGS])
+    assert snapshot(out) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other rewards
+
+
+def test_a_process_reward_stands_at_its_steps(monkeypatch):
+    """A dense reward that is whitened away, paid once more at the end, or paid to a response that never ended; the
+    reward on the screen that is not what the policy got. No score stands anywhere else."""
+    config = ppo.Config(iterations=1, rollouts=32, minibatch=32, max_new_tokens=LIMIT, beta=0.3, missing_end_score=-4.0)
+    policy, reference, estimate, seen = tiny_gpt(0), tiny_gpt(1), ppo.estimate_advantages, []
+
+    def dense(rollout):
+        return noise(7, len(rollout.tokens), rollout.tokens.shape[1] - 1) * (rollout.tokens[:, 1:] == 2)  # steps end on a 2
+
+    monkeypatch.setattr(ppo, "estimate_advantages", lambda *arguments: seen.append(arguments) or estimate(*arguments))
+    loop = ppo.optimize(policy, reference, None, tiny_reward_model(1), draw_prompts, END, config, dense=dense)
+    (rollout, figures, _), = loop
+    (rewards, _, mask, *_), = seen
+    ended, scores = rollout.ended(END), []
+    assert 0 < ended.sum() < 32
+    with torch.no_grad():
+        kl = token_logprobs(tiny_gpt(0)(rollout.tokens), rollout.tokens) - token_logprobs(reference(rollout.tokens),
+                                                                                           rollout.tokens)
+    for row in range(32):
+        expected = torch.where(mask[row], -0.3 * kl[row], 0.0)
+        scores.append(dense(rollout)[row].sum().item() if ended[row] else -4.0)
+        if ended[row]:
+            expected += dense(rollout)[row]
+        else:
+            expected[rollout.lengths[row] - 2] -= 4.0
+        torch.testing.assert_close(rewards[row], expected, atol=1e-5, rtol=1e-4)
+    assert figures["reward"] == pytest.approx(statistics.mean(scores), abs=1e-5)
+
+
+def test_a_reward_of_texts_is_asked_once_a_batch():
+    """A program that is started for every few responses, or asked about some of them in another order."""
+    rng, asked = random.Random(8), []
+    tokenizer = Tokenizer(train_vocabulary("a b c d e f", 270))
+    rows = [(f"{i}?", " ".join(rng.choices("abcdef", k=rng.randint(1, 9)))) for i in range(20)]
+    tokens, lengths = gpt.pad([tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows])
+    rollout = gpt.Rollout(tokens, torch.tensor([len(tokenizer.prompt(prompt)) for prompt, _ in rows]), lengths)
+    mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
+    reward = TextReward(lambda texts: asked.append(texts) or [len(text) for _, text in texts], tokenizer)
+    model = tiny_gpt(0, tokenizer.n_vocab, 64)
+    *_, scores = ppo.score(model, None, reward, None, rollout, mask, ppo.Config(micro_batch=3))
+    assert asked == [rows] and scores.tolist() == [len(text) for _, text in rows]
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_the_verifier_needs_no_reward_model(out, method, capsys):
+    """A reward model that is trained first, and never asked; a fine for missing ends, under which J* is not that of a
+    reward of 0 and 1; a value model that starts from nowhere."""
+    shutil.rmtree(out / "cpu/reward_model")
+    ppo.main(["--out", str(out), "--iterations", "2", "--reward", "verifier", "--method", method, *FLAGS, "--rollouts", "8",
+              "--max_new_tokens", "4"])
+    printed = capsys.readouterr().out
+    assert "plan" not in printed and not (out / "cpu/reward_model").exists() and "; reward: verifier\n" in printed
+    assert f"models in memory: {2 + (method == 'ppo')} (policy, reference" in printed
+    assert "before and after on 33 held-out prompts: reward 0.00 → 0.00" in printed
+    rows, checkpoint = metrics(out / "cpu/ppo/metrics.jsonl"), read_torch(out / "cpu/ppo/checkpoint.pt")
+    assert [row["reward"] for row in rows] == [0.0, 0.0] and checkpoint["missing_end_score"] == 0.0
+    assert any(row["no_end"] > 0 for row in rows)
+
+
+def test_a_program_as_the_reward(out, tmp_path):
+    """Rewards of a program that reach no policy; prompts of one's own that only a reward model may judge; a program that
+    fails in the middle of a run, and takes it along."""
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Who sings {i}?"} for i in range(20)])
+    body = """import json, os, sys
+rows = [json.loads(line) for line in sys.stdin]
+count = len(open({0!r}).readlines()) if os.path.exists({0!r}) else 0
+open({0!r}, "a").write("run\\n")
+if count == {1}:
+    sys.exit("out of credit")
+for row in rows:
+    print(json.dumps(dict(reward=len(row["response"]) / 10)))
+"""
+    argv = ["--out", str(out), "--iterations", "4", "--save", "1", "--data", str(tmp_path / "prompts.jsonl"), "--reward",
+            f"{sys.executable} {tmp_path / 'reward.py'}", *FLAGS]
+    (tmp_path / "reward.py").write_text(body.format(str(tmp_path / "whole.txt"), -1))
+    ppo.main(argv)
+    whole = untimed(metrics(out / "cpu/ppo/metrics.jsonl"))
+    assert len(whole) == 4 and any(row["reward"] > 0 for row in whole) and "gold" not in whole[0]
+    assert (tmp_path / "whole.txt").read_text() == 6 * "run\n"      # an iteration each, and before and after
+    (tmp_path / "reward.py").write_text(body.format(str(tmp_path / "killed.txt"), 2))
+    with pytest.raises(InputError, match="gave 0 of .* answers and ended with status 1; it said: out of credit; "):
+        ppo.main(argv)
+    ppo.main([*argv, "--resume"])
+    assert untimed(metrics(out / "cpu/ppo/metrics.jsonl")) == whole
+
+
+def test_ppo_on_the_process_model(out, monkeypatch, capsys):
+    """The outcome model's scores under the name of the process model; a stage that is missing, and is not trained."""
+    trained, optimize = [], ppo.optimize
+
+    def process(argv):
+        trained.append(argv)
+        reward_model.main([*argv, "--process"])
+
+    def spy(policy, reference, scores, value_model, *arguments):
+        weights, _, _ = load_checkpoint(out / "cpu/process_model/checkpoint.pt", "process_model", "cpu", "cpu", RewardModel)
+        assert scores is None and all(torch.equal(*both) for both in zip(weights.parameters(), value_model.parameters()))
+        torch.manual_seed(0)
+        rollout = gpt.generate(policy, [arguments[0](1, random.Random(0))[0]] * 4, 16, arguments[1], seed=1)
+        tokenizer = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")[1]
+        expected, _ = reward_model.step_rewards(weights, rollout, tokenizer)
+        assert torch.equal(arguments[-1](rollout), expected)
+        return optimize(policy, reference, scores, value_model, *arguments)
+
+    monkeypatch.setattr(ppo, "PROCESS", {**ppo.PROCESS, "process_model": process})
+    monkeypatch.setattr(ppo, "optimize", spy)
+    ppo.main(["--out", str(out), "--iterations", "2", "--reward", "process", *FLAGS])
+    assert len(trained) == 1 and "plan    process_model → ppo, " in capsys.readouterr().out
+    assert len(metrics(out / "cpu/ppo/metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--reward verifyer", "--reward verifyer: no such program"),
+    ("--reward verifier --data {out}/demonstrations.jsonl", "--reward verifier: knows the little world only"),
+    ("--reward process --data {out}/demonstrations.jsonl", "--reward process: knows the little world only")])
+def test_a_reward_that_there_is_not_is_refused(out, flags, message):
+    """A name that is mistyped, found after minutes of training; prompts that the annotator cannot judge."""
+    before = snapshot(out)
+    with pytest.raises(InputError, match=message):
+        ppo.main(["--out", str(out), "--iterations", "1", *FLAGS, *flags.format(out=out).split()])
     assert snapshot(out) == before

@@ -4,7 +4,10 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
+import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +18,10 @@ import reward_model
 import sft
 from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
-from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import metrics, snapshot, tiny_reward_model
-from reward_model import RewardModel, answer_key, bradley_terry_loss, encode_pairs, score_all
+from data.run import Run, read_torch
+from data.tokenizer import Tokenizer, encode_pairs, train as train_vocabulary
+from helpers import metrics, snapshot, tiny_reward_model, untimed
+from reward_model import RewardModel, answer_key, bradley_terry_loss, score_all
 
 V = 11
 
@@ -283,7 +287,7 @@ def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
             rewards.append(model(tokens)[0, -1].item())
         p.append(1 / (1 + math.exp(rewards[1] - rewards[0])))
     assert p[0] == pytest.approx(1 - p[1], abs=1e-5) and max(p) - min(p) > 0.3 and 0.02 < min(p)
-    chosen = torch.tensor([judge(asked, rng) for _ in range(500)] + [judge(5 * asked, rng)[:4] for _ in range(500)])
+    chosen = torch.tensor([[choice for choice, _ in judge(asked * n, rng)[:4]] for n in (1, 5) for _ in range(500)])
     assert set(chosen.unique().tolist()) == {0, 1}
     for share, x in zip((chosen == 0).double().mean(dim=0).tolist(), p):  # 0: the first one
         assert abs(share - x) < 4 * math.sqrt(x * (1 - x) / 1000)
@@ -303,7 +307,7 @@ def test_another_judge_and_prompts_of_a_users_own(tokenizer, monkeypatch):
 
     def judge(batch, rng):
         asked.extend(batch)
-        return [1] * len(batch)
+        return [(1, "")] * len(batch)
 
     monkeypatch.setattr(reward_model, "respond", respond)
     config = reward_model.Config(sample_batch=2)
@@ -675,3 +679,193 @@ def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
     assert "share of Bayes accuracy" in header and "above chance" in header and count == "48"
     assert float(share) / 100 == pytest.approx(float(accuracy) / expected["bayes_accuracy"], abs=2e-3)
     assert float(above) / 100 == pytest.approx((float(accuracy) - 0.5) / (expected["bayes_accuracy"] - 0.5), abs=5e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other judges
+
+JUDGED = "--size cpu --pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16 --sample_batch 32 --report 3".split()
+
+
+def test_another_judge_labels_what_is_trained_on_only(out, capsys):
+    """Held-out figures against the constitution's own labels, which no annotator gave; a principle that is lost."""
+    held_out = (out / "cpu/reward_model/held_out.jsonl").read_bytes()
+    reward_model.main(["--out", str(out), "--judge", "constitution", *JUDGED])
+    assert (out / "cpu/reward_model/held_out.jsonl").read_bytes() == held_out       # the annotator's stage, batch for batch
+    rows = metrics(out / "cpu/reward_model/pairs.jsonl")
+    for row in rows:
+        choice, why = annotator.constitution_choice(row["prompt"], row["chosen"], row["rejected"], random.Random(0))
+        assert why == row["why"] and (choice == 0 or "No principle" in why)
+    why, number = Counter(row["why"] for row in rows).most_common(1)[0]
+    assert f"        {number / 64:5.1%}  {why}\n" in capsys.readouterr().out
+
+
+JUDGE = """import json, sys
+rows = [json.loads(line) for line in sys.stdin]
+open({asked!r}, "a").writelines(json.dumps(row) + "\\n" for row in rows)
+for row in rows[:{most}]:
+    print(json.dumps(dict(choice=len(row["first"]) % 2, why="parity of " + row["prompt"])))
+"""
+
+
+def test_a_programs_labels_go_on_bit_for_bit(out, tmp_path, monkeypatch):
+    """A label paid for twice, or given to another pair; reasons that are lost when the run goes on; labels that stay
+    beside the next run's checkpoint."""
+    folder, whole, command = out / "cpu/reward_model", tmp_path / "whole", f"{sys.executable} {tmp_path / 'judge.py'}"
+    end_step, argv = Run.end_step, ["--out", str(out), "--judge", command, *JUDGED]
+
+    def judge(most, asked):
+        (tmp_path / "judge.py").write_text(JUDGE.format(asked=str(tmp_path / asked), most=most))
+
+    def stop(run, step, **state):
+        end_step(run, step, **state)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    judge(99, "whole.jsonl")
+    reward_model.main(argv)
+    shutil.copytree(folder, whole)
+    judge(20, "killed.jsonl")
+    with pytest.raises(InputError, match="gave 20 of .* answers"):
+        reward_model.main(argv)
+    judge(99, "killed.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reward_model.main([*argv, "--resume"])
+    reward_model.main([*argv, "--resume"])
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names and "labels.jsonl" not in names
+    assert untimed(metrics(folder / "metrics.jsonl")) == untimed(metrics(whole / "metrics.jsonl"))
+    assert (folder / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
+    weights, expected = (read_torch(path / "checkpoint.pt")["model"] for path in (folder, whole))
+    assert all(torch.equal(x, expected[name]) for name, x in weights.items())
+    once, again = (metrics(tmp_path / f"{name}.jsonl") for name in ("whole", "killed"))
+    first = len(again) - (len(once) - 20)           # what the program that died was asked, before it died
+    assert again[:first] + again[first:][first - 20:] == once and first > 20
+    labelled = []
+    for prompt, *texts in (row.values() for row in once):
+        choice = len(texts[0]) % 2
+        labelled.append(dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice], why=f"parity of {prompt}"))
+    assert metrics(folder / "pairs.jsonl") == labelled
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--judge constitution --data pairs.jsonl", "--judge constitution: goes without --data only"),
+    ("--judge anotator", "--judge anotator: no such program")])
+def test_a_judge_that_would_not_be_asked_is_refused(argv, message, out):
+    """A mistyped judge, found after minutes of sampling; labels of the file's under the name of another judge."""
+    before = snapshot(out)
+    with pytest.raises(InputError, match=message):
+        reward_model.main(["--out", str(out), *argv.split()])
+    assert snapshot(out) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The process reward model
+
+
+def random_marked(seed, count):
+    """Marked responses of very different lengths and numbers of steps."""
+    rng, items = random.Random(seed), []
+    for ids in random_rows(seed, count, 60):
+        ends = sorted(rng.sample(range(len(ids)), rng.randint(1, min(6, len(ids)))))
+        items.append(annotator.Marked(ids, ends, [rng.gauss(0, 2) for _ in ends], [rng.random() < 0.6 for _ in ends]))
+    return items
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 9])
+def test_the_loss_of_marks_is_a_binary_loss_per_step(micro_batch):
+    """A mean over each response's steps first, in which a sentence of a long story counts less; a mark read at another
+    step; the padding's reward. The oracle is binary cross-entropy over all steps, response by response."""
+    model, twin, items = tiny_model(20), tiny_model(20), random_marked(20, 9)
+    loss = reward_model.backward(model, items, micro_batch)
+    rewards = torch.cat([twin(torch.tensor([item.ids]))[0, item.ends] for item in items])
+    marks = torch.tensor([float(x) for item in items for x in item.marks], dtype=torch.float64)
+    oracle = torch.nn.functional.binary_cross_entropy_with_logits(rewards, marks)
+    oracle.backward()
+    assert float(loss) == pytest.approx(oracle.item(), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+    margin = torch.where(marks > 0, rewards, -rewards).detach()     # held out: positive where the mark is guessed
+    torch.testing.assert_close(reward_model.held_out_margins(model, items), margin, check_dtype=False)
+
+
+def test_rewards_of_the_steps_of_a_rollout(tokenizer):
+    """A step's reward one action too early or too late, at <|end|>, or of the prompt's sentences."""
+    model = tiny_reward_model(2, vocab=tokenizer.n_vocab, block_size=128)
+    rows, texts = [], ["Hi there. You!", "One", "A. B. C.", ""]
+    for i, text in enumerate(texts):
+        ids = tokenizer.prompt("Why? " * i), tokenizer.response(text)[:None if i != 2 else -1]      # one never ended
+        rows.append(ids)
+    tokens, lengths = gpt.pad([prompt + response for prompt, response in rows])
+    rollout = gpt.Rollout(tokens, torch.tensor([len(prompt) for prompt, _ in rows]), lengths)
+    rewards, steps = reward_model.step_rewards(model, rollout, tokenizer)
+    assert rewards.shape == steps.shape == (4, tokens.shape[1] - 1) and not rewards[~steps].any()
+    for row, (prompt, response), text in zip(range(4), rows, texts):
+        columns = steps[row].nonzero().flatten().tolist()
+        told = [tokenizer.decode(tokens[row, len(prompt):column + 2].tolist()) for column in columns]
+        assert told == [text[:stop] for stop in range(1, len(text) + 1) if text[:stop].split(" ")[-1:] in (
+            ["there."], ["You!"], ["One"], ["A."], ["B."], ["C."])]
+        for column in columns:
+            alone = model(tokens[row:row + 1, :column + 2])[0, -1].item()
+            assert rewards[row, column].item() == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_process_model_learns_from_the_stages_own_responses(tmp_path, monkeypatch, capsys):
+    """Responses that are another model's; the reward model's checkpoint overwritten; figures of other steps than those
+    held out, or a run that goes on with other marks."""
+    small = ["--size", "cpu", "--out", str(tmp_path)]
+    gpt.main([*small, "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "2", "--report", "2"])
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    (tmp_path / "cpu/sft").mkdir()
+    gpt.save_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu", model, tokenizer)
+    monkeypatch.setattr(reward_model, "respond", Writer(tokenizer, broken=False))
+    flags = [*small, "--pairs", "48", "--held_out", "24", "--max_new_tokens", "90", "--batch", "4", "--report", "4",
+             "--warmup", "1", "--lr", "0.01"]
+    reward_model.main([*flags, "--process"])        # trains the missing reward model first, with these flags
+    stage, folder, whole = (tmp_path / "cpu" / name for name in ("reward_model", "process_model", "whole"))
+    before, end_step = snapshot(stage), Run.end_step
+    assert len(read_pairs(stage / "pairs.jsonl")) == 48
+
+    rows, rng = (read_pairs(stage / "pairs.jsonl"), read_pairs(stage / "held_out.jsonl")), random.Random("marks 1")
+    items, held_out = (annotator.mark(part, tokenizer, rng) for part in rows)
+    *_, learnt, figures = metrics(folder / "metrics.jsonl")
+    assert learnt["step"] == len(items) / 8 == 12       # as many responses in a step as the reward model sees
+    trained, _, _ = gpt.load_checkpoint(folder / "checkpoint.pt", "process_model", "cpu", model_class=RewardModel)
+    margin = reward_model.held_out_margins(trained, held_out)
+    true = torch.tensor([x if good else -x for item in held_out for x, good in zip(item.steps, item.marks)])
+    expected, _ = answer_key(margin, true)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert figures["accuracy"] == pytest.approx(learnt["held_out_accuracy"]) and 0.5 < figures["bayes_accuracy"] < 1
+    marks = sum(len(item.marks) for item in items)
+    assert f"steps   {marks} in 96 responses, " in capsys.readouterr().out
+
+    def stop(run, step, **state):
+        end_step(run, step, **state)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    folder.rename(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reward_model.main([*flags, "--process"])
+    reward_model.main([*flags, "--process", "--resume"])
+    weights, expected = (read_torch(path / "checkpoint.pt")["model"] for path in (folder, whole))
+    assert all(torch.equal(x, expected[name]) for name, x in weights.items())
+    assert untimed(metrics(folder / "metrics.jsonl")) == untimed(metrics(whole / "metrics.jsonl"))
+    assert snapshot(stage) == before
+
+
+def test_marks_of_what_the_annotator_does_not_know_are_refused(policy):
+    """A traceback of the annotator's; marks of one's own pairs that nobody gave."""
+    train(policy, "--data", str(policy / "pairs.jsonl"))
+    before = snapshot(policy)
+    with pytest.raises(InputError, match="pairs.jsonl: the annotator marks answers to the little world's requests only"):
+        train(policy, "--process")
+    with pytest.raises(InputError, match="--process True: goes without --data only"):
+        train(policy, "--process", "--data", str(policy / "pairs.jsonl"))
+    with pytest.raises(InputError, match="--learning_curve True: is a curve of pairs"):
+        train(policy, "--process", "--learning_curve")
+    assert snapshot(policy) == before

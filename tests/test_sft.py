@@ -305,3 +305,28 @@ def test_fine_tuning_on_the_world(tmp_path):
     assert last["held_out"] == pytest.approx(total / sum(map(len, responses[:40])), rel=0.05)
     assert all(0 <= told[name] <= 1 for name in ("base_answers", "answers", "base_flawless", "flawless"))
     assert told["flawless"] == 0        # nobody tells stories after so few steps
+
+
+def test_the_learning_curve_ends_at_the_stage_itself(base, tmp_path, monkeypatch, capsys):
+    """Points that go on from one another, or that answer other questions; a curve whose last point is not the stage's own
+    model, or that costs its checkpoint."""
+    small = ["--size", "cpu", "--out", str(tmp_path)]
+    gpt.main([*small, "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--batch", "8", "--steps", "4", "--report", "4"])
+    flags = ["--demonstrations", "24", "--questions", "3", "--lr", "0.01", "--warmup", "1", "--max_new_tokens", "90"]
+    fine_tune(tmp_path, *flags)
+    *_, last, told = metrics(tmp_path / "cpu/sft/metrics.jsonl")
+    before, answered = snapshot(tmp_path), []
+    monkeypatch.setattr(sft, "doublings", lambda first, total: [8, 24, total] if first == 512 else pytest.fail("another"))
+    monkeypatch.setattr(sft, "answers", lambda *rows: answered.append(rows) or answers(*rows))
+    capsys.readouterr()
+    fine_tune(tmp_path, *flags, "--learning_curve")
+    *_, header, first, second, third = capsys.readouterr().out.splitlines()
+    assert second == third and first.split()[:1] == ["8"] and first.split()[1] != second.split()[1] and "excess" in header
+    count, held_out, excess, *_ = second.split()
+    assert (count, held_out, excess) == ("24", f"{last['held_out']:.3f}", f"{last['excess']:.1%}")
+    assert f"  {100 * told['answers']:.1f} ± " in second
+    assert len(answered) == 3 and answered[1] == answered[2] and snapshot(tmp_path) == before
+    rows = [{"prompt": f"Name color {i}.", "completion": f"Red {i}."} for i in range(20)]       # nobody knows their entropy
+    fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--learning_curve")
+    *_, header, first, second, third = capsys.readouterr().out.splitlines()
+    assert header == "demonstrations  held out, nats a token" and len(third.split()) == 2

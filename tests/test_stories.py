@@ -391,3 +391,40 @@ def test_impossible_worlds_are_refused(change):
     """A world that can't draw four different kind turns would fail once in a thousand stories."""
     with pytest.raises(ValueError):
         dataclasses.replace(WORLD, **change)
+
+
+# ---------------------------------------------------------------------------------------------
+# The curated part
+
+
+@pytest.mark.parametrize("turn_odds", [TINY.turn_odds, (("unkind", 0.9), ("kind", 0.1))])
+def test_conditioning_takes_the_same_constant_from_every_log_probability(turn_odds):
+    """A curated world whose entropy is not the entropy of what is drawn: the numbers of turns must change too, because
+    long stories have an unkind sentence more often."""
+    world = dataclasses.replace(TINY, words={**TINY.words, "place": ("by the sea",)}, turn_odds=turn_odds)
+    curated, log_p = stories.curate(world)
+    total, kept = 0.0, 0
+    for text in all_stories(world, titled=True):
+        logprob = stories.document_log_probability(text, world)
+        unkind = any(recognise(sentence, world).part == "unkind" for sentence in split_sentences(text.split("\n")[1]))
+        expected = -math.inf if unkind else logprob - log_p
+        assert stories.document_log_probability(text, curated) == pytest.approx(expected, abs=1e-9)
+        total += 0 if unkind else math.exp(logprob)
+        kept += not unkind
+    assert kept > 100 and math.log(total) == pytest.approx(log_p)
+
+
+def test_curated_documents_are_the_worlds_without_unkind_ones():
+    """Draws from another distribution than the one whose entropy is known; pages that are no stories."""
+    curated, log_p = stories.curate()
+    assert math.exp(log_p) == pytest.approx(0.7 * (0.3 * 0.75 + 0.4 * 0.75 ** 2 + 0.2 * 0.75 ** 3 + 0.1 * 0.75 ** 4))
+    rng, lengths = random.Random(40), Counter()
+    for _ in range(2000):
+        text, logprob = stories.document(rng, curated)
+        parts = [recognise(sentence).part for sentence in split_sentences(text.split("\n")[1])]
+        assert "unkind" not in parts
+        lengths[sum(part in ("kind", "neutral") for part in parts)] += 1
+        assert logprob == pytest.approx(stories.document_log_probability(text) - log_p)
+    for k, odds in enumerate((0.3, 0.4, 0.2, 0.1), 1):
+        p = 0.7 * odds * 0.75 ** k / math.exp(log_p)
+        assert abs(lengths[k] / 2000 - p) < 4 * math.sqrt(p * (1 - p) / 2000)
