@@ -97,7 +97,7 @@ def trained(reference, rewards, method, draw_documents=None, **flags):
 @pytest.mark.parametrize("method, bound, flags", [
     ("ppo", 0.02, dict(iterations=45, minibatch=256, epochs=2, lr=2e-3, value_lr=3e-3)),
     ("ppo_penalty", 0.02, dict(iterations=30, minibatch=256, epochs=2, lr=5e-3, value_lr=5e-3)),
-    ("a2c", 0.03, dict(iterations=60, lr=3e-3, value_lr=5e-3)),
+    ("a2c", 0.03, dict(iterations=60, minibatch=512, lr=3e-3, value_lr=5e-3)),
     ("grpo", 0.03, dict(iterations=40, minibatch=256, epochs=2, lr=3e-3, kl="rewards", scale=False))])
 def test_who_finds_the_boltzmann_policy(world, method, bound, flags):
     """A method with a wrong sign, shift, mask, bootstrap or baseline still raises the reward; only a right one ends at π*.
@@ -120,7 +120,7 @@ def test_reinforce_and_its_baseline(world):
     same, and the mean of the batch takes them off again. Without a baseline the same samples, of which nearly all are
     pushed up, bring a policy only part of the way: a difference of noise, for the expected gradient is the same."""
     reference, ref, rewards, best, _ = world
-    plain, baselined = (kl(trained(reference, rewards + 3, method, iterations=65, lr=2e-3), best)
+    plain, baselined = (kl(trained(reference, rewards + 3, method, iterations=65, minibatch=512, lr=2e-3), best)
                         for method in ("reinforce", "reinforce_baseline"))
     print(f"\nKL(π || π*) {kl(ref, best):.3f} → reinforce {plain:.3f}, reinforce_baseline {baselined:.3f} nats")
     assert baselined <= 0.05 < plain < 0.5 * kl(ref, best)
