@@ -272,8 +272,8 @@ def finetune(config):
     policy, block_size = copy.deepcopy(reference), reference.config.block_size
     own, data = prompts_with_room(own, tokenizer, config, block_size)
     M = min(config.prompts, len(own)) if own else config.prompts
-    announce(config.name, config, get_device(), f"{data}; {config.samples} responses to each of {M:,}, {config.rounds} x",
-             policy)
+    announce(config.name, config, get_device(), f"{data}; {config.rounds} rounds of {config.samples} responses to each of "
+             f"{M:,}", policy)
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in ("sft", "reward_model")]
     with Run(config.name, folder, config, config.report, sources) as run:
         run.total = config.rounds * config.epochs * math.ceil(M / config.batch)  # fewer if responses are dropped

@@ -201,11 +201,10 @@ def steps_of(items, config):
 
 
 def fit(policy, reference, items, held_out, config, rng, saved=None):
-    """Fit the policy to items in place. A generator, after every step: (step, figures or None, state).
-
-    items: a list, or for config.online a function, number of the round from 0 -> its list, called when the policy is
-    ready for that round (when a run goes on, for the rounds before it too). figures come every config.report steps;
-    state is what a later call needs as `saved`, with its "step", to go on."""
+    """Fit the policy to items in place. A generator, after every step: (step, figures or None, state). items: a list, or
+    for config.online a function, number of the round from 0 -> its list, called when the policy is ready for that round
+    (when a run goes on, for the rounds before it too). figures come every config.report steps; state is what a later call
+    needs as `saved`, with its "step", to go on."""
     saved, step, steps = saved or {"step": 0}, 0, steps_of(items, config)
     optimizer = make_optimizer(policy, weight_decay=0.0)
     rows = restore(saved, steps, policy=policy, optimizer=optimizer, figures=[])["figures"]
@@ -303,9 +302,8 @@ def train(config):
                         **{"beta": config.beta} if reference else {})  # SimPO's is no price of KL
         run.finish()
     forget_rounds(folder, "pairs", config.online)
-    scorer, _ = load(config, "reward_model", RewardModel) if judged or not config.data else (None, None)
-    before = reference or load(config, "sft")[0]
-    show_before_and_after(None if world else prompts, before, policy, tokenizer, config, scorer)
+    r_phi, _ = load(config, "reward_model", RewardModel) if judged or not config.data else (None, None)  # for the screen
+    show_before_and_after(None if world else prompts, reference or load(config, "sft")[0], policy, tokenizer, config, r_phi)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 

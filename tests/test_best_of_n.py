@@ -1058,7 +1058,7 @@ def test_rounds_of_finetuning(how, out, monkeypatch, capsys):
     assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
     learnt = [row["loss"] for row in rows if "loss" in row]
     assert learnt[-1] < learnt[0]
-    assert "fresh requests of the little world; 4 responses to each of 12, 2 x\n" in printed
+    assert "fresh requests of the little world; 2 rounds of 4 responses to each of 12\n" in printed
     assert printed.count("kept    12 of 48 responses, for ") == 2
     policy, _, checkpoint = load_checkpoint(folder / "checkpoint.pt", "rsft", "cpu")
     assert checkpoint["distils"] == 16 and not equal(policy.state_dict(), rounds[1][2])
@@ -1113,8 +1113,8 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch, capsys)
     rounds = watch(monkeypatch)
     rsft(out, "--data", str(tmp_path / "prompts.jsonl"), "--prompts", "999", "--rounds", "2")
     assert [sorted(prompts) for prompts, *_ in rounds] == [sorted(short)] * 2 and len(short) < 20
-    assert (f"prompts.jsonl: {len(short)} prompts, dropped {36 - len(short)} that leave no room for 16 new tokens; 4 "
-            f"responses to each of {len(short)}, 2 x\n") in capsys.readouterr().out
+    assert (f"prompts.jsonl: {len(short)} prompts, dropped {36 - len(short)} that leave no room for 16 new tokens; 2 "
+            f"rounds of 4 responses to each of {len(short)}\n") in capsys.readouterr().out
     rsft(out, "--data", str(tmp_path / "prompts.jsonl"), "--prompts", "7")
     assert len(set(rounds[-1][0])) == 7 and set(rounds[-1][0]) < set(short)
     before = snapshot(out)

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the masked token mean, the <|end|> token, demonstrations, and the stage as a whole."""
 
+import copy
 import json
 import random
 import re
@@ -68,6 +69,30 @@ def test_backward_accumulates_and_steps_nothing():
     sft.backward(model, sequences, prompts, 70, 64)
     torch.testing.assert_close(gradients(model), 2 * once)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), twin.parameters()))
+
+
+def test_fit_by_hand(monkeypatch):
+    """A learning rate that never moves, a loss that averages over what was reported before, a last step that is never
+    reported; half of the run done twice after it went on, with batches in another order."""
+    sequences, prompts = random_batch()
+    config = sft.Config(epochs=3, batch=2, micro_batch=2, lr=1e-2, warmup=2, report=5)
+    rates, losses, backward, step = [], [], sft.backward, sft.optimizer_step
+    monkeypatch.setattr(sft, "backward", lambda *rest: losses.append(float(backward(*rest))) or torch.tensor(losses[-1]))
+    monkeypatch.setattr(sft, "optimizer_step", lambda *rest: rates.append(rest[2]) or step(*rest))
+    model, figures = tiny_gpt(0, V, 64), {}
+    for number, found, state in sft.fit(model, sequences, prompts, config, random.Random(5)):
+        figures[number] = found
+        if number == 7:
+            plain = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
+            saved = copy.deepcopy({"step": 7, "path": "state", **plain})
+    assert len(losses) == 12 and rates == [gpt.learning_rate(i, 12, 1e-2, 2) for i in range(12)]
+    assert [number for number, found in figures.items() if found] == [5, 10, 12]
+    for number, part in ((5, losses[:5]), (10, losses[5:10]), (12, losses[10:])):
+        assert figures[number][0] == pytest.approx(sum(part) / len(part)) and figures[number][1] > 0
+    twin = tiny_gpt(1, V, 64)
+    again = {number: found for number, found, _ in sft.fit(twin, sequences, prompts, config, random.Random(5), saved)}
+    assert again == {number: found for number, found in figures.items() if number > 7}
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), twin.parameters()))
 
 
 def test_exactly_the_response_and_its_end_are_trained():
