@@ -150,7 +150,8 @@ class Tokenizer:
     def encode(self, text):
         """Text to a list of ids, never a special one. A lone surrogate, which isn't text, becomes U+FFFD."""
         parts = LONG_RUN.split(text) if len(text) > 100_000 else [text]
-        return [i for part in parts for i in self._encoding.encode_ordinary(part)]
+        first, *rest = map(self._encoding.encode_ordinary, parts)
+        return sum(rest, first)
 
     def encode_batch(self, texts, num_threads=2):
         """[encode(text) for text in texts], in threads."""
