@@ -372,7 +372,7 @@ def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
 
 
 @pytest.mark.parametrize("what, n", [
-    ("step", 1), ("replace", 2), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
+    ("step", 1), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
 def test_ctrl_c_at_the_edges(chain, tmp_path, what, n):
     """In the first step or the last, or while a file is written or moved: nothing to save yet, or nothing to do."""
     out, argv = before("dpo", chain, tmp_path)
