@@ -327,7 +327,7 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
 
 
 def test_settings_of_a_published_model():
-    """The little model's learning rates, a hundred times too large, tear a pretrained one apart in a few steps; where the
+    """The little model's learning rates, a hundred times too large, tear a pretrained one apart in a few steps; where a
     size overrides the method, there are four passes over samples that may be used once."""
     def parsed(module, *flags):
         needs = getattr(module, "NEEDS", {})
