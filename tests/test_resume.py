@@ -108,6 +108,7 @@ def child(stage, argv, setup, logs):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     torch.set_num_threads(1)
     setup()
     sys.argv = [f"{stage}.py", *argv]
@@ -372,7 +373,7 @@ def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
 
 
 @pytest.mark.parametrize("what, n", [
-    ("step", 1), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
+    ("step", 1), ("replace", 2), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
 def test_ctrl_c_at_the_edges(chain, tmp_path, what, n):
     """In the first step or the last, or while a file is written or moved: nothing to save yet, or nothing to do."""
     out, argv = before("dpo", chain, tmp_path)
