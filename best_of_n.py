@@ -34,14 +34,14 @@ import torch.nn.functional as F
 import dpo
 import ppo
 from data import stories
-from data.annotator import pass_at_k, verified_optimum, verifier
+from data.annotator import gold_rewards, pass_at_k, verified_optimum, verifier
 from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
 from data.run import (Run, announce, check_name, complete, forget_rounds, parse_config, progress, read_torch,
                       refused_if_broken, stage_folder, train_missing)
 from dpo import response_logprobs
 from gpt import autocast, generate, get_device, load_checkpoint, response_texts, save_checkpoint
-from reward_model import RewardModel, gold_rewards, show_before_and_after, step_rewards
-from sft import encode_demonstrations, fit, prompts_with_room, sample_prompts
+from reward_model import RewardModel, stages_until, step_rewards
+from sft import encode_demonstrations, fit, prompts_with_room, sample_prompts, show_before_and_after
 
 
 @dataclass
@@ -556,7 +556,7 @@ def close_to_the_best(stages, figures):
 def load_policies(config, names, stage):
     """({name: (GPT, temperature of its training, N of the best-of-N that it distils, else 1)}, reward model, tokenizer) for
     a stage; InputError if the vocabularies differ."""
-    mains, earlier, kinds = {"ppo": ppo.main, "dpo": dpo.main}, dict(ppo.EARLIER), {"sft": "sft"}
+    mains, earlier, kinds = {"ppo": ppo.main, "dpo": dpo.main}, stages_until("reward_model"), {"sft": "sft"}
     for name in names:
         complete(stage_folder(config, name))
         kinds[name] = re.match("ppo|dpo|rsft|", name).group()

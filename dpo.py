@@ -30,7 +30,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-import reward_model as reward_model_stage
 from data import stories
 from data.annotator import JUDGES, judge_of
 from data.files import InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script, write_jsonl
@@ -38,10 +37,8 @@ from data.run import Run, announce, check_name, forget_rounds, parse_config, res
 from data.tokenizer import encode_comparisons, encode_pairs
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
-from reward_model import RewardModel, collect_pairs, reward_model_judge, show_before_and_after
-from sft import answer, encode_demonstrations, prompts_with_room
-
-EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
+from reward_model import RewardModel, collect_pairs, reward_model_judge, stages_until
+from sft import answer, encode_demonstrations, prompts_with_room, show_before_and_after
 
 
 @dataclass
@@ -268,7 +265,7 @@ def train(config):
     judge = judge_of(config.judge, folder / "unfinished/labels.jsonl") if config.online and not judged else None
     read = read_labels if config.loss == "kto" else read_pairs
     split = hold_out(read(config.data), config.seed, config.data) if config.data else None  # before any training
-    train_missing(config, EARLIER if judged or not config.data else reward_model_stage.EARLIER, config.name)
+    train_missing(config, stages_until("reward_model" if judged or not config.data else "sft"), config.name)
     policy, tokenizer = load(config, config.start)  # π_θ, trained
     reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
     judge = reward_model_judge(*load(config, "reward_model", RewardModel)) if judged else judge
@@ -313,9 +310,8 @@ def main(argv=None):
              "sample_batch": ("online",), "online": ("start", "sft")}  # a base model can't answer
     config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO, IPO, KTO, SimPO, ORPO.", needs, PRESETS)
     if config.prompt:
-        answer(config, "dpo", config.name)
-    else:
-        train(config)
+        return answer(config, "dpo", config.name)
+    train(config)
 
 
 if __name__ == "__main__":

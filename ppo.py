@@ -10,10 +10,7 @@ Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen rew
     python ppo.py --prompt "…"          answer a prompt with the policy
     python ppo.py --beta 1e-6 --name ppo-beta0                         over-optimization: reward rises, gold falls
     python ppo.py --method grpo --name ppo-grpo                        the family, from REINFORCE to GRPO (PRESETS)
-    python ppo.py --reward verifier --name ppo-verifier                right or wrong, no reward model (CS 224R, ch. 11)
-    python ppo.py --reward process --name ppo-process                  every sentence its reward, not one at the end
-
-The loop is the lecture's: 1 generate, 2 score, 3 estimate advantages, 4 update (K epochs), 5 repeat.
+    python ppo.py --reward verifier --name ppo-verifier                CS 224R, ch. 11; or process, or "COMMAND"
 
 Departures from the slides, on purpose:
     The KL penalty stands in the rewards, token by token, as on the slide "Token-Level Returns" and in Ouyang et al. 2022,
@@ -34,19 +31,14 @@ from typing import Literal, NamedTuple
 
 import torch
 
-import reward_model as reward_model_stage
 import sft
-from data.annotator import TextReward, reward_of
+from data.annotator import gold_rewards, reward_of
 from data.files import InputError, run_script, split_prompts
 from data.run import (Run, announce, check_name, parse_config, peak_memory, restore, show_models, stage_folder,
                       train_missing)
 from gpt import (autocast, exact_kl, generate, get_device, kl_estimators, load_checkpoint, log_distribution, make_optimizer,
                  masked_logprobs, optimizer_step, pretraining_text, response_mask, save_checkpoint)
-from reward_model import RewardModel, gold_rewards, show_before_and_after, start_from, step_rewards
-
-EARLIER = {**reward_model_stage.EARLIER, "reward_model": reward_model_stage.main}  # the stages that this one builds on
-PROCESS = {**EARLIER, "process_model": lambda argv: reward_model_stage.main([*argv, "--process"])}
-REWARD_MODELS = {"reward_model": "reward_model", "process": "process_model"}  # --reward: the stage whose model gives it
+from reward_model import REWARDS, load_reward_model, rewarder, stages_until, start_from
 
 
 @dataclass
@@ -253,14 +245,12 @@ def score(policy, reference, reward_model, value_model, rollout, mask, config):
     """Step 2. What the models say of a Rollout: (logprobs, ref_logprobs, values), each (B, T-1) and 0 where the mask is
     false or the model is None, and the reward model's scores (B,)."""
     logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=mask.device)
-    scores, texts = torch.zeros(len(mask), device=mask.device), isinstance(reward_model, TextReward)
-    if texts:  # all at once: a program is started for each batch
-        scores = reward_model.score(rollout.tokens, rollout.lengths)
+    scores = torch.zeros(len(mask), device=mask.device)
     for rows in rollout.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
         T = int(rollout.lengths[rows].max())
         tokens, part = rollout.tokens[rows, :T], mask[rows, :T - 1]
         logprobs[rows, :T - 1] = masked_logprobs(policy, tokens, part, config.temperature)
-        if reward_model and not texts:
+        if reward_model:
             scores[rows] = reward_model.score(tokens, rollout.lengths[rows])
         if reference:
             ref_logprobs[rows, :T - 1] = masked_logprobs(reference, tokens, part, config.temperature)
@@ -301,14 +291,13 @@ def backward(policy, value_model, batch, config, documents=()):
         if config.objective == "penalty":
             new = log_distribution(policy, part.tokens, part.mask, config.temperature)  # (B, T-1, V)
             logprobs, step_kl = new.gather(2, part.tokens[:, 1:, None]).squeeze(2), exact_kl(part.old_distribution, new)
+            loss = penalty_policy_loss(logprobs, part.old_logprobs, part.advantages, w * step_kl, part.mask, config.penalty)
         else:
             logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
             _, _, step_kl = kl_estimators((part.old_logprobs - logprobs).detach())  # k3: the samples are π_old's
         if config.objective == "clip":
             loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
-        elif config.objective == "penalty":
-            loss = penalty_policy_loss(logprobs, part.old_logprobs, part.advantages, w * step_kl, part.mask, config.penalty)
-        else:
+        elif config.objective == "policy_gradient":
             loss = policy_gradient_loss(logprobs, part.advantages, part.mask)
         if config.kl == "loss" and config.beta:  # β k3 of KL(π_θ || π_ref)   (Shao et al. 2024, eq. 4)
             loss = loss + config.beta * masked_mean(w * kl_estimators(logprobs - part.ref_logprobs)[2], part.mask)
@@ -324,11 +313,11 @@ def backward(policy, value_model, batch, config, documents=()):
 
 
 def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None,
-             draw_documents=None, dense=None):
+             draw_documents=None, token_rewards=None):
     """The loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
 
     reference, value_model: never called, may be None, where config has no use for them; reward_model: anything with
-    score(tokens, lengths) -> (B,), or None and in its place dense(rollout) -> (B, T-1), a reward for every step;
+    score(tokens, lengths) -> (B,), or None and in its place token_rewards(rollout) -> (B, T-1), see reward_model.rewarder;
     draw_prompts(count, rng), draw_documents(count, rng) (PPO-ptx): lists of ids; figures: name -> number, without the
     annotator's; state: what a later call needs as `saved`, with its "step", to go on."""
     device, saved, penalized = policy.wte.weight.device, saved or {"step": 0}, config.objective == "penalty"
@@ -357,9 +346,9 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
                                                            config)
         scores = torch.where(ended, scores, config.missing_end_score)
         rewards = shaped_rewards(scores, old_logprobs, ref_logprobs, mask, config.beta if config.kl == "rewards" else 0.0)
-        if dense:  # each step's reward at its last token; a response that never ended has earned none
-            of_steps = torch.where(ended[:, None], dense(rollout), 0.0)
-            rewards, scores = rewards + of_steps, scores + of_steps.sum(dim=1)
+        if token_rewards:  # a response that never ended has earned none
+            earned = torch.where(ended[:, None], token_rewards(rollout), 0.0)
+            rewards, scores = rewards + earned, scores + earned.sum(dim=1)
         scored = time.perf_counter()
 
         # 3. Estimate advantages.
@@ -403,18 +392,13 @@ def optimize(policy, reference, reward_model, value_model, draw_prompts, end_tok
 
 def load_models(config, device):
     """({name: model, None where the method or the reward has no use for it}, tokenizer, the files they come from)."""
-    stage, sft_path = REWARD_MODELS.get(config.reward), stage_folder(config, "sft") / "checkpoint.pt"
-    policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)  # π_θ, trained
-    reward_model, sources = None, [sft_path]
-    if stage:
-        sources.append(stage_folder(config, stage) / "checkpoint.pt")
-        reward_model, found, _ = load_checkpoint(sources[1], stage, config.size, device, RewardModel)
-        if found.vocabulary != tokenizer.vocabulary:
-            raise InputError(f"{sources[1]}: its vocabulary is not that of {sft_path}; train the reward model again")
+    path = stage_folder(config, "sft") / "checkpoint.pt"
+    policy, tokenizer, _ = load_checkpoint(path, "sft", config.size, device)  # π_θ, trained
+    reward_model, found = load_reward_model(config, tokenizer)
     # V starts as r_φ, or where there is none as the policy with a new head, 0.
     value_model = (deepcopy(reward_model) or start_from(policy)) if config.advantage == "gae" else None
     return dict(policy=policy, reference=deepcopy(policy) if config.beta else None, reward_model=reward_model,
-                value_model=value_model), tokenizer, sources
+                value_model=value_model), tokenizer, [path, *found]
 
 
 def train(config):
@@ -423,32 +407,23 @@ def train(config):
     least = 2 if config.advantage == "group" or config.baseline == "leave_one_out" else 1
     if config.group < least or config.rollouts % config.group:
         raise InputError(f"--group {config.group}: must be at least {least} and divide --rollouts {config.rollouts}")
-    if config.data and config.reward in ("process", "verifier"):
-        raise InputError(f"--reward {config.reward}: knows the little world only, not the prompts of {config.data}")
-    of_texts = None if config.reward in REWARD_MODELS else reward_of(config.reward)
-    own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)  # before minutes of training
-    train_missing(config, reward_model_stage.EARLIER if of_texts else PROCESS if config.reward == "process" else EARLIER,
-                  config.name)
+    reward_of(config.reward, config.data)  # refused before minutes of training
+    own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)
+    train_missing(config, stages_until(REWARDS.get(config.reward, "sft")), config.name)
     folder, device = stage_folder(config, config.name), get_device()
     models, tokenizer, sources = load_models(config, device)
-    policy, reference, reward_model, _ = models.values()
+    policy, reference, reward_model, value_model = models.values()
+    scorer, token_rewards = rewarder(config.reward, reward_model, tokenizer)
     fitting, data = sft.prompts_with_room(own, tokenizer, config, policy.config.block_size)
     announce(config.name, config, device, data + f"; reward: {config.reward}" * (config.reward != "reward_model"), policy)
     show_models(trained=("policy", "value_model"), **models)
-
-    def draw_prompts(count, rng):
-        return [tokenizer.prompt(text) for text in sft.sample_prompts(fitting, count, rng)]
-
-    dense = None
-    if of_texts:
-        models["reward_model"] = TextReward(of_texts, tokenizer)
-    elif config.reward == "process":  # every sentence its reward, in place of a score
-        models["reward_model"], dense = None, lambda rollout: step_rewards(reward_model, rollout, tokenizer)[0]
+    draw_prompts = lambda count, rng: [tokenizer.prompt(text) for text in sft.sample_prompts(fitting, count, rng)]
     draw_documents, documents, texts = pretraining_text(config, tokenizer, policy) if config.ptx else (None, [], [])
     unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
     with Run(config.name, folder, config, config.save, sources + texts, unprinted) as run:
         run.total, state = config.iterations, run.saved
-        loop = optimize(*models.values(), draw_prompts, tokenizer.end_token, config, run.saved, draw_documents, dense)
+        loop = optimize(policy, reference, None if token_rewards else scorer, value_model, draw_prompts,
+                        tokenizer.end_token, config, run.saved, draw_documents, token_rewards)
         for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):
             gold = {} if config.data else dict(gold=gold_rewards(rollout, tokenizer).mean().item())
             run(iteration, **gold, **figures)
@@ -459,17 +434,15 @@ def train(config):
         run.finish()
 
     reference = reference or load_checkpoint(sources[0], "sft", config.size, device)[0]
-    show_before_and_after(held_out, reference, policy, tokenizer, config, models["reward_model"], config.temperature,
-                          documents)
+    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, scorer, config.temperature, documents)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
 
 
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.", NEEDS, PRESETS)
     if config.prompt:
-        sft.answer(config, "ppo", config.name)
-    else:
-        train(config)
+        return sft.answer(config, "ppo", config.name)
+    train(config)
 
 
 if __name__ == "__main__":

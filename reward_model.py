@@ -30,14 +30,14 @@ import torch.nn.functional as F
 
 import sft
 from data import annotator, stories
-from data.annotator import (Marked, annotator_judge, answer_key, gold_margins, gold_rewards, print_agreement,
-                            print_answer_key, standard_error, step_ends)
+from data.annotator import (Marked, TextReward, annotator_judge, answer_key, gold_margins, print_agreement,
+                            print_answer_key, reward_of, step_ends)
 from data.files import InputError, hold_out, read_comparisons, read_pairs, run_script, write_jsonl
 from data.run import Run, announce, counts, doublings, parse_config, progress, restore, show, stage_folder, train_missing
 from data.tokenizer import encode_comparisons
-from gpt import (GPT, autocast, batches_by_length, generate, get_device, held_out_loss, learning_rate, load_checkpoint,
-                 make_optimizer, optimizer_step, pad, respond, response_texts, save_checkpoint)
-from sft import has_room, prompts_with_room, sample_prompts
+from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate, load_checkpoint, make_optimizer,
+                 optimizer_step, pad, respond, save_checkpoint)
+from sft import prompts_with_room, sample_prompts
 
 EARLIER = {**sft.EARLIER, "sft": sft.main}  # the stages that this one builds on
 
@@ -314,38 +314,6 @@ def collect(policy, tokenizer, config, judge=annotator_judge):
     return split
 
 
-def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0, documents=()):
-    """Two policies answer the same prompts (None: 33 held-out requests of the world), with one seed, the second one at the
-    temperature at which it was trained: prints the mean scores of both, and both texts for the prompt whose gain is the
-    median, in gold where it is known, else in reward. documents: lists of ids, of which both tell the loss."""
-    if documents:
-        print(f"pretraining loss {held_out_loss(before, documents, 1):.3f} → {held_out_loss(after, documents, 1):.3f} "
-              "nats per token")
-    if prompts is None:
-        prompts = sample_prompts(None, 33, random.Random("before and after"), held_out=True)
-    prompts = [prompt for prompt in prompts if has_room(prompt, tokenizer, config, after.config.block_size)][:33]
-    if not prompts:
-        return
-    ids, texts, scores = [tokenizer.prompt(prompt) for prompt in prompts], [], {"reward": [], "gold": []}
-    for policy, at in ((before, 1.0), (after, temperature)):
-        with autocast(get_device()), torch.inference_mode():
-            rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, at, seed=config.seed)
-            if reward_model:
-                scores["reward"].append(reward_model.score(rollout.tokens, rollout.lengths).cpu())
-        texts.append(response_texts(rollout, tokenizer))
-        if all(map(stories.parse_request, prompts)):
-            scores["gold"].append(gold_rewards(rollout, tokenizer))
-    scores = {name: torch.stack(pair) for name, pair in scores.items() if pair}  # each (2, N)
-    means = [f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})"
-             for name, (x, y) in scores.items()]
-    print(f"before and after on {len(prompts)} held-out prompts" + ": " * bool(means) + "; ".join(means))
-    gains = next((y - x for x, y in reversed(scores.values())), torch.zeros(len(prompts)))
-    median = gains.argsort(stable=True)[len(gains) // 2].item()
-    rewards = scores.get("reward", [[None] * len(prompts)] * 2)
-    show(("prompt", prompts[median]), *[(label, annotator.scored(prompts[median], texts[i][median], rewards[i][median]))
-                                        for i, label in enumerate(("before", "after"))])
-
-
 def stage_comparisons(config):
     """The split of the stage's own comparisons; a stage that is missing is trained, with this run's settings."""
     train_missing(config, EARLIER, "reward_model")
@@ -392,6 +360,30 @@ def step_rewards(model, rollout, tokenizer):
     return torch.where(steps, model(rollout.tokens)[:, 1:], 0.0), steps
 
 
+REWARDS = {"reward_model": "reward_model", "process": "process_model"}  # ppo.py --reward: the stage whose model gives it
+
+
+def rewarder(name, model, tokenizer):
+    """Of what ppo.py --reward names, model None where that is not a model's: (what has score(tokens, lengths) -> (B,), or
+    None, what gives a Rollout's actions (B, T-1) rewards in its place, or None: to the end of each step, or of a text)."""
+    if name == "process":
+        return None, lambda rollout: step_rewards(model, rollout, tokenizer)[0]
+    texts = None if model else TextReward(reward_of(name), tokenizer)
+    return model or texts, texts and texts.token_rewards
+
+
+def load_reward_model(config, tokenizer):
+    """The RewardModel of what ppo.py --reward names, with its file in a list: (model, [path]); (None, []) if that is not a
+    model's. InputError if it reads other tokens than the policy's tokenizer makes."""
+    if config.reward not in REWARDS:
+        return None, []
+    path = stage_folder(config, REWARDS[config.reward]) / "checkpoint.pt"
+    model, found, _ = load_checkpoint(path, REWARDS[config.reward], config.size, get_device(), RewardModel)
+    if found.vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{path}: its vocabulary is not the policy's; train the reward model again")
+    return model, [path]
+
+
 def train_process(config):
     """Train a process reward model on the responses of the reward model's comparisons, marked by the annotator."""
     split, source, folder = stage_comparisons(config), *(stage_folder(config, x) for x in ("reward_model", "process_model"))
@@ -422,6 +414,13 @@ def main(argv=None):
     if config.process and config.learning_curve:
         raise InputError("--learning_curve True: is a curve of pairs, and --process trains on steps")
     (train_process if config.process else learning_curve if config.learning_curve else train)(config)
+
+
+def stages_until(last):
+    """{stage: its main}, in order, of the stages up to this one: what ppo.py, dpo.py and best_of_n.py build on."""
+    stages = {**EARLIER, "reward_model": main, "process_model": lambda argv: main([*argv, "--process"])}
+    names = list(stages)
+    return {name: stages[name] for name in names[:names.index(last) + 1]}
 
 
 if __name__ == "__main__":

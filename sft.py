@@ -27,12 +27,13 @@ import torch
 
 import gpt
 from data import stories
-from data.annotator import answers, scored
+from data.annotator import answers, gold_rewards, scored, standard_error
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, announce, check_name, complete, doublings, parse_config, restore, show, stage_folder,
                       train_missing, with_error)
-from gpt import (batches_by_length, excess, get_device, held_out_loss, learning_rate, load_checkpoint, make_optimizer,
-                 masked_logprobs, optimizer_step, pad, respond, response_mask, save_checkpoint)
+from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss, learning_rate, load_checkpoint,
+                 make_optimizer, masked_logprobs, optimizer_step, pad, respond, response_mask, response_texts,
+                 save_checkpoint)
 
 EARLIER = {"gpt": gpt.main}  # the stages that this one builds on
 
@@ -263,6 +264,38 @@ def answer(config, stage, name):
     texts, _ = respond(policy, tokenizer, [tokenizer.prompt(config.prompt)], config.max_new_tokens, config.seed,
                        config.temperature * checkpoint.get("temperature", 1.0), config.top_k or None)
     print(texts[0])
+
+
+def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None, temperature=1.0, documents=()):
+    """Two policies answer the same prompts (None: 33 held-out requests of the world), with one seed, the second one at the
+    temperature at which it was trained: prints the mean scores of both, and both texts for the prompt whose gain is the
+    median, in gold where it is known, else in reward. documents: lists of ids, of which both tell the loss."""
+    if documents:
+        print(f"pretraining loss {held_out_loss(before, documents, 1):.3f} → {held_out_loss(after, documents, 1):.3f} "
+              "nats per token")
+    if prompts is None:
+        prompts = sample_prompts(None, 33, random.Random("before and after"), held_out=True)
+    prompts = [prompt for prompt in prompts if has_room(prompt, tokenizer, config, after.config.block_size)][:33]
+    if not prompts:
+        return
+    ids, texts, scores = [tokenizer.prompt(prompt) for prompt in prompts], [], {"reward": [], "gold": []}
+    for policy, at in ((before, 1.0), (after, temperature)):
+        with autocast(get_device()), torch.inference_mode():
+            rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, at, seed=config.seed)
+            if reward_model:
+                scores["reward"].append(reward_model.score(rollout.tokens, rollout.lengths).cpu())
+        texts.append(response_texts(rollout, tokenizer))
+        if all(map(stories.parse_request, prompts)):
+            scores["gold"].append(gold_rewards(rollout, tokenizer))
+    scores = {name: torch.stack(pair) for name, pair in scores.items() if pair}  # each (2, N)
+    means = [f"{name} {x.mean():.2f} → {y.mean():.2f} (± {standard_error(y - x):.2f})"
+             for name, (x, y) in scores.items()]
+    print(f"before and after on {len(prompts)} held-out prompts" + ": " * bool(means) + "; ".join(means))
+    gains = next((y - x for x, y in reversed(scores.values())), torch.zeros(len(prompts)))
+    median = gains.argsort(stable=True)[len(gains) // 2].item()
+    rewards = scores.get("reward", [[None] * len(prompts)] * 2)
+    show(("prompt", prompts[median]), *[(label, scored(prompts[median], texts[i][median], rewards[i][median]))
+                                        for i, label in enumerate(("before", "after"))])
 
 
 def main(argv=None):

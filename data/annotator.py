@@ -217,8 +217,13 @@ def command_reward(command):
     return lambda asked: list(ask(words, [dict(zip(("prompt", "response"), one)) for one in asked], number))
 
 
-def reward_of(name):
-    """The reward of texts of this name, "verifier", or else the command_reward."""
+def reward_of(name, data=""):
+    """The reward of texts of this name, "verifier", or else the command_reward; None for a model's, "reward_model" and
+    "process". InputError if it knows the little world only, and the prompts are of a user's data."""
+    if data and name in ("process", "verifier"):
+        raise InputError(f"--reward {name}: knows the little world only, not the prompts of {data}")
+    if name in ("reward_model", "process"):
+        return None
     return verifier if name == "verifier" else command_reward(name)
 
 
@@ -230,7 +235,13 @@ class TextReward:
 
     def score(self, tokens, lengths):
         """The rewards (B,) of sequences in the chat format, tokens (B, T), lengths (B,)."""
-        return torch.tensor(self.rewards(read_texts(tokens, lengths, self.tokenizer)), device=tokens.device)
+        return torch.tensor(self.rewards(read_texts(tokens, lengths, self.tokenizer)), dtype=torch.float32,
+                            device=tokens.device)
+
+    def token_rewards(self, rollout):
+        """(B, T-1): those of a whole Rollout, for one program is started for all of it, at each last action."""
+        rewards = torch.zeros(rollout.tokens[:, 1:].shape, device=rollout.tokens.device)
+        return rewards.scatter(1, rollout.lengths[:, None] - 2, self.score(rollout.tokens, rollout.lengths)[:, None])
 
 
 def pass_at_k(correct, n, k):

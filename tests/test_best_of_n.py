@@ -900,8 +900,7 @@ def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, capsys
             shutil.copytree(trained / "cpu" / name, out / "cpu" / name)
         return main
 
-    for name in list(ppo.EARLIER):
-        monkeypatch.setitem(ppo.EARLIER, name, main_of(name))
+    monkeypatch.setattr(best_of_n, "stages_until", lambda last: {name: main_of(name) for name in ("gpt", "sft", last)})
     monkeypatch.setattr(ppo, "main", main_of("ppo"))
     monkeypatch.setattr(dpo, "main", main_of("dpo"))
     for name, folder in (("foo", out), ("ppo-none", out), ("sft", trained), ("gpt", trained)):  # trained has them

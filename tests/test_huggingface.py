@@ -20,7 +20,7 @@ from data import huggingface
 from data.files import InputError
 from data.huggingface import read_folder, write_folder
 from data.run import parse_config, show_models
-from data.tokenizer import SPECIAL_TOKENS, Tokenizer, train
+from data.tokenizer import Tokenizer, train
 from gpt import load_checkpoint, pad
 from helpers import snapshot, tiny_gpt, tiny_reward_model
 

@@ -643,7 +643,7 @@ def test_no_held_out_request_is_trained_on(out, monkeypatch):
         return gpt.generate(model, prompts, *rest, **more)
 
     monkeypatch.setattr(ppo, "optimize", optimize)
-    monkeypatch.setattr(reward_model, "generate", generate)
+    monkeypatch.setattr(sft, "generate", generate)
     ppo.main(["--out", str(out), *FLAGS])
     assert list(map(len, trained_on)) == [1500] * 3 and list(map(len, held_out)) == [500, 150, 33, 33]
     for sequences, expected in ((trained_on, False), (held_out, True)):
@@ -771,7 +771,7 @@ def test_a_process_reward_stands_at_its_steps(monkeypatch):
         return noise(7, len(rollout.tokens), rollout.tokens.shape[1] - 1) * (rollout.tokens[:, 1:] == 2)  # steps end on a 2
 
     monkeypatch.setattr(ppo, "estimate_advantages", lambda *arguments: seen.append(arguments) or estimate(*arguments))
-    loop = ppo.optimize(policy, reference, None, tiny_reward_model(1), draw_prompts, END, config, dense=dense)
+    loop = ppo.optimize(policy, reference, None, tiny_reward_model(1), draw_prompts, END, config, token_rewards=dense)
     (rollout, figures, _), = loop
     (rewards, _, mask, *_), = seen
     ended, scores = rollout.ended(END), []
@@ -797,11 +797,11 @@ def test_a_reward_of_texts_is_asked_once_a_batch():
     rows = [(f"{i}?", " ".join(rng.choices("abcdef", k=rng.randint(1, 9)))) for i in range(20)]
     tokens, lengths = gpt.pad([tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows])
     rollout = gpt.Rollout(tokens, torch.tensor([len(tokenizer.prompt(prompt)) for prompt, _ in rows]), lengths)
-    mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
     reward = TextReward(lambda texts: asked.append(texts) or [len(text) for _, text in texts], tokenizer)
-    model = tiny_gpt(0, tokenizer.n_vocab, 64)
-    *_, scores = ppo.score(model, None, reward, None, rollout, mask, ppo.Config(micro_batch=3))
-    assert asked == [rows] and scores.tolist() == [len(text) for _, text in rows]
+    rewards = reward.token_rewards(rollout)
+    assert asked == [rows] and rewards.shape == tokens[:, 1:].shape and rewards.count_nonzero() == len(rows)
+    for row, length, (_, text) in zip(rewards, lengths, rows):
+        assert row[length - 2] == len(text)  # a_t = tokens[t + 1]: the action that emits <|end|>
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
@@ -865,7 +865,7 @@ def test_ppo_on_the_process_model(out, monkeypatch, capsys):
         assert torch.equal(arguments[-1](rollout), expected)
         return optimize(policy, reference, scores, value_model, *arguments)
 
-    monkeypatch.setattr(ppo, "PROCESS", {**ppo.PROCESS, "process_model": process})
+    monkeypatch.setattr(ppo, "stages_until", lambda last: {**reward_model.stages_until(last), "process_model": process})
     monkeypatch.setattr(ppo, "optimize", spy)
     ppo.main(["--out", str(out), "--iterations", "2", "--reward", "process", *FLAGS])
     assert len(trained) == 1 and "plan    process_model → ppo, " in capsys.readouterr().out

@@ -691,9 +691,9 @@ def test_the_flag_goes_down_the_chain(chain, tmp_path, monkeypatch, capsys):
     """ppo.py trains what is missing; interrupted in the middle of that, ppo.py --resume would begin SFT anew."""
     out, _, folder = interrupted("sft", chain, tmp_path, n=25)
     data = chain / "demonstrations.jsonl"
-    for stage in ("sft", "reward_model"):
-        main, flags = ppo.EARLIER[stage], FLAGS[stage].format(data=data).split()
-        monkeypatch.setitem(ppo.EARLIER, stage, lambda argv, main=main, flags=flags: main(argv + flags))
+    mains = {stage: lambda argv, main=MODULES[stage].main, flags=FLAGS[stage].format(data=data).split(): main(argv + flags)
+             for stage in ("sft", "reward_model")}
+    monkeypatch.setattr(ppo, "stages_until", lambda last: {"gpt": gpt.main, **mains})
     ppo.main([*arguments("ppo", out, data), "--resume"])
     printed = capsys.readouterr().out
     assert printed.startswith("plan    sft → reward_model → ppo, about 5 minutes on two cores\n")

@@ -340,7 +340,7 @@ def test_gold_rewards_judges_each_response_by_its_own_prompt(tokenizer):
         rows.append((*ids, annotator.gold_reward(prompt, text)))
     tokens, lengths = gpt.pad([prompt + response for prompt, response, _ in rows])
     rollout = gpt.Rollout(tokens, torch.tensor([len(prompt) for prompt, _, _ in rows]), lengths)
-    assert reward_model.gold_rewards(rollout, tokenizer).tolist() == pytest.approx([gold for *_, gold in rows])
+    assert annotator.gold_rewards(rollout, tokenizer).tolist() == pytest.approx([gold for *_, gold in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,9 +478,9 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
         return gpt.Rollout(tokens, torch.tensor(list(map(len, ids))), lengths)
 
     scorer = SimpleNamespace(score=lambda tokens, lengths: (lengths * 37 % 101) / 10)     # nothing like gold
-    monkeypatch.setattr(reward_model, "generate", generate)
+    monkeypatch.setattr(sft, "generate", generate)
     config = reward_model.Config(seed=5, max_new_tokens=96)
-    reward_model.show_before_and_after(prompts, before, after, tokenizer, config, scorer if scored else None, 0.7)
+    sft.show_before_and_after(prompts, before, after, tokenizer, config, scorer if scored else None, 0.7)
     (policy, temperature, seed, asked, _), again = calls
     assert (policy, temperature, seed) == (before, 1.0, 5) and again[:4] == (after, 0.7, 5, asked)
     assert len(set(asked)) == 33 if world else asked == prompts[:33]
