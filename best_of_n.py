@@ -405,6 +405,8 @@ def yardstick(config):
     if gold:
         where_gold_is_lost([row for row in figures if row.get("under") == "gold"])
         close_to_the_best(stages, figures)
+    for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
+        figures += frontier(kind, field, samples, log_ratios)
     write_jsonl(folder / "metrics.jsonl", figures)
     print(f"\nsaved {folder / 'metrics.jsonl'}")
 
@@ -488,6 +490,22 @@ def optimum(kind, field, rows, samples, log_ratios, beta):
     estimates = best["J_star"], *own.values()
     print(f"the estimates of J*, pooled and of each policy's own, lie within {max(estimates) - min(estimates):.3f}")
     return figures
+
+
+def frontier(kind, field, samples, log_ratios):
+    """The frontier of all policies, no policy has more of the field at less KL: for every β from 0.05 to 6.4 a row with
+    KL(π*β || π_ref), E_π*β[reward] and E_π*β[gold]. Arguments as optimum's. Where few effective_samples are left, the
+    estimate is a poor one. Not printed."""
+    counts, ratios = [x.shape[1] for x in log_ratios.values()], torch.cat(list(log_ratios.values()), dim=1)
+    columns = {key: torch.cat([getattr(one, key) for one in samples.values()], dim=1)  # (M, S)
+               for key in ("reward", "gold") if samples["sft"].gold is not None or key == "reward"}
+    rows = []
+    for beta in (0.05 * 2 ** (k / 2) for k in range(15)):
+        weights = pooled_log_weights(columns[field], ratios, beta, counts).softmax(dim=1)  # π*β(y_i|x)
+        row = dict(kl=pooled_optimum(columns[field], ratios, beta, counts)[1], effective_samples=1 / (weights ** 2).sum(dim=1),
+                   **{key: (weights * x).sum(dim=1) for key, x in columns.items()})
+        rows.append(dict(under=kind, policy="frontier", beta=beta, **with_errors(row)))
+    return rows
 
 
 def verified_figures(rows, samples, beta):

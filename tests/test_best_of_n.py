@@ -19,9 +19,9 @@ import ppo
 import reward_model
 import sft
 from best_of_n import (FORMATS, Samples, best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2,
-                       judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum, print_table,
-                       process_scores, select, selection_figures, sequence_logprobs, share_and_error, subset_weights,
-                       top_k_overall, top_per_prompt, where_gold_is_lost, win_rate, with_errors)
+                       frontier, judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum,
+                       print_table, process_scores, select, selection_figures, sequence_logprobs, share_and_error,
+                       subset_weights, top_k_overall, top_per_prompt, where_gold_is_lost, win_rate, with_errors)
 from data import stories
 from data.annotator import step_ends
 from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
@@ -277,6 +277,28 @@ def test_judged_optimum_against_the_list_of_all_responses(seed):
     assert (J <= J_stars + 1e-9).all()
     agreed, _ = judged_optimum(gold[samples], gold[samples] - 3, log_ratios, beta, [160, 80])
     assert torch.allclose(agreed, J_stars)
+
+
+def test_the_frontier_is_that_of_the_list():
+    """A frontier of the wrong reward, of one β's KL beside another's rewards, or of samples weighed as if all were SFT's:
+    of exactly drawn samples it is the list's, π*β by π*β. Every other policy lies below it."""
+    reference, rewards = double(0.5, 0.25, 0.125, 0.125), double(0.0, 1.0, 2.0, -1.0)
+    policy, gold = double(0.125, 0.25, 0.5, 0.125), double(1.0, -1.0, 0.5, 0.0)
+    exactly = [torch.tensor([[i for i, share in enumerate(p) for _ in range(round(8 * share.item()))]])
+               for p in (reference, policy)]
+    samples = {name: Samples([], [], rewards[i], gold[i], None, None) for name, i in zip(("sft", "ppo"), exactly)}
+    ratios = torch.stack([torch.zeros(4, dtype=torch.float64), (policy / reference).log()], dim=1)
+    log_ratios = {name: ratios[i] for name, i in zip(samples, exactly)}
+    for field, r in (("reward", rewards), ("gold", gold)):
+        rows = frontier("any", field, samples, log_ratios)
+        for row in rows:
+            best = boltzmann(reference, r, row["beta"])
+            assert row["kl"] == pytest.approx(kl(best, reference)) and row["kl_error"] is None
+            assert row["reward"] == pytest.approx((best * rewards).sum().item())
+            assert row["gold"] == pytest.approx((best * gold).sum().item())
+        assert [row["beta"] for row in rows] == pytest.approx([0.05 * math.sqrt(2) ** k for k in range(15)])
+        other, distance = (policy * r).sum().item(), kl(policy, reference)
+        assert all(row[field] - row["beta"] * row["kl"] > other - row["beta"] * distance for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -536,7 +558,8 @@ def test_yardstick(trained, capsys):
         assert set(row) == {"policy"} | figures | {f"{name}_error" for name in figures}
         assert (row["distinct_2_error"] is None) and all(row[f"{name}_error"] >= 0 for name in figures - {"distinct_2"})
         assert 0 <= row["win_rate"] <= 1 and 0 <= row["ended"] <= 1 and 1 <= row["length"] <= 16
-    optima = [row for row in rows if "under" in row]
+    assert sum(row["policy"] == "frontier" for row in rows) == 30
+    optima = [row for row in rows if "under" in row and row["policy"] != "frontier"]
     assert [(row["under"], row["policy"]) for row in optima] == [
         (kind, name) for kind in ("reward model", "gold") for name in table]
     for row in optima:
