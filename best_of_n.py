@@ -407,6 +407,9 @@ def yardstick(config):
         close_to_the_best(stages, figures)
     for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
         figures += frontier(kind, field, samples, log_ratios)
+    for n in [2 ** k for k in range(7) if 2 ** k <= config.samples]:  # one more frontier, not printed either
+        row = with_errors(make_row(sft, n, kl=torch.full((len(prompts),), best_of_n_kl(n))))
+        figures.append(dict(under="best of N", policy=f"best of {n}", **row))
     write_jsonl(folder / "metrics.jsonl", figures)
     print(f"\nsaved {folder / 'metrics.jsonl'}")
 

@@ -559,7 +559,10 @@ def test_yardstick(trained, capsys):
         assert (row["distinct_2_error"] is None) and all(row[f"{name}_error"] >= 0 for name in figures - {"distinct_2"})
         assert 0 <= row["win_rate"] <= 1 and 0 <= row["ended"] <= 1 and 1 <= row["length"] <= 16
     assert sum(row["policy"] == "frontier" for row in rows) == 30
-    optima = [row for row in rows if "under" in row and row["policy"] != "frontier"]
+    ladder = {row["policy"]: row for row in rows if row.get("under") == "best of N"}
+    assert list(ladder) == [f"best of {n}" for n in (1, 2, 4, 8)]
+    assert all(ladder["best of 4"][name] == table["best of 4"][name] for name in ("reward", "gold", "kl", "length"))
+    optima = [row for row in rows if row.get("under") in ("reward model", "gold") and row["policy"] != "frontier"]
     assert [(row["under"], row["policy"]) for row in optima] == [
         (kind, name) for kind in ("reward model", "gold") for name in table]
     for row in optima:
@@ -729,7 +732,7 @@ def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypat
     assert "gold" not in printed and "win_rate" not in printed
     rows = metrics(trained / "cpu/best_of_n/metrics.jsonl")
     assert [row["policy"] for row in rows if "under" not in row] == ["sft", "best of 4", "dpo"]
-    assert {row["under"] for row in rows if "under" in row} == {"reward model"}
+    assert {row["under"] for row in rows if "under" in row} == {"reward model", "best of N"}
 
     before = snapshot(trained)
     for rows, reason in (([{"prompt": f"{i} " + "long " * 200} for i in range(9)], "no prompt leaves room"),
@@ -1179,7 +1182,7 @@ def test_a_finetuned_policy_stands_in_the_yardstick(trained, tmp_path, capsys):
     rows = metrics(out / "cpu/best_of_n/metrics.jsonl")
     names = ["sft", "best of 3", "best of 4", "rsft-2", "ppo", "rsft-per_prompt"]  # best of 9 would need --samples 9
     for under in (None, "reward model", "gold"):
-        assert [row["policy"] for row in rows if row.get("under") == under] == names
+        assert [row["policy"] for row in rows if row.get("under") == under and row["policy"] != "frontier"] == names
     table = {row["policy"]: row for row in rows if "under" not in row}
     assert table["rsft-per_prompt"]["kl"] != 0 and table["best of 3"]["kl"] == pytest.approx(best_of_n_kl(3))
     assert "rsft-per_prompt, J under gold" in printed
