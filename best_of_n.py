@@ -39,7 +39,8 @@ from data.files import InputError, read_demonstrations, run_script, split_prompt
 from data.run import (Run, announce, check_name, complete, forget_rounds, parse_config, progress, read_torch,
                       refused_if_broken, stage_folder, train_missing)
 from dpo import response_logprobs
-from gpt import autocast, generate, get_device, load_checkpoint, response_texts, save_checkpoint
+from gpt import (autocast, encode_documents, generate, get_device, held_out_documents, held_out_loss, load_checkpoint,
+                 response_texts, save_checkpoint)
 from reward_model import RewardModel, stages_until, step_rewards
 from sft import encode_demonstrations, fit, prompts_with_room, sample_prompts, show_before_and_after
 
@@ -398,6 +399,8 @@ def yardstick(config):
     figures = [dict(policy=name, **with_errors(row)) for name, row in rows.items()]
     print()
     print_table(figures, FORMATS)
+    if gold and last_with(stages["gpt"], "entropy"):  # it was pretrained on the world's text
+        figures += forgetting(stages["gpt"], policies, tokenizer)
     for kind, field in [("reward model", "reward")] + [("gold", "gold")] * gold:
         figures += optimum(kind, field, rows, samples, log_ratios, config.beta)
     if config.verify:
@@ -423,6 +426,16 @@ def judge_steps(one, process_model, tokenizer):
         for rule, score in process_scores(rewards, steps).items():
             scores.setdefault(f", {rule}", []).append(torch.where(whole, score, -math.inf).cpu())
     return {rule: torch.cat(parts).view(one.reward.shape) for rule, parts in scores.items()}
+
+
+def forgetting(stage, policies, tokenizer):
+    """Print and return every policy's loss on the pretraining text held out, nats a token, beside the base model's own: what
+    alignment forgets (Ouyang et al. 2022, "alignment tax"; CS 224R, ch. 1). stage: gpt's stage_metrics."""
+    documents = encode_documents(held_out_documents(), tokenizer)
+    losses = {"base": last_with(stage, "held_out")["held_out"],
+              **{name: held_out_loss(policy, documents, 1) for name, (policy, _, _) in policies.items()}}
+    print("\npretraining loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) + " nats a token")
+    return [dict(under="pretraining", policy=name, loss=loss) for name, loss in losses.items()]
 
 
 def make_row(one, n, scores=None, **given):
@@ -551,6 +564,11 @@ def stage_metrics(config, stage):
         return read_torch(path)["metrics"]
 
 
+def last_with(rows, *keys):
+    """The last row with all these figures, or None."""
+    return next((row for row in reversed(rows) if all(key in row for key in keys)), None)
+
+
 def close_to_the_best(stages, figures):
     """Print of every stage what was measured, what is possible, and the share. stages: name -> stage_metrics."""
     rows = []
@@ -561,7 +579,8 @@ def close_to_the_best(stages, figures):
             ("reward_model", "reward model, accuracy above chance", "expected_accuracy", "bayes_accuracy",
              "above_chance", 0.5),
             ("reward_model", "reward model, loss", "loss", "annotator_loss", None, 0)):
-        for line in [line for line in stages[stage] if measured in line and possible in line][-1:]:
+        line = last_with(stages[stage], measured, possible)
+        if line:
             x, best = line[measured] - chance, line[possible] - chance
             rows.append(dict(policy=what, measured=x, measured_error=line.get(f"{measured}_error"), possible=best,
                              share=line[share] if share else best / x, share_error=line.get(f"{share}_error")))

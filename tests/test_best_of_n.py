@@ -19,7 +19,7 @@ import ppo
 import reward_model
 import sft
 from best_of_n import (FORMATS, Samples, best_of_n_kl, best_of_n_win_rate, cell, close_to_the_best, distinct_2,
-                       frontier, judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum,
+                       forgetting, frontier, judged_optimum, make_row, mean_and_error, optimality_gap, optimum, pooled_optimum,
                        print_table, process_scores, select, selection_figures, sequence_logprobs, share_and_error,
                        subset_weights, top_k_overall, top_per_prompt, where_gold_is_lost, win_rate, with_errors)
 from data import stories
@@ -580,6 +580,9 @@ def test_yardstick(trained, capsys):
             parts = [cell(row[name], row[f"{name}_error"], ".1%")
                      for name in ("share", "left_by_policy", "lost_to_reward_model")]
             assert re.search(rf"^{row['policy']} +{' +'.join(parts)}$", block, re.M)
+    loss = {row["policy"]: row["loss"] for row in rows if row.get("under") == "pretraining"}
+    assert list(loss) == ["base", "sft", "ppo", "dpo"] and ", ".join(f"{name} {x:.3f}" for name, x in loss.items()) in printed
+    assert loss["base"] == read_torch(trained / "cpu/gpt/checkpoint.pt")["metrics"][-1]["held_out"]
     sft_row = table["sft"]
     assert (sft_row["win_rate"], sft_row["win_rate_error"]) == (pytest.approx(0.5), pytest.approx(0, abs=1e-6))
     assert "How close to the best" in printed and all(name in printed for name in table)
@@ -595,6 +598,9 @@ def test_yardstick(trained, capsys):
     assert {path: after[path] for path in before} == before
     assert without_seconds(run(trained, capsys, *flags)) == without_seconds(printed)
     assert snapshot(trained) == after
+    base, tokenizer, _ = load_checkpoint(trained / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    _, again = forgetting([dict(held_out=0.0)], {"gpt": (base, 1.0, 1)}, tokenizer)
+    assert again["loss"] == pytest.approx(loss["base"])  # on the same documents as pretraining
 
 
 def test_the_yardstick_asks_reserved_requests(trained, capsys, monkeypatch):
