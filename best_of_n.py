@@ -429,8 +429,8 @@ def judge_steps(one, process_model, tokenizer):
 
 
 def forgetting(stage, policies, tokenizer):
-    """Print and return every policy's loss on the pretraining text held out, nats a token, beside the base model's own: what
-    alignment forgets (Ouyang et al. 2022, "alignment tax"; CS 224R, ch. 1). stage: gpt's stage_metrics."""
+    """Print and return every policy's loss on the held-out pretraining text, nats a token, beside the base model's own: what
+    alignment forgets (CME 295, "catastrophic forgetting"; Ouyang et al. 2022). stage: gpt's stage_metrics."""
     documents = encode_documents(held_out_documents(), tokenizer)
     losses = {"base": last_with(stage, "held_out")["held_out"],
               **{name: held_out_loss(policy, documents, 1) for name, (policy, _, _) in policies.items()}}
@@ -518,8 +518,8 @@ def frontier(kind, field, samples, log_ratios):
     rows = []
     for beta in (0.05 * 2 ** (k / 2) for k in range(15)):
         weights = pooled_log_weights(columns[field], ratios, beta, counts).softmax(dim=1)  # π*β(y_i|x)
-        row = dict(kl=pooled_optimum(columns[field], ratios, beta, counts)[1], effective_samples=1 / (weights ** 2).sum(dim=1),
-                   **{key: (weights * x).sum(dim=1) for key, x in columns.items()})
+        row = {key: (weights * x).sum(dim=1) for key, x in columns.items()}
+        row.update(kl=pooled_optimum(columns[field], ratios, beta, counts)[1], effective_samples=1 / (weights ** 2).sum(dim=1))
         rows.append(dict(under=kind, policy="frontier", beta=beta, **with_errors(row)))
     return rows
 

@@ -71,7 +71,8 @@ class Config:
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
-PRESETS = {"loss": dict(kto=dict(batch=64, micro_batch=64), simpo=dict(beta=2.0), orpo=dict(start="gpt", lr=1e-3)),
+PRESETS = {"loss": dict(ipo=dict(beta=0.05), kto=dict(batch=64, micro_batch=64), simpo=dict(beta=2.0),
+                        orpo=dict(start="gpt", lr=1e-3)),
            # Rafailov et al. 2023, appendix B: batches of 64, lr 1e-6 (with RMSprop), 150 steps of warm-up
            "size": {"gpt2": dict(batch=64, micro_batch=4, lr=1e-6, warmup=150, max_new_tokens=128, sample_batch=128)}}
 
@@ -92,7 +93,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference h of log-ratios is
     drawn to 1/(2β), and not beyond. Arguments as dpo_loss's. Returns a scalar. By hand: ipo_loss(-15.2, -14.8, -16.0,
-    -14.5, beta=0.5) = 0.01, with h = 1.1 and 1/(2β) = 1."""
+    -14.5, beta=0.5) = 0.01, with h = 1.1 and 1/(2β) = 1. Its β weighs probabilities, not rewards: smaller than DPO's."""
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return ((h - 1 / (2 * beta)) ** 2).mean()  # E[(h - 1/(2β))²]
 
@@ -296,7 +297,7 @@ def train(config):
 
         # 3. Save; the same prompts before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, metrics=run.figures(),
-                        **{"beta": config.beta} if reference else {})  # SimPO's is no price of KL
+                        **{"beta": config.beta} if config.loss in ("dpo", "kto") else {})  # IPO's, SimPO's: no price of KL
         run.finish()
     forget_rounds(folder, "pairs", config.online)
     r_phi, _ = load(config, "reward_model", RewardModel) if judged or not config.data else (None, None)  # for the screen

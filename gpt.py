@@ -330,7 +330,7 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
         cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
         finite &= cumulative[:, -1].isfinite().all()
         u = uniforms[rows, t, None] * cumulative[:, -1:]
-        new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)  # nan, or u rounded up
+        new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)  # nan, or u rounded
         responses[rows, t] = torch.where(done, 0, new)
         lengths[rows] += ~done
         if end_token is not None:

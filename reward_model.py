@@ -289,7 +289,7 @@ def train(config):
 
 
 def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
-    """Step 3. Shift the rewards to mean 0 over the SFT policy's own responses: the constant that Bradley-Terry leaves free."""
+    """Step 3. Shift the rewards to mean 0 over the SFT policy's own responses: Bradley-Terry leaves a constant free."""
     fitting, _ = prompts_with_room(prompts, tokenizer, config, policy.config.block_size)
     ids = [tokenizer.prompt(text) for text in random.Random(f"shift {config.seed}").choices(fitting, k=samples)]
     with autocast(get_device()):
@@ -350,8 +350,8 @@ def learning_curve(config):
 
 @torch.inference_mode()
 def step_rewards(model, rollout, tokenizer):
-    """What a process reward model gives the steps of a Rollout: (rewards, steps), both (B, T-1). steps is true at the action
-    that emits the last token of a sentence; rewards is 0 elsewhere."""
+    """What a process reward model gives the steps of a Rollout: (rewards, steps), both (B, T-1). steps is true at the
+    action that emits the last token of a sentence; rewards is 0 elsewhere."""
     steps = torch.zeros(rollout.tokens.shape, dtype=torch.bool)
     for row, (ids, start) in enumerate(zip(rollout.responses(), rollout.prompt_lengths.tolist())):
         ends = step_ends(tokenizer.pieces(ids[:-1] if ids[-1] == tokenizer.end_token else ids))

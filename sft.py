@@ -162,8 +162,8 @@ def prepare(config, split, tokenizer, block_size):
     # A longer prompt is trained on, but leaves no room for a sample.
     questions = [row["prompt"] for row in held_out_rows if has_room(row["prompt"], tokenizer, config, block_size)]
     return Demonstrations(sequences, prompt_lengths, held_out, held_out_prompts, questions[:config.questions], entropy,
-                          f"{origin}: {len(sequences):,} demonstrations, {len(held_out)} held out; dropped {dropped} longer "
-                          f"than the context")
+                          f"{origin}: {len(sequences):,} demonstrations, {len(held_out)} held out; dropped {dropped} "
+                          f"longer than the context")
 
 
 def has_room(prompt, tokenizer, config, block_size):

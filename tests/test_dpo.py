@@ -491,7 +491,7 @@ def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "save_checkpoint", lambda *rest, **extra: events.append("saved") or save(*rest, **extra))
     dpo.main(["--out", str(out), "--loss", loss, *FLAGS])
     assert events == [*before, "saved", *after]
-    assert ("beta" in load_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu")[2]) == (loss in ("dpo", "ipo", "kto"))
+    assert ("beta" in load_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu")[2]) == (loss in ("dpo", "kto"))
     rows = metrics(out / "cpu/dpo/metrics.jsonl")
     assert set(rows[0]) == (KEYS if loss in ("dpo", "ipo") else KEYS - {"chosen_log_ratio", "rejected_log_ratio"})
     assert [row["step"] for row in rows] == list(range(2, 17 if loss == "kto" else 9, 2))  # 64 pairs, or 128 labels
@@ -521,17 +521,18 @@ def test_a_loss_brings_its_defaults(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(dpo, "train", seen.append)
     for argv in ("", "--loss kto", "--loss simpo", "--loss orpo", "--loss orpo --start sft --lr 0.5",
-                 "--loss simpo --beta 3"):
+                 "--loss simpo --beta 3", "--loss ipo"):
         dpo.main(["--size", "cpu", *argv.split()])
     plain = dpo.Config(size="cpu")
     assert seen[0] == plain and (plain.loss, plain.start, plain.batch) == ("dpo", "sft", 32)
     assert (seen[1].batch, seen[1].beta, seen[1].start) == (64, plain.beta, "sft")  # 64 labels: 32 pairs
     assert (seen[2].beta, seen[2].start, seen[3].start) == (2.0, "sft", "gpt") and seen[3].lr != plain.lr
     assert (seen[4].start, seen[4].lr, seen[5].beta) == ("sft", 0.5, 3.0)
+    assert seen[6].beta == 0.05
     with pytest.raises(SystemExit):
         dpo.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "(default: 'sft'; orpo: 'gpt')" in text and "(default: 0.2; simpo: 2.0)" in text
+    assert "(default: 'sft'; orpo: 'gpt')" in text and "(default: 0.2; ipo: 0.05; simpo: 2.0)" in text
 
 
 def test_labels_of_somebodys_own(out, tmp_path, capsys):

@@ -1,0 +1,64 @@
+#!/bin/sh
+# Every run behind the README's figures, in order; what is there already is skipped. From the repository's root:
+#
+#     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
+#
+# About eight hours on two cores; two seeds can run side by side (SEEDS=1, SEEDS="2 3"). A run that was interrupted goes on.
+set -eu
+export OMP_NUM_THREADS=1
+
+run() {  # script, name of the folder, flags: what it prints goes to OUT/cpu/NAME.txt
+    script=$1 name=$2
+    shift 2
+    [ -e "$out/cpu/$name/checkpoint.pt" ] && return
+    mkdir -p "$out/cpu"
+    python "$script" --size cpu --out "$out" --seed "$seed" "$@" --resume > "$out/cpu/$name.txt"
+}
+
+for seed in ${SEEDS:-1 2 3}; do
+    out=out/seed$seed
+
+    # The pipeline
+    run gpt.py gpt
+    run sft.py sft
+    run reward_model.py reward_model
+    run ppo.py ppo
+    run dpo.py dpo
+
+    # Policy gradients: 6,400 responses each
+    run ppo.py ppo-ppo_penalty --name ppo-ppo_penalty --method ppo_penalty
+    run ppo.py ppo-a2c --name ppo-a2c --method a2c
+    run ppo.py ppo-reinforce --name ppo-reinforce --method reinforce
+    run ppo.py ppo-reinforce_baseline --name ppo-reinforce_baseline --method reinforce_baseline
+    run ppo.py ppo-leave_one_out --name ppo-leave_one_out --method reinforce_baseline --baseline leave_one_out --group 4
+    run ppo.py ppo-grpo --name ppo-grpo --method grpo
+    run ppo.py ppo-grpo-no_scale --name ppo-grpo-no_scale --method grpo --no-scale
+    run ppo.py ppo-grpo-rewards --name ppo-grpo-rewards --method grpo --no-scale --kl rewards
+    run ppo.py ppo-grpo-tokens --name ppo-grpo-tokens --method grpo --no-scale --kl rewards --mean tokens
+    run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
+    run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
+
+    # Direct methods: 10,240 comparisons each; RSFT: 16,384 samples
+    run dpo.py dpo-ipo --name dpo-ipo --loss ipo --beta 0.1
+    run dpo.py dpo-kto --name dpo-kto --loss kto
+    run dpo.py dpo-simpo --name dpo-simpo --loss simpo
+    run dpo.py dpo-orpo --name dpo-orpo --loss orpo
+    run dpo.py dpo-online --name dpo-online --online 5
+    run best_of_n.py rsft-per_prompt --finetune per_prompt
+    run best_of_n.py rsft-overall --finetune overall
+
+    # All of them on the same held-out prompts, in groups: the cost grows with the square of their number
+    yardstick() {  # name of the group, policies, flags
+        group=$1 policies=$2
+        shift 2
+        [ -e "$out/cpu/best_of_n-$group/metrics.jsonl" ] && return
+        python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "$policies" "$@" > "$out/cpu/best_of_n-$group.txt"
+        mkdir -p "$out/cpu/best_of_n-$group"
+        cp "$out/cpu/best_of_n/metrics.jsonl" "$out/cpu/best_of_n-$group/"
+    }
+    yardstick 1-pipeline ppo,dpo
+    yardstick 2-methods ppo-ppo_penalty,ppo-a2c,ppo-reinforce,ppo-reinforce_baseline,ppo-leave_one_out --samples 32
+    yardstick 3-grpo ppo-grpo,ppo-grpo-no_scale,ppo-grpo-rewards,ppo-grpo-tokens,ppo-ptx --samples 32
+    yardstick 4-direct dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
+    yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
+done

@@ -1,0 +1,319 @@
+"""
+figures.py: the README's pictures and tables, from what the scripts have written.
+
+    sh assets/experiments.sh                        makes the data (hours): out/seed1, out/seed2, out/seed3
+    python assets/figures.py out/seed*              reads it into figures.json, then as below
+    python assets/figures.py                        draws the pictures and prints the tables of figures.json
+
+The pictures need matplotlib, which no other file does.
+"""
+
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+METHODS = {  # folder: its name in tables and pictures
+    "ppo": "PPO", "ppo-ppo_penalty": "PPO, KL penalty", "ppo-a2c": "A2C", "ppo-reinforce": "REINFORCE",
+    "ppo-reinforce_baseline": "REINFORCE, batch mean", "ppo-leave_one_out": "REINFORCE, leave-one-out",
+    "ppo-grpo": "GRPO as published", "ppo-grpo-no_scale": "GRPO, no division",
+    "ppo-grpo-rewards": "… and KL in the rewards", "ppo-grpo-tokens": "… and a mean over tokens", "ppo-ptx": "PPO-ptx"}
+DIRECT = {"dpo": "DPO", "dpo-ipo": "IPO", "dpo-kto": "KTO", "dpo-simpo": "SimPO", "dpo-orpo": "ORPO",
+          "dpo-online": "online DPO", "rsft-per_prompt": "RSFT, best per prompt", "rsft-overall": "RSFT, best overall"}
+BEST = ("best of 4", "best of 16", "best of 64")
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last(rows, key):
+    return next((row[key] for row in reversed(rows) if key in row), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the output folders to figures.json
+
+
+def collect(folders):
+    """All that is drawn and said, from one output folder a seed: {name: {figure: [a number for each seed]}} and curves."""
+    data = dict(seeds=len(folders), stages={}, policies={}, frontier={}, runs={})
+    for i, folder in enumerate(folders):
+        cpu = Path(folder) / "cpu"
+        for stage in ("gpt", "sft", "reward_model"):
+            rows = read_rows(cpu / stage / "metrics.jsonl")
+            for key in ("held_out", "entropy", "base_answers", "answers", "flawless", "expected_accuracy", "bayes_accuracy",
+                        "share_of_bayes", "above_chance", "annotator_loss"):
+                put(data["stages"], f"{stage} {key}", i, last(rows, key))
+        seen = set()
+        for path in sorted(cpu.glob("best_of_n-*/metrics.jsonl")):  # the frontier, SFT and best-of-N are the first one's
+            rows = [row for row in read_rows(path) if row["policy"] not in seen]
+            for row in rows:
+                under, name = row.get("under"), row["policy"]
+                if name == "frontier" or under == "best of N":
+                    key = f"{under} {row['beta']:.3f}" if name == "frontier" else name
+                    for figure in ("kl", "reward", "gold", "effective_samples"):
+                        put(data["frontier"].setdefault(key, {}), figure, i, row.get(figure))
+                elif under in ("reward model", "gold"):
+                    figures = data["policies"].setdefault(name, {})
+                    put(figures, f"share_{under.split()[0]}", i, row["share"])
+                    put(figures, f"own_J_star_{under.split()[0]}", i, row.get("own_J_star"))
+                    if name == "sft":  # of the optimum itself
+                        for key in ("J_star", "J_star_kl", "left_by_policy"):
+                            put(data["policies"].setdefault(f"optimum under {under}", {}), key, i, row[key])
+                elif under == "pretraining":
+                    put(data["policies"].setdefault(name, {}), "pretraining", i, row["loss"])
+                elif under is None:
+                    for key in ("reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"):
+                        put(data["policies"].setdefault(name, {}), key, i, row[key])
+            seen |= {row["policy"] for row in rows}
+        for name in {**METHODS, **DIRECT}:
+            rows = read_rows(cpu / name / "metrics.jsonl")
+            found = {key: last(rows, key) for key in ("held_out_accuracy", "seconds")}
+            if rows and "entropy" in rows[-1]:
+                found["entropy"] = statistics.mean(row["entropy"] for row in rows[-10:])
+            log = cpu / f"{name}.txt"  # what it printed
+            if log.exists():
+                text = log.read_text()
+                models = re.search(r"models in memory: (\d) .*, (\d+) MB", text)
+                found |= dict(zip(("models", "memory_mb"), map(int, models.groups()))) if models else {}
+            for key, x in found.items():
+                put(data["policies"].setdefault(name, {}), key, i, x)
+        for name in ("ppo", "ppo-beta0"):
+            rows = read_rows(cpu / name / "metrics.jsonl")
+            if rows:
+                data["runs"].setdefault(name, {})[str(i + 1)] = {
+                    key: [float(f"{row[key]:.4g}") for row in rows]
+                    for key in ("reward", "gold", "kl", "entropy", "clip_fraction", "value_explained", "length")}
+    return data
+
+
+def put(figures, key, i, x):
+    """figures[key][i] = x, rounded; nothing where it was not measured."""
+    if x is not None:
+        figures.setdefault(key, {})[str(i + 1)] = float(f"{x:.5g}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def values(data, name, key):
+    """The seeds' figures of a policy, [] if it was not measured."""
+    return list(data["policies"].get(name, {}).get(key, {}).values())
+
+
+def spread(xs, form):
+    """Mean ± standard deviation of the seeds: "91.6 ± 2.5 %"; one seed or equal ones: the number alone; none: "-"."""
+    if not xs:
+        return "-"
+    scale, form, unit = (100, form[:-1] + "f", " %") if form.endswith("%") else (1, form, "")
+    mean, error = scale * statistics.mean(xs), scale * (statistics.stdev(xs) if len(xs) > 1 else 0)
+    return f"{mean:{form}}" + (f" ± {error:{form}}" if error else "") + unit
+
+
+def table(head, rows):
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def policy_rows(data, names, columns):
+    """One row for each policy that was measured; columns: (figure, format)."""
+    return [[label, *(spread(values(data, name, key), form) for key, form in columns)]
+            for name, label in names.items() if values(data, name, "share_gold")]
+
+
+def tables(data):
+    """{name: table in Markdown}: those of the README, which holds them word for word."""
+    stage = lambda key: list(data["stages"].get(key, {}).values())
+    ratio = lambda a, b: [x / y for x, y in zip(stage(a), stage(b))]
+    shares = [("share_reward", ".1%"), ("share_gold", ".1%"), ("kl", ".2f")]
+    optimum = lambda under, key: values(data, f"optimum under {under}", key)
+    found = dict(stages=table(["", "measured", "best possible", "share of the best"], [
+        ["pretraining, held-out nats a token", spread(stage("gpt held_out"), ".3f"),
+         spread(stage("gpt entropy"), ".3f") + " (the entropy)", spread(ratio("gpt entropy", "gpt held_out"), ".1%")],
+        ["SFT, held-out nats a response token", spread(stage("sft held_out"), ".3f"),
+         spread(stage("sft entropy"), ".3f") + " (the entropy)", spread(ratio("sft entropy", "sft held_out"), ".1%")],
+        ["reward model, accuracy without the labels' noise", spread(stage("reward_model expected_accuracy"), ".3f"),
+         spread(stage("reward_model bayes_accuracy"), ".3f") + " (Bayes)",
+         spread(stage("reward_model share_of_bayes"), ".1%") + "; above chance "
+         + spread(stage("reward_model above_chance"), ".1%")]]))
+    best = {name: name for name in BEST}
+    found["policies"] = table(
+        ["", "J's share, reward model", "J's share, gold", "KL, nats", "wins against SFT", "distinct-2"],
+        policy_rows(data, {**best, "ppo": "PPO", "dpo": "DPO"}, [*shares, ("win_rate", ".1%"), ("distinct_2", ".2f")])
+        + [["the reward model's exact optimum", "100 %", spread(optimum("gold", "left_by_policy"), ".1%"),
+            spread(optimum("reward model", "J_star_kl"), ".2f"), "", ""],
+           ["gold's exact optimum, J\\*", "", "100 %", spread(optimum("gold", "J_star_kl"), ".2f"), "", ""]])
+    found["methods"] = table(
+        ["`ppo.py --method`", "J's share, reward model", "J's share, gold", "KL, nats", "entropy", "distinct-2", "seconds",
+         "models", "MB"],
+        policy_rows(data, METHODS, [*shares, ("entropy", ".2f"), ("distinct_2", ".2f"), ("seconds", ".0f"),
+                                    ("models", ".0f"), ("memory_mb", ".0f")]))
+    found["direct"] = table(
+        ["", "J's share, gold", "J's share, reward model", "KL, nats", "length", "held-out accuracy", "distinct-2",
+         "seconds", "models"],
+        policy_rows(data, DIRECT, [shares[1], shares[0], shares[2], ("length", ".0f"), ("held_out_accuracy", ".1%"),
+                                   ("distinct_2", ".2f"), ("seconds", ".0f"), ("models", ".0f")]))
+    found["laws"] = laws(data)
+    return found
+
+
+def laws(data):
+    """Gao, Schulman, Hilton 2023: with d = √KL, gold - gold of SFT = d(α - β d) for best-of-N and d(α - β log d) for RL."""
+    rows = []
+    sft = statistics.mean(values(data, "sft", "gold") or [0])
+    best = [(statistics.mean(x["kl"].values()), statistics.mean(x["gold"].values()) - sft)
+            for name, x in data["frontier"].items() if name.startswith("best of ") and name != "best of 1"]
+    run = data["runs"].get("ppo-beta0", {}).get("1")
+    start = data["policies"].get("sft", {}).get("gold", {}).get("1", sft)
+    points = [(kl, gold - start) for kl, gold in zip(run["kl"], run["gold"]) if kl > 0.05] if run else []
+    for label, pairs, form, function in (("best-of-N, N to 64", best, "d(α − β d)", lambda d: d * d),
+                                         ("PPO without a penalty", points, "d(α − β log d)", lambda d: d * np.log(d)),
+                                         ("PPO without a penalty", points, "d(α − β d)", lambda d: d * d)):
+        if len(pairs) > 2:
+            d, y = np.sqrt([kl for kl, _ in pairs]), np.array([gold for _, gold in pairs])
+            (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -function(d)], axis=1), y, rcond=None)
+            left = 1 - ((y - alpha * d + beta * function(d)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+            rows.append([label, form, f"{alpha:.2f}", f"{beta:.2f}", f"{left:.2f}"])
+    return table(["", "gold gained, d = √KL", "α", "β", "R²"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: legible on a phone, on white and on black
+
+GRAY, BLUE, ORANGE, GREEN, RED, PURPLE = "#7d8590", "#3b82f6", "#f08c2e", "#2fa866", "#e5484d", "#a56bd8"
+
+
+def axes(plt, rows=1, height=4.2):
+    figure, found = plt.subplots(rows, 1, figsize=(6.4, height * rows), squeeze=False)
+    for ax in found[:, 0]:
+        ax.grid(color=GRAY, alpha=0.25)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    return figure, found[:, 0]
+
+
+def save(figure, name):
+    figure.tight_layout()
+    figure.savefig(HERE / f"{name}.svg", transparent=True, metadata={"Date": None})
+
+
+def seeds_point(ax, data, name, field, color, label, marker="o"):
+    """A policy: the mean of its seeds, their spread as bars. Returns its place."""
+    xs, ys = values(data, name, "kl"), values(data, name, field)
+    if not xs:
+        return
+    x, y = statistics.mean(xs), statistics.mean(ys)
+    deviation = (lambda v: statistics.stdev(v) if len(v) > 1 else 0)
+    ax.errorbar(x, y, xerr=deviation(xs), yerr=deviation(ys), color=color, marker=marker, markersize=6, capsize=2,
+                linestyle="none")
+    ax.annotate(label, (x, y), xytext=(6, -4), textcoords="offset points", fontsize=9, color=color)
+
+
+def draw_frontier(plt, data):
+    """Every method on the frontier that no policy can cross."""
+    figure, found = axes(plt, rows=2)
+    for ax, field, under in zip(found, ("gold", "reward"), ("gold", "reward model")):
+        rows = [x for name, x in data["frontier"].items() if name.startswith(f"{under} ")
+                and statistics.mean(x["effective_samples"].values()) >= 20]
+        curve = sorted((statistics.mean(x["kl"].values()), statistics.mean(x[field].values()),
+                        statistics.pstdev(x[field].values())) for x in rows)
+        if curve:
+            kl, mean, deviation = map(np.array, zip(*curve))
+            ax.plot(kl, mean, color=GRAY, linewidth=2)
+            ax.fill_between(kl, mean - deviation, mean + deviation, color=GRAY, alpha=0.3, linewidth=0)
+            ax.annotate("no policy is above", (kl[len(kl) // 2], mean[len(kl) // 2]), xytext=(-10, 8), fontsize=10,
+                        textcoords="offset points", color=GRAY, ha="right")
+        best = [x for name, x in data["frontier"].items() if name.startswith("best of ")]
+        if best:
+            ax.plot(*zip(*sorted((statistics.mean(x["kl"].values()), statistics.mean(x[field].values())) for x in best)),
+                    color=GREEN, marker=".", linewidth=1, label="best of 1, 2, 4, … 64 (KL: its bound)")
+        for names, color in ((METHODS, BLUE), (DIRECT, ORANGE)):
+            for name, label in names.items():
+                if not label.startswith("…"):
+                    seeds_point(ax, data, name, field, color, label)
+        ax.set_xlim(0, 6)
+        ax.set_xlabel("KL to the reference, nats")
+        ax.set_ylabel("gold, the true reward" if field == "gold" else "reward model's score")
+        ax.legend(frameon=False, loc="lower right")
+    save(figure, "frontier")
+
+
+def draw_over_optimization(plt, data):
+    """Without a penalty the reward goes on rising while gold falls; with it the run stays where both are high."""
+    figure, (ax,) = axes(plt)
+    for name, style, label in (("ppo-beta0", "-", "no penalty"), ("ppo", "--", "β = 0.2")):
+        run = data["runs"].get(name, {}).get("1")
+        if run:
+            d = np.sqrt(np.maximum(run["kl"], 0))
+            for field, color in (("reward", ORANGE), ("gold", BLUE)):
+                ax.plot(d, run[field], style, color=color, linewidth=1.5, label=f"{field}, {label}")
+    ax.set_xlabel("√KL to the reference")
+    ax.set_ylabel("score")
+    ax.legend(frameon=False)
+    save(figure, "over_optimization")
+
+
+def draw_how_close(plt, data):
+    """How much of the way from SFT to the optimum each policy goes, under gold and under the reward model."""
+    names = {**{name: name for name in BEST}, **METHODS, **DIRECT}
+    names = {name: label for name, label in names.items() if values(data, name, "share_gold")}
+    figure, (ax,) = axes(plt, height=0.36 * len(names) + 1)
+    for offset, field, color in ((-0.2, "share_reward", ORANGE), (0.2, "share_gold", BLUE)):
+        for i, name in enumerate(names):
+            xs = [100 * x for x in values(data, name, field)]
+            ax.barh(i + offset, max(0, statistics.mean(xs)), height=0.36, color=color,
+                    xerr=statistics.stdev(xs) if len(xs) > 1 else None, ecolor=GRAY,
+                    label=dict(share_reward="under the reward model", share_gold="under gold")[field] if i == 0 else None)
+    ax.set_yticks(range(len(names)), names.values())
+    ax.invert_yaxis()
+    ax.set_xlim(0, 105)
+    ax.set_xlabel("% of the way from SFT to J*")
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=2)
+    save(figure, "how_close")
+
+
+def draw_one_run(plt, data):
+    """What a healthy PPO run looks like."""
+    runs = data["runs"].get("ppo", {})
+    figure, found = axes(plt, rows=3, height=2.4)
+    for ax, fields in zip(found, (("reward", "gold", "kl"), ("entropy", "value_explained"), ("clip_fraction",))):
+        for field, color in zip(fields, (ORANGE, BLUE, GREEN)):
+            for seed, run in runs.items():
+                ax.plot(range(1, len(run[field]) + 1), run[field], color=color, linewidth=1, alpha=0.8,
+                        label=field.replace("_", " ") if seed == min(runs) else None)
+        ax.legend(frameon=False)
+    found[-1].set_xlabel("iteration")
+    save(figure, "one_run")
+
+
+def draw(data):
+    try:
+        import matplotlib
+    except ImportError:
+        return print("the pictures need matplotlib: pip install matplotlib", file=sys.stderr)
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 11, "text.color": GRAY, "axes.labelcolor": GRAY, "xtick.color": GRAY,
+                         "ytick.color": GRAY, "svg.hashsalt": "rlhf", "legend.fontsize": 9})
+    for picture in (draw_frontier, draw_over_optimization, draw_how_close, draw_one_run):
+        picture(plt, data)
+
+
+def main(folders):
+    path = HERE / "figures.json"
+    if folders:
+        path.write_text(json.dumps(collect(folders), indent=0, sort_keys=True) + "\n")
+    data = json.loads(path.read_text())
+    draw(data)
+    for name, text in tables(data).items():
+        print(f"{name}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

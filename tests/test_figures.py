@@ -1,0 +1,102 @@
+"""assets/figures.py, and the README against the figures that it was written from."""
+
+import builtins
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.files import write_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "assets/figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_says_what_was_measured(figures):
+    """A table that was typed, or left behind when the figures were made anew."""
+    readme, data = (ROOT / "README.md").read_text(), json.loads((ROOT / "assets/figures.json").read_text())
+    for name, table in figures.tables(data).items():
+        assert table in readme, f"the table {name} of assets/figures.json is not in README.md"
+
+
+def test_every_picture_is_there(figures):
+    """A link to a picture that nobody has drawn, or a picture of older figures' names."""
+    readme = (ROOT / "README.md").read_text()
+    drawn = {path.name for path in (ROOT / "assets").glob("*.svg")}
+    assert drawn and all(f"(assets/{name})" in readme for name in drawn)
+    assert all((ROOT / part.split(")")[0]).exists() for part in readme.split("](")[1:] if part.startswith("assets/"))
+
+
+def test_spreads(figures):
+    """A population's deviation for a sample's, percent taken twice, "± 0.0" of a single seed."""
+    assert figures.spread([0.9, 0.92, 0.97], ".1%") == f"93.0 ± {100 * statistics.stdev([0.9, 0.92, 0.97]):.1f} %"
+    assert figures.spread([1.5], ".2f") == "1.50" and figures.spread([4, 4, 4], ".0f") == "4"
+    assert figures.spread([], ".1f") == "-"
+
+
+def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
+    """One seed's figure beside another's, the share under gold in the column of the reward model, the first rows of a run
+    for its last."""
+    for seed in (1, 2):
+        cpu = tmp_path / f"seed{seed}/cpu"
+        for name in ("gpt", "ppo", "best_of_n-1"):
+            (cpu / name).mkdir(parents=True)
+        write_jsonl(cpu / "gpt/metrics.jsonl", [dict(step=1, held_out=2.0), dict(step=2, held_out=1.0 + seed, entropy=0.5)])
+        keys = ("reward", "gold", "kl", "clip_fraction", "value_explained", "length")
+        write_jsonl(cpu / "ppo/metrics.jsonl", [dict(step=i, entropy=i + seed, seconds=i, **dict.fromkeys(keys, i))
+                                                for i in range(1, 21)])
+        row = dict(policy="ppo", reward=seed, gold=2, win_rate=0.6, kl=0.25 * seed, length=9, distinct_2=0.5, ended=1)
+        optimum = dict(J_star=1.0, J_star_kl=2.0, left_by_policy=0.7)
+        write_jsonl(cpu / "best_of_n-1/metrics.jsonl", [
+            row, *(dict(under=under, policy=name, share=share / seed, **optimum) for name, under, share in (
+                ("sft", "gold", 0), ("ppo", "gold", 0.5), ("sft", "reward model", 0), ("ppo", "reward model", 0.9))),
+            dict(under="gold", policy="frontier", beta=0.1, kl=3 + seed, reward=1, gold=2, effective_samples=50)])
+        (cpu / "ppo.txt").write_text("models in memory: 4 (policy, …), 38 MB with gradients")
+    data = figures.collect([tmp_path / "seed1", tmp_path / "seed2"])
+    ppo = {name: list(by_seed.values()) for name, by_seed in data["policies"]["ppo"].items()}
+    assert ppo["share_gold"] == [0.5, 0.25] and ppo["share_reward"] == [0.9, 0.45] and ppo["kl"] == [0.25, 0.5]
+    assert ppo["entropy"] == [16.5, 17.5] and ppo["seconds"] == [20, 20] and ppo["models"] == [4, 4]
+    assert data["stages"]["gpt held_out"] == {"1": 2.0, "2": 3.0}
+    assert list(data["frontier"].values()) == [dict(kl={"1": 4, "2": 5}, reward={"1": 1, "2": 1}, gold={"1": 2, "2": 2},
+                                                    effective_samples={"1": 50, "2": 50})]
+    assert data["runs"]["ppo"]["2"]["kl"] == list(range(1, 21))
+    assert "| PPO | 67.5 ± 31.8 % | 37.5 ± 17.7 % |" in figures.tables(data)["methods"]
+
+
+def test_the_laws_are_found_again(figures):
+    """α and β exchanged, KL taken for its root, a natural logarithm for another: points that follow the laws exactly."""
+    ladder = {f"best of {n}": dict(kl={"1": (0.3 * n) ** 2}, gold={"1": 1.0 + 0.3 * n * (1.5 - 0.4 * 0.3 * n)})
+              for n in (1, 2, 4, 8)}
+    d = [0.5, 1.0, 2.0, 3.0, 5.0]
+    run = dict(kl=[x * x for x in d], gold=[1.0 + x * (0.8 - 0.2 * math.log(x)) for x in d])
+    data = dict(policies={"sft": dict(gold={"1": 1.0})}, frontier=ladder, runs={"ppo-beta0": {"1": run}})
+    best, rl, other = [line.split(" | ") for line in figures.laws(data).splitlines()[2:]]
+    assert best[2:4] == ["1.50", "0.40"] and best[4] == "1.00 |" and rl[2:4] == ["0.80", "0.20"] and rl[4] == "1.00 |"
+    assert other[4] != "1.00 |"
+
+
+def test_without_matplotlib(figures, monkeypatch, capsys):
+    """A traceback for a package that nothing else needs."""
+    plain = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return plain(name, *rest)
+
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without)
+    figures.draw({})
+    assert capsys.readouterr().err == "the pictures need matplotlib: pip install matplotlib\n"
