@@ -8,13 +8,19 @@ import torch
 import gpt
 import reward_model
 import sft
-from helpers import short_demonstrations
+from helpers import enumerable_world, short_demonstrations
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Models this small run faster on one thread, many times faster where the other cores are busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world():
+    """The world that can be listed; nobody may train its reference."""
+    return enumerable_world()
 
 
 @pytest.fixture(scope="session")

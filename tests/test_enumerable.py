@@ -14,65 +14,10 @@ import torch
 import dpo
 import ppo
 from best_of_n import best_of_n_kl, optimality_gap, pooled_optimum, top_per_prompt
-from dpo import response_logprobs
-from gpt import GPT, GPTConfig, generate, masked_logprobs, pad, response_mask
+from gpt import GPT, generate, masked_logprobs, pad, response_mask
+from helpers import (BETA, END, LIMIT, PROMPT, RESPONSES, ROWS, UNFINISHED, Blocks, TableReward, all_pairs, copy_of,
+                     draw_rewards, exact_logprobs, kl, make_model)
 from reward_model import RewardModel
-
-END, PROMPT, LIMIT, BETA = 4, [1, 2], 3, 0.5
-SHAPE = GPTConfig(vocab_size=5, block_size=5, n_layer=2, n_head=2, n_embd=32)
-RESPONSES = [(*words, END) for n in range(LIMIT) for words in itertools.product(range(4), repeat=n)]
-RESPONSES += list(itertools.product(range(4), repeat=LIMIT))  # these hit the limit without an end
-ROWS = [PROMPT + list(response) for response in RESPONSES]
-UNFINISHED = -1.0  # their reward: ppo.Config.missing_end_score
-
-
-def make_model(cls, seed):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return cls(SHAPE)
-
-
-def exact_logprobs(policy):
-    """log π(y|x) of all 85 responses, in float64."""
-    tokens, lengths = pad(ROWS)
-    return response_logprobs(policy, tokens, torch.full_like(lengths, len(PROMPT)), lengths).double()
-
-
-def draw_rewards(seed=0):
-    rewards = torch.randn(len(ROWS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.where(torch.tensor([response[-1] == END for response in RESPONSES]), rewards, UNFINISHED)
-
-
-def kl(logp, logq):
-    return (logp.exp() * (logp - logq)).sum().item()
-
-
-class TableReward:
-    """A reward model that looks the reward up in the list."""
-
-    def __init__(self, rewards):
-        self.rewards = {tuple(row): reward for row, reward in zip(ROWS, rewards.tolist())}
-
-    def score(self, tokens, lengths):
-        return torch.tensor([self.rewards[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
-
-
-@pytest.fixture(scope="module")
-def world():
-    """(reference, its log-probabilities, rewards, log π*, J*)."""
-    reference = make_model(GPT, seed=3)
-    with torch.no_grad():
-        reference.wte.weight *= 1.5  # sharpen it
-        ref = exact_logprobs(reference)
-    rewards = draw_rewards()
-    log_z = (ref + rewards / BETA).logsumexp(0)
-    return reference, ref, rewards, ref + rewards / BETA - log_z, BETA * log_z.item()
-
-
-def copy_of(model):
-    other = make_model(type(model), seed=0)
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 def test_the_list_is_complete(world):
@@ -351,32 +296,6 @@ def test_variance_of_the_gradient(world):
     # The exceptions.
     assert variance["- mean of the batch of 8"] < variance["- moving average, settled"] < variance[wrong[0]]
     assert centred["- mean of the 7 others"][0] > centred["reward to go"][0]
-
-
-class Blocks(random.Random):
-    """Shuffles blocks of `size` only: all copies of a pair come in one batch, whose labels then are as mixed as they should
-    be. (Drawn one by one, labels are noise, and it takes ten times as many pairs to average it out.)"""
-
-    def __init__(self, seed, size):
-        super().__init__(seed)
-        self.size = size
-
-    def sample(self, population, k):
-        blocks = [population[start:start + self.size] for start in range(0, k, self.size)]
-        self.shuffle(blocks)
-        return [i for block in blocks for i in block]
-
-
-def all_pairs(rewards, copies):
-    """Every pair of responses, as often either way as Bradley-Terry says, in whole numbers: `copies` of it in a row."""
-    pairs, rest = [], 0.0
-    for i, j in itertools.combinations(range(len(ROWS)), 2):
-        wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
-        rest = wins - round(wins)  # what one pair's rounding loses, the next one gets
-        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
-        pairs += [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
-    assert len(pairs) == copies * 85 * 84 / 2
-    return pairs
 
 
 def test_dpo_finds_the_same_policy(world):
