@@ -71,6 +71,18 @@ def test_reinforce_and_its_baseline(world):
     assert baselined <= 0.05 < plain < 0.5 * kl(ref, best)
 
 
+def test_several_passes_need_the_ratio_and_the_clip(world):
+    """The lecture's way to PPO, one step at a time, at 8 passes over each batch. Without the ratio the samples are another
+    policy's from the second step on; with the ratio alone nothing stops a step that goes too far on the same few samples."""
+    reference, _, rewards, best, _ = world
+    distances = {name: kl(trained(reference, rewards, "ppo", iterations=12, rollouts=256, minibatch=64, micro_batch=64,
+                                  epochs=8, lr=3e-3, value_lr=5e-3, **flags), best)
+                 for name, flags in (("no ratio", dict(objective="policy_gradient")), ("the ratio", dict(clip=1e9)),
+                                     ("ratio and clip", {}))}
+    print("\nKL(π || π*) after 8 passes over each batch:", ", ".join(f"{name} {x:.3f}" for name, x in distances.items()))
+    assert distances["ratio and clip"] < 0.15 and min(distances["no ratio"], distances["the ratio"]) > 0.3
+
+
 def test_ppo_without_a_value_model_climbs_too(world):
     """The same loop as REINFORCE, V = 0: a baseline or a second optimizer that the algorithm cannot do without."""
     reference, ref, rewards, best, J_star = world
