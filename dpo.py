@@ -71,7 +71,7 @@ class Config:
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
-PRESETS = {"loss": dict(ipo=dict(beta=0.05), kto=dict(batch=64, micro_batch=64), simpo=dict(beta=2.0),
+PRESETS = {"loss": dict(ipo=dict(beta=0.05), kto=dict(batch=64, micro_batch=64), simpo=dict(beta=10.0, lr=1e-4),
                         orpo=dict(start="gpt", lr=2e-3, lam=2.0)),
            # Rafailov et al. 2023, appendix B: batches of 64, lr 1e-6 (with RMSprop), 150 steps of warm-up
            "size": {"gpt2": dict(batch=64, micro_batch=4, lr=1e-6, warmup=150, max_new_tokens=128, sample_batch=128)}}

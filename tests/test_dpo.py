@@ -526,13 +526,13 @@ def test_a_loss_brings_its_defaults(monkeypatch, capsys):
     plain = dpo.Config(size="cpu")
     assert seen[0] == plain and (plain.loss, plain.start, plain.batch) == ("dpo", "sft", 32)
     assert (seen[1].batch, seen[1].beta, seen[1].start) == (64, plain.beta, "sft")  # 64 labels: 32 pairs
-    assert (seen[2].beta, seen[2].start, seen[3].start) == (2.0, "sft", "gpt") and seen[3].lr != plain.lr
+    assert (seen[2].beta, seen[2].start, seen[3].start) == (10.0, "sft", "gpt") and seen[3].lr != plain.lr
     assert (seen[4].start, seen[4].lr, seen[5].beta) == ("sft", 0.5, 3.0)
     assert seen[6].beta == 0.05
     with pytest.raises(SystemExit):
         dpo.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "(default: 'sft'; orpo: 'gpt')" in text and "(default: 0.2; ipo: 0.05; simpo: 2.0)" in text
+    assert "(default: 'sft'; orpo: 'gpt')" in text and "(default: 0.2; ipo: 0.05; simpo: 10.0)" in text
 
 
 def test_labels_of_somebodys_own(out, tmp_path, capsys):
