@@ -3,11 +3,12 @@ that the answer key puts on it: how far from π* training then ends, KL(π || π
 
     python -m pytest -q -s tests/test_bug_museum.py         prints the prices, dearest first
 
-Where π is π*, r - β log π/π_ref is the same for all responses, so every advantage is 0. What only weighs advantages, or
-adds noise to them, moves that point nowhere and has no price here: another test must see it, and is named.
+Where π is π*, r - β log π/π_ref is the same for all responses, and every advantage is 0. A bug that only weighs advantages,
+or adds noise to them, leaves that point where it is, and the distance hardly sees it: SEEN_BY names the test that does.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from reward_model import RewardModel
 BAR = 0.02  # nats: where the right code ends
 FINISHED = 21  # the responses with an <|end|>, the first ones of the list
 
-# An exhibit is a function that patches: patch(module, name, wrong) puts wrong in the place of a function, and wrong gets the
+# An exhibit is a function of patch; patch(module, name, wrong) puts wrong in the place of a function, and wrong gets the
 # right one as its first argument.
 
 
@@ -36,30 +37,31 @@ def kl_upside_down(patch):
 
 
 def penalty_twice(patch):
-    """The KL penalty in the rewards and in the loss."""
+    """The KL penalty in the rewards and in the loss. Discussed in verl-project/verl#265."""
     patch(ppo, "backward", lambda right, policy, value_model, batch, config, *documents:
           right(policy, value_model, batch, replace(config, kl="loss"), *documents))
 
 
 def k2_for_k1(patch):
-    """½ (log π/π_ref)² in the rewards: never negative, and not the KL divergence."""
+    """½ (log π/π_ref)² in the rewards: never negative, and not the KL divergence. An option in huggingface/trl#486."""
     patch(ppo, "shaped_rewards", lambda right, scores, logprobs, ref_logprobs, mask, beta:
           right(scores, (logprobs - ref_logprobs) ** 2 / 2, torch.zeros_like(logprobs), mask, beta))
 
 
 def reference_trains_along(patch):
-    """π_ref is the policy itself, not a copy of it: the penalty is always 0."""
+    """π_ref is the policy itself, not a copy of it: the penalty is always 0. Found in huggingface/trl#2046."""
     patch(ppo, "score", lambda right, policy, reference, *others: right(policy, reference and policy, *others))
 
 
 def end_masked_out(patch):
-    """<|end|> is taken for padding and masked out of the loss: nothing teaches the policy when to stop."""
+    """<|end|> is taken for padding and masked out of the loss: nothing teaches the policy when to stop. Found in
+    rasbt/reasoning-from-scratch#185."""
     patch(ppo, "backward", lambda right, policy, value_model, batch, *others:
           right(policy, value_model, batch._replace(mask=batch.mask & (batch.tokens[:, 1:] != END)), *others))
 
 
 def mask_too_long(patch):
-    """The mask goes on for one token of padding."""
+    """The mask goes on for one token of padding, and the score stands there. Found in CarperAI/trlx#433."""
     patch(ppo, "response_mask", lambda right, prompt_lengths, lengths, T: right(prompt_lengths, lengths + 1, T))
 
 
@@ -73,7 +75,7 @@ def reward_too_early(patch):
 
 
 def score_of_padding(patch):
-    """The reward model's score is read at the last column, padding or not. Found in hpcaitech/ColossalAI#3950."""
+    """The reward model's score is read at the last column, padding or not. Found in EleutherAI/gpt-neox#1285."""
     patch(RewardModel, "score", lambda right, model, tokens, lengths:
           right(model, tokens, torch.full_like(lengths, tokens.shape[1])))
 
@@ -98,7 +100,8 @@ def top_k_rollouts(patch):
 
 
 def ratio_of_one(patch):
-    """The old log-probabilities are computed anew in every step: ρ is always 1, and nothing is ever clipped."""
+    """The old log-probabilities are computed anew in every step: ρ is always 1, and nothing is ever clipped. Found in
+    tensorforce/tensorforce#312."""
     def anew(right, policy, value_model, batch, config, *documents):
         with torch.no_grad():
             logprobs = masked_logprobs(policy, batch.tokens, batch.mask, config.temperature)
@@ -114,7 +117,7 @@ def advantages_with_gradient(patch):
 
 
 def bootstrapped_past_the_end(patch):
-    """V(terminal) is not 0 but what the last state was worth: an end that goes on."""
+    """V(terminal) is not 0 but what the last state was worth: an end that goes on. Found in RoboVerseOrg/RoboVerse#814."""
     def bootstrapped(right, rewards, values, mask, gamma, lam):
         last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
         return right(rewards + torch.where(last, gamma * values, 0.0), values, mask, gamma, lam)
@@ -122,7 +125,8 @@ def bootstrapped_past_the_end(patch):
 
 
 def value_after_the_action(patch):
-    """V read one column late, in the state that the action led to: a baseline that knows the action."""
+    """V read one column late, in the state that the action led to: a baseline that knows the action. Found in
+    verl-project/verl#1758."""
     def late(model):
         return model and (lambda tokens: model(tokens).roll(-1, dims=1))
     patch(ppo, "score", lambda right, policy, reference, reward_model, value_model, *others:
@@ -136,12 +140,13 @@ def returns_for_advantages(patch):
 
 
 def whitened_over_padding(patch):
-    """Mean and deviation of the advantages are taken over the padding too."""
+    """Mean and deviation of the advantages are taken over the padding too. Found in NovaSky-AI/SkyRL#1305."""
     patch(ppo, "whiten", lambda right, x, mask: torch.where(mask, right(x, torch.ones_like(mask)), 0.0))
 
 
 def mean_of_means(patch):
-    """Every micro-batch's token mean counts alike: a token among short responses weighs more."""
+    """Every micro-batch's token mean counts alike: a token among short responses weighs more. Found in
+    allenai/open-instruct#1161."""
     def weighed(right, policy, value_model, batch, *others):
         weight = torch.ones(len(batch.lengths), 1)
         for rows in batch.lengths.argsort().chunk(4):
@@ -157,7 +162,7 @@ def averaged_in_dpo(patch):
 
 
 def end_masked_out_of_dpo(patch):
-    """<|end|> cut off from DPO's sums."""
+    """<|end|> cut off from DPO's sums. An option in PaddlePaddle/PaddleFormers#4909."""
     patch(dpo, "response_logprobs", lambda right, model, tokens, prompt_lengths, lengths:
           right(model, tokens, prompt_lengths, torch.where(lengths > prompt_lengths + 1, lengths - 1, lengths)))
 
@@ -172,7 +177,11 @@ OF_PPO = [kl_upside_down, penalty_twice, k2_for_k1, reference_trains_along, end_
           score_of_padding, unshifted, sampled_colder, top_k_rollouts, ratio_of_one, advantages_with_gradient,
           bootstrapped_past_the_end, value_after_the_action, returns_for_advantages, whitened_over_padding, mean_of_means]
 OF_DPO = [averaged_in_dpo, end_masked_out_of_dpo, prompt_in_dpo]
-SEEN_BY = {}
+SEEN_BY = {returns_for_advantages: "test_ppo.py::test_gae_is_the_sum_of_residuals",
+           advantages_with_gradient: "test_policy_gradients.py::test_the_gradient_of_every_loss",
+           whitened_over_padding: "test_ppo.py::test_padding_never_counts",
+           mean_of_means: "test_policy_gradients.py::test_the_gradient_of_every_loss",
+           prompt_in_dpo: "test_dpo.py::test_response_logprobs_are_sums_token_by_token"}
 
 
 def ppo_distance(world):
@@ -204,18 +213,18 @@ def dpo_distance(world):
 
 @pytest.fixture(scope="module")
 def prices():
-    """{exhibit: nats}, filled by the tests; the table at the end."""
+    """{(run, exhibit): nats}, which the tests fill; the table at the end."""
     found = {}
     yield found
     print("\n\nKL(π || π*) in nats, dearest first")
     for (run, exhibit), price in sorted(found.items(), key=lambda item: -item[1]):
-        print(f"{price:8.3f}  {run} {exhibit.__name__}")
+        print(f"{price:8.3f}  {run}  {exhibit.__name__.replace('_', ' '):26s}  {SEEN_BY.get(exhibit, '')}".rstrip())
 
 
 @pytest.mark.parametrize("run, exhibit", [(run, exhibit) for run, exhibits in (
-    ("ppo", [nothing] + OF_PPO), ("dpo", [nothing] + OF_DPO)) for exhibit in exhibits])
+    (ppo_distance, OF_PPO), (dpo_distance, OF_DPO)) for exhibit in [nothing, *exhibits]], ids=lambda f: f.__name__)
 def test_the_price(run, exhibit, world, prices, monkeypatch):
-    """A bug that nobody would notice. Also an exhibit that has lost its bug: a patch in a place where nobody calls."""
+    """A bug that nobody sees. And an exhibit without its bug: a patch in a place that nothing calls."""
     uncalled = set()
 
     def patch(module, name, wrong):
@@ -229,6 +238,10 @@ def test_the_price(run, exhibit, world, prices, monkeypatch):
         monkeypatch.setattr(module, name, called)
 
     exhibit(patch)
-    price = prices[run, exhibit] = dict(ppo=ppo_distance, dpo=dpo_distance)[run](world)
-    print(f"\n{price:8.3f}  {run} {exhibit.__name__}")
+    price = prices[run.__name__[:3], exhibit] = run(world)
     assert not uncalled
+    if exhibit in SEEN_BY:
+        file, test = SEEN_BY[exhibit].split("::")
+        assert f"\ndef {test}(" in (Path(__file__).parent / file).read_text()
+    else:
+        assert price <= BAR if exhibit is nothing else price > 3 * BAR
