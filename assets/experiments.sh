@@ -28,18 +28,18 @@ for seed in ${SEEDS:-1 2 3}; do
     # Policy gradients: 6,400 responses each
     run ppo.py ppo-ppo_penalty --name ppo-ppo_penalty --method ppo_penalty
     run ppo.py ppo-a2c --name ppo-a2c --method a2c
-    run ppo.py ppo-reinforce --name ppo-reinforce --method reinforce
+    run ppo.py ppo-reinforce --name ppo-reinforce --method reinforce --lr 1.5e-4
     run ppo.py ppo-reinforce_baseline --name ppo-reinforce_baseline --method reinforce_baseline
     run ppo.py ppo-leave_one_out --name ppo-leave_one_out --method reinforce_baseline --baseline leave_one_out --group 4
-    run ppo.py ppo-grpo --name ppo-grpo --method grpo
-    run ppo.py ppo-grpo-no_scale --name ppo-grpo-no_scale --method grpo --no-scale
-    run ppo.py ppo-grpo-rewards --name ppo-grpo-rewards --method grpo --no-scale --kl rewards
-    run ppo.py ppo-grpo-tokens --name ppo-grpo-tokens --method grpo --no-scale --kl rewards --mean tokens
+    run ppo.py ppo-grpo --name ppo-grpo --method grpo --lr 1.5e-4
+    run ppo.py ppo-grpo-no_scale --name ppo-grpo-no_scale --method grpo --no-scale --lr 1.5e-4
+    run ppo.py ppo-grpo-rewards --name ppo-grpo-rewards --method grpo --no-scale --kl rewards --lr 1.5e-4
+    run ppo.py ppo-grpo-tokens --name ppo-grpo-tokens --method grpo --no-scale --kl rewards --mean tokens --lr 1.5e-4
     run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
     run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
 
     # Direct methods: 10,240 comparisons each; RSFT: 16,384 samples
-    run dpo.py dpo-ipo --name dpo-ipo --loss ipo --beta 0.1
+    run dpo.py dpo-ipo --name dpo-ipo --loss ipo
     run dpo.py dpo-kto --name dpo-kto --loss kto
     run dpo.py dpo-simpo --name dpo-simpo --loss simpo
     run dpo.py dpo-orpo --name dpo-orpo --loss orpo
