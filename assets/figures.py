@@ -284,7 +284,8 @@ def points(ax, data, field):
                 x_error, y_error = (statistics.stdev(v) if len(v) > 1 else 0 for v in (xs, ys))
                 ax.errorbar(x, y, xerr=x_error, yerr=y_error, color=color, marker="o", markersize=4, linewidth=1)
                 found.append((y, x, label, color))
-    low, high = ax.get_ylim()
+    low, high = min(y for y, *_ in found) - 0.15, ax.get_ylim()[1]
+    ax.set_ylim(low, high)
     for k, (y, x, label, color) in enumerate(sorted(found)):
         height = low + (high - low) * (k + 0.5) / len(found)
         ax.annotate(label, (x, y), xytext=(1.04, height), textcoords=("axes fraction", "data"), fontsize=9, color=color,
@@ -309,7 +310,7 @@ def draw_frontier(plt, data):
             ax.plot(*zip(*sorted((statistics.mean(x["kl"].values()), statistics.mean(x[field].values())) for x in best)),
                     color=GREEN, marker=".", linewidth=1, label="best of 1, 2, 4, … 64 (KL: its bound)")
         points(ax, data, field)
-        ax.set_xlim(0, 4)
+        ax.set_xlim(1, 4)
         ax.set_xlabel("KL to the reference, nats")
         ax.set_ylabel("gold, the true reward" if field == "gold" else "reward model's score")
         ax.legend(frameon=False, loc="lower right")
