@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from data import stories
 from data.annotator import JUDGES, judge_of
 from data.files import InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script, write_jsonl
-from data.run import Run, announce, check_name, forget_rounds, parse_config, restore, stage_folder, train_missing
+from data.run import (Run, announce, check_name, forget_rounds, parse_config, restore, show_models, stage_folder,
+                      train_missing)
 from data.tokenizer import encode_comparisons, encode_pairs
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
                  optimizer_step, pad, response_mask, save_checkpoint)
@@ -140,8 +141,7 @@ def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
 
 
 def labels_of(items):
-    """Items, which are pairs (chosen ids, rejected ids, prompt length) or labels (ids, prompt length, good or not), as
-    labels; of pairs first the chosen ones, then the rejected ones."""
+    """Items as labels (ids, prompt length, good or not): of pairs (chosen, rejected, prompt length) the chosen first."""
     if isinstance(items[0][2], bool):
         return items
     return [(chosen, n, True) for chosen, _, n in items] + [(rejected, n, False) for _, rejected, n in items]
@@ -219,9 +219,8 @@ def fit(policy, reference, items, held_out, config, rng, saved=None):
             rows, report = [*rows, list(row.values())], None
             if step % config.report == 0 or step == steps:
                 found = evaluate(policy, reference, held_out, config)
-                report = dict(zip(row, torch.tensor(rows).mean(dim=0).tolist()), held_out_loss=found["loss"],
-                              held_out_accuracy=found["accuracy"])
-                rows = []
+                rows, report = [], dict(zip(row, torch.tensor(rows).mean(dim=0).tolist()), held_out_loss=found["loss"],
+                                        held_out_accuracy=found["accuracy"])
             yield step, report, dict(policy=policy, optimizer=optimizer, figures=rows)
 
 
@@ -269,7 +268,8 @@ def train(config):
     train_missing(config, stages_until("reward_model" if judged or not config.data else "sft"), config.name)
     policy, tokenizer = load(config, config.start)  # π_θ, trained
     reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
-    judge = reward_model_judge(*load(config, "reward_model", RewardModel)) if judged else judge
+    r_phi, own_tokenizer = load(config, "reward_model", RewardModel) if judged else (None, None)
+    judge = reward_model_judge(r_phi, own_tokenizer) if judged else judge
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
     files = [] if config.data else [stage / "pairs.jsonl", stage / "held_out.jsonl"]
@@ -284,6 +284,7 @@ def train(config):
         items = lambda number: fresh_pairs(number, policy, tokenizer, judge, own, folder / "unfinished", config)
         data = f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
     announce(config.name, config, get_device(), data, policy)
+    show_models(trained=("policy",), policy=policy, reference=reference, reward_model=r_phi)
 
     # 2. Gradient steps on the loss.
     used = [config.start] + ["sft"] * bool(reference) + ["reward_model"] * judged
@@ -300,7 +301,7 @@ def train(config):
                         **{"beta": config.beta} if config.loss in ("dpo", "kto") else {})  # IPO's, SimPO's: no price of KL
         run.finish()
     forget_rounds(folder, "pairs", config.online)
-    r_phi, _ = load(config, "reward_model", RewardModel) if judged or not config.data else (None, None)  # for the screen
+    r_phi = r_phi if judged or config.data else load(config, "reward_model", RewardModel)[0]  # for the screen
     show_before_and_after(None if world else prompts, reference or load(config, "sft")[0], policy, tokenizer, config, r_phi)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 

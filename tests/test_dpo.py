@@ -495,7 +495,9 @@ def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     rows = metrics(out / "cpu/dpo/metrics.jsonl")
     assert set(rows[0]) == (KEYS if loss in ("dpo", "ipo") else KEYS - {"chosen_log_ratio", "rejected_log_ratio"})
     assert [row["step"] for row in rows] == list(range(2, 17 if loss == "kto" else 9, 2))  # 64 pairs, or 128 labels
-    assert "before and after on 33 held-out prompts: reward " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "before and after on 33 held-out prompts: reward " in printed
+    assert f"models in memory: {len(before)} (policy" in printed
 
 
 @pytest.mark.parametrize("argv, message", [
