@@ -176,7 +176,7 @@ def claims(data):
     """The lecture's claims, each with the command whose output shows it, what came out and the verdict."""
     stage = lambda key, form: spread(list(data["stages"].get(key, {}).values()), form)
     of = lambda name, key, form: spread(values(data, name, key), form)
-    run = lambda key, rows: f"{statistics.mean(data['runs']['ppo-beta0']['1'][key][rows]):.1f}"
+    run = lambda key, rows: f"{statistics.mean(data['runs']['ppo-beta0']['1'][key][rows]):.2f}"
     early, late = slice(5, 10), slice(90, 100)
     limits = [data["frontier"][f"reward model {beta:.3f}"] for beta in (0.05, 6.4)]
     greedy, timid = (spread(list(x["kl"].values()), ".2f") for x in limits)
@@ -226,9 +226,9 @@ def claims(data):
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo', 'length', '.0f')}, SimPO "
          f"{of('dpo-simpo', 'length', '.0f')}", "SIMPO"],
-        ["alignment collapses modes", "ECE 7115", "`best_of_n.py`",
-         f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; J* by PPO's own samples "
-         f"{of('ppo', 'own_J_star_reward', '.2f')}, pooled {of('optimum under reward model', 'J_star', '.2f')}", "MODES"],
+        ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
+         f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
+         f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)} (seed 1)", "without the penalty only"],
         ["DPO's margin runs away, IPO's does not", "CS 224R ch. 10", f"{listed} run_away`",
          "with certain labels DPO's grows on, IPO's stays at 1/(2β)", "holds"]])
 
