@@ -37,10 +37,12 @@ def last(rows, key):
 
 
 def undisturbed(rows):
-    """The seconds of a run on a machine that did nothing else: as many times its quickest rows (one in ten) as it has."""
-    seconds = [0.0] + [row["seconds"] for row in rows if "seconds" in row]
+    """The seconds of a run on a machine that did nothing else: the first row's (before it RSFT samples), and for all others
+    as many times the quickest ones (one in ten)."""
+    seconds = [row["seconds"] for row in rows if "seconds" in row]
     steps = sorted(after - before for before, after in zip(seconds, seconds[1:]))
-    return len(steps) * statistics.mean(steps[:max(1, len(steps) // 10)]) if steps else None
+    quickest = statistics.mean(steps[:max(1, len(steps) // 10)]) if steps else 0.0
+    return seconds[0] + len(steps) * quickest if seconds else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,10 +224,11 @@ def claims(data):
          f"{of('ppo', 'share_reward', '.1%')}, {of('dpo', 'share_reward', '.1%')}", "under gold a tie"],
         ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11", "`dpo.py --online 5`",
          f"gold share: offline {of('dpo', 'share_gold', '.1%')}, online {of('dpo-online', 'share_gold', '.1%')}; under the "
-         f"reward model {of('dpo', 'share_reward', '.1%')}, {of('dpo-online', 'share_reward', '.1%')}", "ONLINE"],
+         f"reward model {of('dpo', 'share_reward', '.1%')}, {of('dpo-online', 'share_reward', '.1%')} (online: seed 1)",
+         "not under gold: the labels are the reward model's"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo', 'length', '.0f')}, SimPO "
-         f"{of('dpo-simpo', 'length', '.0f')}", "SIMPO"],
+         f"{of('dpo-simpo', 'length', '.0f')} (seed 1)", "it shortens"],
         ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
          f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
          f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)} (seed 1)", "without the penalty only"],
@@ -274,12 +277,13 @@ def save(figure, name):
 
 
 def points(ax, data, field):
-    """Every policy's place, the mean of its seeds with their spread, its name in a column on the right."""
+    """Every policy's place, the mean of its seeds with their spread, its name in a column on the right. What lies beyond 4
+    nats is left out, and said in the caption."""
     found = []
     for names, color in ((METHODS, BLUE), (DIRECT, ORANGE)):
         for name, label in names.items():
             xs, ys = values(data, name, "kl"), values(data, name, field)
-            if xs:
+            if xs and statistics.mean(xs) <= 4:
                 x, y = statistics.mean(xs), statistics.mean(ys)
                 x_error, y_error = (statistics.stdev(v) if len(v) > 1 else 0 for v in (xs, ys))
                 ax.errorbar(x, y, xerr=x_error, yerr=y_error, color=color, marker="o", markersize=4, linewidth=1)
