@@ -336,7 +336,8 @@ def test_settings_of_a_published_model():
     assert [parsed(module).lr for module in (sft, reward_model, ppo, dpo)] == [2e-5, 5e-5, 1e-5, 1e-6]
     assert all(parsed(module).micro_batch <= 8 for module in (sft, reward_model, ppo, dpo))
     assert parsed(ppo, "--method", "reinforce").epochs == 1 and parsed(ppo).epochs == 4
-    assert parsed(dpo, "--loss", "simpo").beta == 2.0 and parsed(dpo, "--loss", "kto").micro_batch == 4
+    assert parsed(dpo, "--loss", "simpo").beta == 10.0 and parsed(dpo, "--loss", "orpo").lr == 1e-6
+    assert parsed(dpo, "--loss", "kto").micro_batch == 4
 
 
 def test_models_that_do_not_fit_are_refused(monkeypatch, capsys):
