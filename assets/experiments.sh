@@ -38,6 +38,10 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
     run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
 
+    # Right or wrong, without a reward model
+    run ppo.py ppo-verifier --name ppo-verifier --reward verifier
+    run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier --method grpo --lr 1.5e-4
+
     # Direct methods: 10,240 comparisons each; RSFT: 16,384 samples
     run dpo.py dpo-ipo --name dpo-ipo --loss ipo
     run dpo.py dpo-kto --name dpo-kto --loss kto
@@ -61,4 +65,5 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 3-grpo ppo-grpo,ppo-grpo-no_scale,ppo-grpo-rewards,ppo-grpo-tokens,ppo-ptx --samples 32
     yardstick 4-direct dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
     yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
+    yardstick 6-verifier ppo-verifier,ppo-verifier-grpo --samples 32 --verify
 done

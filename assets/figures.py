@@ -61,7 +61,7 @@ def collect(folders):
                 put(data["stages"], f"{stage} {key}", i, last(rows, key))
         seen = set()
         for path in sorted(cpu.glob("best_of_n-*/metrics.jsonl")):  # the frontier, SFT and best-of-N are the first one's
-            rows = [row for row in read_rows(path) if row["policy"] not in seen]
+            rows = [row for row in read_rows(path) if row["policy"] not in seen or row.get("under") == "verifier"]
             for row in rows:
                 under, name = row.get("under"), row["policy"]
                 if name == "frontier" or under == "best of N":
@@ -75,6 +75,8 @@ def collect(folders):
                     if name == "sft":  # of the optimum itself
                         for key in ("J_star", "J_star_kl", "left_by_policy"):
                             put(data["policies"].setdefault(f"optimum under {under}", {}), key, i, row[key])
+                elif under == "verifier":
+                    put(data["policies"].setdefault(name, {}), "verified", i, row["verified"])
                 elif under == "pretraining":
                     put(data["policies"].setdefault(name, {}), "pretraining", i, row["loss"])
                 elif under is None:
@@ -232,6 +234,9 @@ def claims(data):
         ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
          f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
          f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)} (seed 1)", "without the penalty only"],
+        ["verifiable rewards need no reward model", "CS 224R ch. 11", "`ppo.py --reward verifier`",
+         f"right: SFT {of('sft', 'verified', '.1%')}, PPO {of('ppo-verifier', 'verified', '.1%')} with 3 models, GRPO "
+         f"{of('ppo-verifier-grpo', 'verified', '.1%')} with 2 (seed 1)", "holds"],
         ["DPO's margin runs away, IPO's does not", "CS 224R ch. 10", f"{listed} run_away`",
          "with certain labels DPO's grows on, IPO's stays at 1/(2β)", "holds"]])
 
