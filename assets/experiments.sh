@@ -42,6 +42,10 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-verifier --name ppo-verifier --reward verifier
     run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier --method grpo --lr 1.5e-4
 
+    # A reward for every sentence
+    run reward_model.py process_model --process
+    run ppo.py ppo-process --name ppo-process --reward process
+
     # Direct methods: 10,240 comparisons each; RSFT: 16,384 samples
     run dpo.py dpo-ipo --name dpo-ipo --loss ipo
     run dpo.py dpo-kto --name dpo-kto --loss kto
@@ -66,4 +70,5 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 4-direct dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
     yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
     yardstick 6-verifier ppo-verifier,ppo-verifier-grpo --samples 32 --verify
+    yardstick 7-process ppo-process --samples 32 --process
 done

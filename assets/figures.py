@@ -234,6 +234,10 @@ def claims(data):
         ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
          f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
          f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)} (seed 1)", "without the penalty only"],
+        ["one reward at the end is sparse", "CME 295; CS 224R ch. 11", "`best_of_n.py --process`, `ppo.py --reward process`",
+         f"gold share of best-of-16: outcome model {of('best of 16', 'share_gold', '.1%')}, sum of the steps' "
+         f"{of('best of 16, sum', 'share_gold', '.1%')}; gold of PPO on the steps {of('ppo-process', 'gold', '.2f')} at "
+         f"{of('ppo-process', 'kl', '.1f')} nats (steps: seed 1)", "dense, and hacked sooner"],
         ["verifiable rewards need no reward model", "CS 224R ch. 11", "`ppo.py --reward verifier`",
          f"right: SFT {of('sft', 'verified', '.1%')}, PPO {of('ppo-verifier', 'verified', '.1%')} with 3 models, GRPO "
          f"{of('ppo-verifier-grpo', 'verified', '.1%')} with 2 (seed 1)", "holds"],
