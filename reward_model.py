@@ -364,8 +364,9 @@ REWARDS = {"reward_model": "reward_model", "process": "process_model"}  # ppo.py
 
 
 def rewarder(name, model, tokenizer):
-    """Of what ppo.py --reward names, model None where that is not a model's: (what has score(tokens, lengths) -> (B,), or
-    None, what gives a Rollout's actions (B, T-1) rewards in its place, or None: to the end of each step, or of a text)."""
+    """What ppo.py --reward names, as (scorer, token_rewards): scorer.score(tokens, lengths) -> (B,), one reward a response;
+    token_rewards(rollout) -> (B, T-1) gives them to actions: the last one of each step, or of each text. model: the reward
+    model or process model, else None. A reward model has no token_rewards, a process model no scorer, texts have both."""
     if name == "process":
         return None, lambda rollout: step_rewards(model, rollout, tokenizer)[0]
     texts = None if model else TextReward(reward_of(name), tokenizer)
