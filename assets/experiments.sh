@@ -3,7 +3,7 @@
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About five hours on two cores, one seed a core (SEEDS="1 3" beside SEEDS=2). A run that was interrupted goes on.
+# About ten hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). A run that was interrupted goes on.
 set -eu
 export OMP_NUM_THREADS=1
 
@@ -25,8 +25,11 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo
     run dpo.py dpo
 
-    [ -e "$out/cpu/learning_curve.txt" ] ||
-        python reward_model.py --size cpu --out "$out" --seed "$seed" --learning_curve > "$out/cpu/learning_curve.txt"
+    # How much data it takes
+    for stage in sft reward_model; do
+        [ -e "$out/cpu/${stage}_curve.txt" ] ||
+            python $stage.py --size cpu --out "$out" --seed "$seed" --learning_curve > "$out/cpu/${stage}_curve.txt"
+    done
 
     # Policy gradients: 6,400 responses each
     run ppo.py ppo-ppo_penalty --name ppo-ppo_penalty --method ppo_penalty
@@ -44,6 +47,8 @@ for seed in ${SEEDS:-1 2 3}; do
     # Right or wrong, without a reward model
     run ppo.py ppo-verifier --name ppo-verifier --reward verifier
     run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier --method grpo --lr 1.5e-4
+    run ppo.py ppo-verifier-beta0 --name ppo-verifier-beta0 --reward verifier --beta 0
+    run ppo.py ppo-verifier-grpo-beta0 --name ppo-verifier-grpo-beta0 --reward verifier --method grpo --lr 1.5e-4 --beta 0
 
     # A reward for every sentence
     run reward_model.py process_model --process
@@ -55,8 +60,36 @@ for seed in ${SEEDS:-1 2 3}; do
     run dpo.py dpo-simpo --name dpo-simpo --loss simpo
     run dpo.py dpo-orpo --name dpo-orpo --loss orpo
     run dpo.py dpo-online --name dpo-online --online 5
+    run dpo.py dpo-online-annotator --name dpo-online-annotator --online 5 --judge annotator
     run best_of_n.py rsft-per_prompt --finetune per_prompt
     run best_of_n.py rsft-overall --finetune overall
+
+    # The same SFT model in a folder of its own, where other labels or other text change what follows
+    with_sft() {  # folder, the stages to copy
+        folder=$1
+        shift
+        mkdir -p "$folder/cpu"
+        for stage in "$@"; do
+            [ -e "$folder/cpu/$stage" ] || cp -r "$out/cpu/$stage" "$folder/cpu/"
+        done
+    }
+
+    # Labels by a constitution, and by it and the annotator in turn
+    for judge in constitution both; do
+        with_sft "$out/$judge" gpt sft
+        (out=$out/$judge; run reward_model.py reward_model --judge $judge; run dpo.py dpo-$judge --name dpo-$judge)
+        cp -r "$out/$judge/cpu/dpo-$judge" "$out/$judge/cpu/dpo-$judge.txt" "$out/cpu/"
+        mkdir -p "$out/cpu/reward_model-$judge"
+        cp "$out/$judge/cpu/reward_model/metrics.jsonl" "$out/cpu/reward_model-$judge/"
+        cp "$out/$judge/cpu/reward_model.txt" "$out/cpu/reward_model-$judge.txt"
+    done
+
+    # Mid-training on better text, and SFT after it
+    run gpt.py gpt-curated --name gpt-curated --start "$out/cpu/gpt" --curated --steps 250 --lr 1e-3
+    with_sft "$out/curated" gpt-curated
+    (out=$out/curated; run sft.py sft --base gpt-curated)
+    mkdir -p "$out/cpu/sft-curated"
+    cp "$out/curated/cpu/sft/metrics.jsonl" "$out/cpu/sft-curated/"
 
     # All of them on the same held-out prompts, in groups: the cost grows with the square of their number
     yardstick() {  # name of the group, policies, flags
@@ -72,6 +105,42 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 3-grpo ppo-grpo,ppo-grpo-no_scale,ppo-grpo-rewards,ppo-grpo-tokens,ppo-ptx --samples 32
     yardstick 4-direct dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
     yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
-    yardstick 6-verifier ppo-verifier,ppo-verifier-grpo --samples 32 --verify
+    yardstick 6-verifier ppo-verifier,ppo-verifier-grpo,ppo-verifier-beta0,ppo-verifier-grpo-beta0 --samples 32 --verify
     yardstick 7-process ppo-process --samples 32 --process
+    yardstick 8-judges dpo-constitution,dpo-both,dpo-online-annotator --samples 32
+
+    [ "$seed" = 1 ] || continue  # what follows has one seed
+
+    # How easy to tune: learning rates and β; the defaults are there already
+    for kind in ppo dpo; do
+        policies=
+        for beta in 0.05 0.2 0.8; do
+            for lr in $([ $kind = ppo ] && echo 7.5e-5 3e-4 1.2e-3 4.8e-3 || echo 5e-5 2e-4 8e-4 3.2e-3); do
+                case $kind-$beta-$lr in ppo-0.2-3e-4 | dpo-0.2-2e-4) continue ;; esac
+                run $kind.py $kind-grid-$beta-$lr --name $kind-grid-$beta-$lr --beta $beta --lr $lr
+                policies=$policies${policies:+,}$kind-grid-$beta-$lr
+            done
+        done
+        yardstick 9-grid-$kind $policies --samples 16
+    done
+
+    # The laws of over-optimization: fewer comparisons, and smaller reward models on all of them
+    for law in 256 1024 4096 1-layer 2-layers; do
+        with_sft "$out/laws/$law" gpt sft
+        (
+            pairs=$out/cpu/reward_model/pairs.jsonl
+            out=$out/laws/$law
+            case $law in
+                *layer*) (out=$out/small
+                          run gpt.py gpt --n_layer ${law%%-*}
+                          run sft.py sft
+                          run reward_model.py reward_model --data "$pairs")
+                         cp -r "$out/small/cpu/reward_model" "$out/cpu/" ;;
+                *) run reward_model.py reward_model --pairs $law ;;
+            esac
+            run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
+            python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "" > "$out/cpu/best_of_n.txt"
+        )
+    done
+    OMP_NUM_THREADS=1 python -m pytest tests/test_enumerable.py -k variance -q -s > "$out/variance.txt"
 done

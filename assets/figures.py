@@ -2,13 +2,14 @@
 figures.py: the README's pictures and tables, from what the scripts have written.
 
     sh assets/experiments.sh                        makes the data (hours): out/seed1, out/seed2, out/seed3
-    python assets/figures.py out/seed*              reads it into figures.json, then as below
+    python assets/figures.py out/seed?              reads it into figures.json, then as below
     python assets/figures.py                        draws the pictures and prints the tables of figures.json
 
 The pictures need matplotlib, which no other file does.
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -21,10 +22,24 @@ METHODS = {  # folder: its name in tables and pictures
     "ppo": "PPO", "ppo-ppo_penalty": "PPO, KL penalty", "ppo-a2c": "A2C", "ppo-reinforce": "REINFORCE",
     "ppo-reinforce_baseline": "REINFORCE, batch mean", "ppo-leave_one_out": "REINFORCE, leave-one-out",
     "ppo-grpo": "GRPO as published", "ppo-grpo-no_scale": "GRPO, no division",
-    "ppo-grpo-rewards": "GRPO, also KL in the rewards", "ppo-grpo-tokens": "GRPO, also a mean over tokens", "ppo-ptx": "PPO-ptx"}
+    "ppo-grpo-rewards": "GRPO, also KL in the rewards", "ppo-grpo-tokens": "GRPO, also a mean over tokens",
+    "ppo-ptx": "PPO-ptx"}
 DIRECT = {"dpo": "DPO", "dpo-ipo": "IPO", "dpo-kto": "KTO", "dpo-simpo": "SimPO", "dpo-orpo": "ORPO",
-          "dpo-online": "online DPO", "rsft-per_prompt": "RSFT, best per prompt", "rsft-overall": "RSFT, best overall"}
+          "dpo-online": "online DPO", "dpo-online-annotator": "online DPO, annotator's labels",
+          "rsft-per_prompt": "RSFT, best per prompt", "rsft-overall": "RSFT, best overall"}
 BEST = ("best of 4", "best of 16", "best of 64")
+STAGES = ("gpt", "sft", "reward_model", "reward_model-constitution", "reward_model-both", "process_model", "gpt-curated",
+          "sft-curated")
+JUDGES = {"": "the annotator", "-constitution": "the constitution", "-both": "both in turn"}
+VERIFIED = {"sft": "SFT", "ppo-verifier": "PPO", "ppo-verifier-grpo": "GRPO", "ppo-verifier-beta0": "PPO, β = 0",
+            "ppo-verifier-grpo-beta0": "GRPO, β = 0"}
+GRID = {"DPO": ("dpo", ("5e-5", "2e-4", "8e-4", "3.2e-3")), "PPO": ("ppo", ("7.5e-5", "3e-4", "1.2e-3", "4.8e-3"))}
+BETAS = ("0.05", "0.2", "0.8")
+PEERS = {"dpo": "DPO, ours", "dpo-trl": "DPO, TRL 1.16", "ppo": "PPO, ours", "ppo-trl": "PPO, TRL 1.12",
+         "ppo-grpo": "GRPO as published, ours", "ppo-trl-grpo-group": "GRPO as published, TRL 1.16",
+         "ppo-grpo-no_scale": "GRPO, no division, ours", "ppo-trl-grpo-none": "GRPO, no division, TRL 1.16"}
+LAWS = {"": "10,240 comparisons, 4 layers", "4096": "4,096", "1024": "1,024", "256": "256", "2-layers": "2 layers",
+        "1-layer": "1 layer"}  # the reward models of laws/NAME
 
 
 def read_rows(path):
@@ -35,6 +50,11 @@ def read_rows(path):
 def last(rows, key):
     """A figure in the last row that has it, or None."""
     return next((row[key] for row in reversed(rows) if key in row), None)
+
+
+def text_of(path):
+    """What a script printed, "" if that is not there."""
+    return path.read_text() if path.exists() else ""
 
 
 def undisturbed(rows):
@@ -52,14 +72,16 @@ def undisturbed(rows):
 
 def collect(folders):
     """All that is drawn and said, from one output folder a seed: {name: {figure: [a number for each seed]}} and curves."""
-    data = dict(seeds=len(folders), stages={}, policies={}, frontier={}, runs={})
+    data = dict(seeds=len(folders), stages={}, policies={}, frontier={}, runs={}, curves={}, laws={}, variance=[], peers={})
     for i, folder in enumerate(folders):
         cpu = Path(folder) / "cpu"
-        for stage in ("gpt", "sft", "reward_model"):
+        for stage in STAGES:
             rows = read_rows(cpu / stage / "metrics.jsonl")
-            for key in ("held_out", "entropy", "base_answers", "answers", "flawless", "expected_accuracy", "bayes_accuracy",
-                        "share_of_bayes", "above_chance", "annotator_loss"):
+            for key in ("held_out", "old_held_out", "entropy", "excess", "base_answers", "answers", "flawless",
+                        "expected_accuracy", "bayes_accuracy", "share_of_bayes", "above_chance", "annotator_loss"):
                 put(data["stages"], f"{stage} {key}", i, last(rows, key))
+        for key in ("held_out", "old_held_out", "excess"):  # before mid-training
+            put(data["stages"], f"before {key}", i, last(read_rows(cpu / "gpt-curated/metrics.jsonl")[:1], key))
         seen = set()
         for path in sorted(cpu.glob("best_of_n-*/metrics.jsonl")):  # the frontier, SFT and best-of-N are the first one's
             rows = [row for row in read_rows(path) if row["policy"] not in seen or row.get("under") == "verifier"]
@@ -77,25 +99,51 @@ def collect(folders):
                         for key in ("J_star", "J_star_kl", "left_by_policy"):
                             put(data["policies"].setdefault(f"optimum under {under}", {}), key, i, row[key])
                 elif under == "verifier":
-                    put(data["policies"].setdefault(name, {}), "verified", i, row["verified"])
+                    for key in ("verified", "pass_16", "J", "J_star", "share"):
+                        put(data["policies"].setdefault(name, {}), f"verifier_{key}", i, row.get(key))
                 elif under == "pretraining":
                     put(data["policies"].setdefault(name, {}), "pretraining", i, row["loss"])
                 elif under is None:
                     for key in ("reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"):
                         put(data["policies"].setdefault(name, {}), key, i, row[key])
             seen |= {row["policy"] for row in rows}
+        for path in sorted(cpu.glob("best_of_n-*peers*/metrics.jsonl")):  # one seed: errors over prompts
+            for row in read_rows(path):
+                under = (row.get("under") or "policy").split()[0]
+                if row["policy"] in PEERS and under in ("policy", "gold", "reward"):
+                    found = {f"{key}_{under}": row[key] for key in ("share", "share_error", "kl") if key in row}
+                    data["peers"].setdefault(row["policy"], {}).update({k: float(f"{x:.5g}") for k, x in found.items()})
+        for name in data["peers"]:
+            ran = re.search(r"'train_runtime': '?([\d.]+)", text_of(cpu / f"{name}.txt"))
+            if ran and not i:
+                data["peers"][name]["seconds"] = float(ran[1])
         for name in {**METHODS, **DIRECT}:
             rows = read_rows(cpu / name / "metrics.jsonl")
             found = dict(held_out_accuracy=last(rows, "held_out_accuracy"), seconds=undisturbed(rows))
+            found |= {f"kept_{key}": last(rows, key) for key in ("prompts", "prompts_reward", "all_reward")}  # RSFT
             if rows and "entropy" in rows[-1]:
                 found["entropy"] = statistics.mean(row["entropy"] for row in rows[-10:])
-            log = cpu / f"{name}.txt"  # what it printed
-            if log.exists():
-                text = log.read_text()
-                models = re.search(r"models in memory: (\d) .*, (\d+) MB", text)
-                found |= dict(zip(("models", "memory_mb"), map(int, models.groups()))) if models else {}
+            models = re.search(r"models in memory: (\d) .*, (\d+) MB", text_of(cpu / f"{name}.txt"))
+            found |= dict(zip(("models", "memory_mb"), map(int, models.groups()))) if models else {}
             for key, x in found.items():
                 put(data["policies"].setdefault(name, {}), key, i, x)
+        for suffix in JUDGES:
+            agreed = re.search(r"agrees with ([\d.]+)%", text_of(cpu / f"reward_model{suffix}.txt"))
+            put(data["stages"], f"reward_model{suffix} agreement", i, agreed and float(agreed[1]) / 100)
+        for stage in ("sft", "reward_model"):  # a row: number of examples, then the figures, each with its error
+            for count, row in re.findall(r"^ *([\d,]+)  (.*)$", text_of(cpu / f"{stage}_curve.txt"), re.MULTILINE):
+                row = re.sub(r" ± [\d.]+", "", row).replace("%", "").split()
+                for key, x in zip(dict(sft=("held_out", "excess", "answers", "flawless"),
+                                       reward_model=("accuracy", "share_of_bayes", "above_chance"))[stage], row):
+                    x = float(x) / (1 if key in ("held_out", "accuracy") else 100)
+                    put(data["curves"].setdefault(stage, {}).setdefault(count, {}), key, i, x)
+        for path in sorted((Path(folder) / "laws").glob("*")):  # one reward model each
+            ladder = [row for row in read_rows(path / "cpu/best_of_n/metrics.jsonl") if row.get("under") == "best of N"]
+            found = dict(best=ladder, run=read_rows(path / "cpu/ppo-beta0/metrics.jsonl"))
+            data["laws"][path.name] = {key: [[float(f"{row[x]:.4g}") for x in ("kl", "gold")] for row in rows]
+                                       for key, rows in found.items()}
+        data["variance"] += [[what, float(variance), float(bias) / 100] for what, variance, bias in re.findall(
+            r"^(\S.*?) {2,}([\d.]+) +([\d.]+)%", text_of(Path(folder) / "variance.txt"), re.MULTILINE)]
         for name in ("ppo", "ppo-beta0"):
             rows = read_rows(cpu / name / "metrics.jsonl")
             if rows:
@@ -175,7 +223,59 @@ def tables(data):
          "seconds", "models"],
         policy_rows(data, DIRECT, [shares[1], shares[0], shares[2], ("length", ".0f"), ("held_out_accuracy", ".1%"),
                                    ("distinct_2", ".2f"), ("seconds", ".0f"), ("models", ".0f")]))
-    return {**found, "claims": claims(data), "laws": laws(data)}
+    return {**found, **feedback(data), "grid": grid(data), "peers": peers(data), "claims": claims(data), "laws": laws(data),
+            "equal_kl": equal_kl(data)}
+
+
+def feedback(data):
+    """Tables of what the feedback is and where it comes from: judges, steps, right or wrong, better text, more of it."""
+    stage = lambda key, form: spread(list(data["stages"].get(key, {}).values()), form)
+    of = lambda name, key, form: spread(values(data, name, key), form)
+    judges = table(["labels by", "the annotator agrees", "reward model, share of Bayes accuracy", "DPO, J's share, gold",
+                    "KL, nats"], [
+        [label, stage(f"reward_model{suffix} agreement", ".1%") if suffix else stage("reward_model bayes_accuracy", ".1%"),
+         stage(f"reward_model{suffix} share_of_bayes", ".1%"), of(f"dpo{suffix}", "share_gold", ".1%"),
+         of(f"dpo{suffix}", "kl", ".2f")] for suffix, label in JUDGES.items()])
+    steps = table(["best of 16 by", "J's share, gold", "gold"], [
+        [label, of(f"best of 16{rule}", "share_gold", ".1%"), of(f"best of 16{rule}", "gold", ".2f")]
+        for rule, label in {"": "the outcome model", ", sum": "the steps' sum", ", smallest": "the smallest step",
+                            ", product": "the product of P(good)"}.items()])
+    right = table(["", "right", "right, one of 16", "KL, nats", "J", "share of the way to J\\*"], [
+        [label, *(of(name, key, form) for key, form in (("verifier_verified", ".1%"), ("verifier_pass_16", ".1%"),
+                                                        ("kl", ".2f"), ("verifier_J", ".3f"), ("verifier_share", ".1%")))]
+        for name, label in VERIFIED.items() if values(data, name, "verifier_J")]
+        + [["the optimum, J\\*", "", "", "", of("sft", "verifier_J_star", ".3f"), "100 %"]])
+    better = table(["", "pretraining", "after mid-training"], [
+        ["curated text, nats a token", stage("before held_out", ".3f"), stage("gpt-curated held_out", ".3f")],
+        ["curated text, above its entropy", stage("before excess", ".1%"), stage("gpt-curated excess", ".1%")],
+        ["the old text, nats a token", stage("before old_held_out", ".3f"), stage("gpt-curated old_held_out", ".3f")],
+        ["SFT, above its entropy", stage("sft excess", ".1%"), stage("sft-curated excess", ".1%")],
+        ["SFT, flawless stories of 200", stage("sft flawless", ".1%"), stage("sft-curated flawless", ".1%")]])
+    curve = lambda stage, count, key: spread(list(data["curves"].get(stage, {}).get(count, {}).get(key, {}).values()),
+                                             ".1%")
+    counts = {int(count.replace(",", "")): count for rows in data["curves"].values() for count in rows}
+    curves = table(["examples", "SFT, above the entropy", "flawless stories", "reward model, share of Bayes accuracy"],
+                   [[count, curve("sft", count, "excess"), curve("sft", count, "flawless"),
+                     curve("reward_model", count, "share_of_bayes")] for _, count in sorted(counts.items())])
+    return dict(judges=judges, steps=steps, right=right, better=better, curves=curves)
+
+
+def peers(data):
+    """Ours beside other trainers, from the same exported models with the same settings: one seed, errors over prompts."""
+    share = lambda x, under: f"{100 * x[f'share_{under}']:.1f} ± {100 * x[f'share_error_{under}']:.1f} %"
+    return table(["", "J's share, reward model", "J's share, gold", "KL, nats", "seconds"], [
+        [label, share(x, "reward"), share(x, "gold"), f"{x['kl_policy']:.2f}", f"{x.get('seconds', math.nan):.0f}"]
+        for name, label in PEERS.items() for x in [data["peers"].get(name)] if x])
+
+
+def grid(data):
+    """J's share under gold, at β = 0.2, of every learning rate and β of the training; the default is the second one."""
+    rows = []
+    for label, (kind, rates) in GRID.items():
+        for beta in BETAS:
+            names = [kind if (beta, rate) == ("0.2", rates[1]) else f"{kind}-grid-{beta}-{rate}" for rate in rates]
+            rows.append([f"{label}, β = {beta}", *(spread(values(data, name, "share_gold")[:1], ".1%") for name in names)])
+    return table(["learning rate, in units of the default", "¼", "1", "4", "16"], rows)
 
 
 def claims(data):
@@ -223,8 +323,10 @@ def claims(data):
          f"{of('ppo-grpo', 'memory_mb', '.0f')} MB", "holds"],
         ["best-of-N: N times the cost, KL ≤ log N − (N−1)/N", "ECE 7115", f"{listed} exact_law`",
          "the bound, reached where ties are rare", "holds"],
-        ["top-K overall favours easy prompts", "ECE 7115", "`best_of_n.py --finetune overall`", "the best 1,024 of 16,384 responses come from 638 of 1,024 prompts, on which SFT's mean reward is 0.12; on all of "
-         "them -0.03 (seed 1)", "holds"],
+        ["top-K overall favours easy prompts", "ECE 7115", "`best_of_n.py --finetune overall`",
+         f"the best 1,024 of 16,384 responses come from {of('rsft-overall', 'kept_prompts', '.0f')} of 1,024 prompts, on which "
+         f"SFT's mean reward is {of('rsft-overall', 'kept_prompts_reward', '.2f')}; on all of them "
+         f"{of('rsft-overall', 'kept_all_reward', '.2f')}", "holds"],
         ["PPO and DPO share an optimum", "CS 224R ch. 9", f"{listed} \"boltzmann or same_policy\"`",
          "both end within 0.02 nats of π*", "holds"],
         ["PPO ends slightly better", "CME 295; CS 224R ch. 9", "`best_of_n.py`",
@@ -232,43 +334,67 @@ def claims(data):
          f"{of('ppo', 'share_reward', '.1%')}, {of('dpo', 'share_reward', '.1%')}", "under gold a tie"],
         ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11", "`dpo.py --online 5`",
          f"gold share: offline {of('dpo', 'share_gold', '.1%')}, online {of('dpo-online', 'share_gold', '.1%')}; under the "
-         f"reward model {of('dpo', 'share_reward', '.1%')}, {of('dpo-online', 'share_reward', '.1%')} (online: seed 1)",
+         f"reward model {of('dpo', 'share_reward', '.1%')}, {of('dpo-online', 'share_reward', '.1%')}; online with "
+         f"the annotator's labels {of('dpo-online-annotator', 'share_gold', '.1%')} under gold",
          "not under gold: the labels are the reward model's"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo', 'length', '.0f')}, SimPO "
-         f"{of('dpo-simpo', 'length', '.0f')} (seed 1)", "it shortens"],
+         f"{of('dpo-simpo', 'length', '.0f')}", "it shortens"],
         ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
          f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
          f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)} (seed 1)", "without the penalty only"],
-        ["one reward at the end is sparse", "CME 295; CS 224R ch. 11", "`best_of_n.py --process`, `ppo.py --reward process`",
+        ["one reward at the end is sparse", "CME 295; CS 224R ch. 11",
+         "`best_of_n.py --process`, `ppo.py --reward process`",
          f"gold share of best-of-16: outcome model {of('best of 16', 'share_gold', '.1%')}, sum of the steps' "
          f"{of('best of 16, sum', 'share_gold', '.1%')}; gold of PPO on the steps {of('ppo-process', 'gold', '.2f')} at "
          f"{of('ppo-process', 'kl', '.1f')} nats (steps: seed 1)", "dense, and hacked sooner"],
         ["verifiable rewards need no reward model", "CS 224R ch. 11", "`ppo.py --reward verifier`",
-         f"right: SFT {of('sft', 'verified', '.1%')}, PPO {of('ppo-verifier', 'verified', '.1%')} with 3 models, GRPO "
-         f"{of('ppo-verifier-grpo', 'verified', '.1%')} with 2 (seed 1)", "holds"],
+         f"right: SFT {of('sft', 'verifier_verified', '.1%')}, PPO {of('ppo-verifier', 'verifier_verified', '.1%')} with 3 "
+         f"models, GRPO {of('ppo-verifier-grpo', 'verifier_verified', '.1%')} with 2 (seed 1)", "holds"],
         ["DPO's margin runs away, IPO's does not", "CS 224R ch. 10", f"{listed} run_away`",
          "with certain labels DPO's grows on, IPO's stays at 1/(2β)", "holds"]])
 
 
+def fit_law(pairs, function):
+    """gold gained = d(α - β f(d)) with d = √KL by least squares, pairs (KL, gold gained): (α, β, R²)."""
+    d, y = np.sqrt([kl for kl, _ in pairs]), np.array([gold for _, gold in pairs])
+    design = np.stack([d, -d * function(d)], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(design, y, rcond=None)
+    return alpha, beta, 1 - ((y - design @ [alpha, beta]) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+
+
 def laws(data):
-    """Gao, Schulman, Hilton 2023: with d = √KL, gold - gold of SFT = d(α - β d) for best-of-N and d(α - β log d) for RL."""
+    """Gao, Schulman, Hilton 2023: with d = √KL, gold - gold of SFT = d(α - β d) for best-of-N and d(α - β log d) for RL.
+    Both forms are fitted to both, for every reward model: the means of the seeds, and every batch of seed 1's run."""
     rows = []
-    sft = statistics.mean(values(data, "sft", "gold") or [0])
-    best = [(statistics.mean(x["kl"].values()), statistics.mean(x["gold"].values()) - sft)
-            for name, x in data["frontier"].items() if name.startswith("best of ") and name != "best of 1"]
-    run = data["runs"].get("ppo-beta0", {}).get("1")
-    start = data["policies"].get("sft", {}).get("gold", {}).get("1", sft)
-    points = [(kl, gold - start) for kl, gold in zip(run["kl"], run["gold"]) if kl > 0.05] if run else []
-    for label, pairs, form, function in (("best-of-N, N to 64", best, "d(α − β d)", lambda d: d * d),
-                                         ("PPO without a penalty", points, "d(α − β log d)", lambda d: d * np.log(d)),
-                                         ("PPO without a penalty", points, "d(α − β d)", lambda d: d * d)):
-        if len(pairs) > 2:
-            d, y = np.sqrt([kl for kl, _ in pairs]), np.array([gold for _, gold in pairs])
-            (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -function(d)], axis=1), y, rcond=None)
-            left = 1 - ((y - alpha * d + beta * function(d)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-            rows.append([label, form, f"{alpha:.2f}", f"{beta:.2f}", f"{left:.2f}"])
-    return table(["", "gold gained, d = √KL", "α", "β", "R²"], rows)
+    for name, label in LAWS.items():
+        if name:
+            best, run = (data["laws"].get(name, {}).get(key, []) for key in ("best", "run"))
+        else:
+            best = [(statistics.mean(x["kl"].values()), statistics.mean(x["gold"].values()))
+                    for key, x in data["frontier"].items() if key.startswith("best of ")]
+            run = data["runs"].get("ppo-beta0", {}).get("1", {})
+            run = list(zip(run.get("kl", []), run.get("gold", [])))
+        for policy, pairs in (("best-of-N, N to 64", best), ("PPO without a penalty", run)):
+            start = min(best)[1] if best else 0.0  # best of 1: SFT
+            pairs = [(kl, gold - start) for kl, gold in pairs if kl > 0.05]
+            if len(pairs) > 2:
+                fits = [fit_law(pairs, function) for function in (lambda d: d, np.log)]
+                rows.append([label, policy, *(f"{x:.2f}" for fit in fits for x in fit)])
+    return table(["reward model", "policy", "d(α − β d): α", "β", "R²", "d(α − β log d): α", "β", "R²"], rows)
+
+
+def equal_kl(data):
+    """Gold at equal KL, without a penalty and with it: of every seed's run the mean of the batches within ¼ nat."""
+    rows = []
+    for name, label in (("ppo-beta0", "no penalty"), ("ppo", "β = 0.2")):
+        row = []
+        for kl in (0.5, 1.0, 1.5, 2.0):
+            near = [[gold for x, gold in zip(run["kl"], run["gold"]) if abs(x - kl) <= 0.25]
+                    for run in data["runs"].get(name, {}).values()]
+            row.append(spread([statistics.mean(golds) for golds in near if golds], ".2f"))
+        rows.append([label, *row])
+    return table(["gold at a KL of", "0.5", "1", "1.5", "2 nats"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +460,7 @@ def draw_frontier(plt, data):
         ax.set_xlim(1, 4)
         ax.set_xlabel("KL to the reference, nats")
         ax.set_ylabel("gold, the true reward" if field == "gold" else "reward model's score")
-        ax.legend(frameon=False, loc="lower right")
+        ax.legend(frameon=False, loc="lower left")
     save(figure, "frontier")
 
 
@@ -347,7 +473,14 @@ def draw_over_optimization(plt, data):
             d = np.sqrt(np.maximum(run["kl"], 0))
             for field, color in (("reward", ORANGE), ("gold", BLUE)):
                 ax.plot(d, run[field], style, color=color, linewidth=1.5, label=f"{field}, {label}")
-    ax.set_xlabel("√KL to the reference")
+    run, start = data["runs"].get("ppo-beta0", {}).get("1"), data["frontier"].get("best of 1", {}).get("gold", {}).get("1")
+    if run and start:
+        pairs = [(kl, gold - start) for kl, gold in zip(run["kl"], run["gold"]) if kl > 0.05]
+        d = np.linspace(0.3, np.sqrt(max(run["kl"])), 100)
+        for function, style, label in ((lambda d: d, ":", "fitted: d(α − β d)"), (np.log, "-.", "fitted: d(α − β log d)")):
+            alpha, beta, _ = fit_law(pairs, function)
+            ax.plot(d, start + d * (alpha - beta * function(d)), style, color=GRAY, linewidth=1.2, label=label)
+    ax.set_xlabel("d = √KL to the reference")
     ax.set_ylabel("score")
     ax.legend(frameon=False)
     save(figure, "over_optimization")
@@ -386,6 +519,41 @@ def draw_one_run(plt, data):
     save(figure, "one_run")
 
 
+def draw_learning_curves(plt, data):
+    """How far from the best SFT and the reward model are, by the number of examples."""
+    figure, (ax,) = axes(plt)
+    for stage, key, color, label in (("sft", "excess", BLUE, "SFT: loss above the entropy"),
+                                     ("reward_model", "share_of_bayes", ORANGE, "reward model: accuracy below Bayes'")):
+        found = sorted((int(count.replace(",", "")), [100 * (x if stage == "sft" else 1 - x) for x in row[key].values()])
+                       for count, row in data["curves"].get(stage, {}).items())
+        if found:
+            counts, xs = zip(*found)
+            error = [statistics.stdev(x) if len(x) > 1 else 0 for x in xs]
+            ax.errorbar(counts, list(map(statistics.mean, xs)), yerr=error, color=color, marker="o", markersize=4,
+                        label=label)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([2 ** k for k in range(8, 15)], [f"{2 ** k:,}" for k in range(8, 15)])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("demonstrations, or comparisons")
+    ax.set_ylabel("% from the best possible")
+    ax.legend(frameon=False)
+    save(figure, "learning_curves")
+
+
+def draw_variance(plt, data):
+    """What a baseline, a value model and λ do to the variance of the gradient, and the bias that a wrong V is paid with."""
+    rows = data["variance"]
+    figure, (ax,) = axes(plt, height=0.36 * max(1, len(rows)) + 1)
+    for i, (what, variance, bias) in enumerate(rows):
+        ax.barh(i, variance, color=BLUE if bias < 0.02 else ORANGE, height=0.6)
+        ax.annotate(f"bias {bias:.0%}" if bias >= 0.02 else "", (variance, i), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=9, color=ORANGE)
+    ax.set_yticks(range(len(rows)), [what for what, *_ in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("variance of one response's gradient, in units of |∇J|²")
+    save(figure, "variance")
+
+
 def draw(data):
     """Draw all pictures; without matplotlib one line says how to get it."""
     try:
@@ -396,7 +564,8 @@ def draw(data):
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 11, "text.color": GRAY, "axes.labelcolor": GRAY, "xtick.color": GRAY,
                          "ytick.color": GRAY, "svg.hashsalt": "rlhf", "legend.fontsize": 9})
-    for picture in (draw_frontier, draw_over_optimization, draw_how_close, draw_one_run):
+    for picture in (draw_frontier, draw_over_optimization, draw_how_close, draw_one_run, draw_learning_curves,
+                    draw_variance):
         picture(plt, data)
 
 

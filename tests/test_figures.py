@@ -90,14 +90,24 @@ def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
 
 def test_the_laws_are_found_again(figures):
     """α and β exchanged, KL taken for its root, a natural logarithm for another: points that follow the laws exactly."""
-    ladder = {f"best of {n}": dict(kl={"1": (0.3 * n) ** 2}, gold={"1": 1.0 + 0.3 * n * (1.5 - 0.4 * 0.3 * n)})
-              for n in (1, 2, 4, 8)}
+    best = lambda d: 1.0 + d * (1.5 - 0.4 * d)
+    ladder = {f"best of {n}": dict(kl={"1": d * d}, gold={"1": best(d)}) for n, d in ((1, 0.0), (2, 0.3), (4, 1.0), (8, 5.0))}
     d = [0.5, 1.0, 2.0, 3.0, 5.0]
     run = dict(kl=[x * x for x in d], gold=[1.0 + x * (0.8 - 0.2 * math.log(x)) for x in d])
-    data = dict(policies={"sft": dict(gold={"1": 1.0})}, frontier=ladder, runs={"ppo-beta0": {"1": run}})
-    best, rl, other = [line.split(" | ") for line in figures.laws(data).splitlines()[2:]]
-    assert best[2:4] == ["1.50", "0.40"] and best[4] == "1.00 |" and rl[2:4] == ["0.80", "0.20"] and rl[4] == "1.00 |"
-    assert other[4] != "1.00 |"
+    small = dict(best=[[0.0, 2.0]] + [[x * x, 2.0 + 2 * x] for x in d], run=[])
+    data = dict(frontier=ladder, runs={"ppo-beta0": {"1": run}}, laws={"256": small})
+    rows = [line.strip("| ").split(" | ") for line in figures.laws(data).splitlines()[2:]]
+    assert rows[0][2:5] == ["1.50", "0.40", "1.00"] and rows[0][7] != "1.00"
+    assert rows[1][5:8] == ["0.80", "0.20", "1.00"] and rows[1][4] != "1.00"
+    assert rows[2][:2] == ["256", "best-of-N, N to 64"] and rows[2][2] == rows[2][5] == "2.00" and len(rows) == 3
+
+
+def test_gold_at_equal_kl(figures):
+    """Gold of another batch than the one with that KL; a seed that never came there counted as 0."""
+    runs = {"ppo-beta0": {"1": dict(kl=[0.4, 0.6, 1.1, 9.0], gold=[1.0, 3.0, 5.0, 7.0])},
+            "ppo": {"1": dict(kl=[0.5, 2.0], gold=[1.0, 2.0]), "2": dict(kl=[0.5], gold=[2.0])}}
+    assert figures.equal_kl(dict(runs=runs)).splitlines()[2:] == [
+        "| no penalty | 2.00 | 5.00 | - | - |", "| β = 0.2 | 1.50 ± 0.71 | - | - | 2.00 |"]
 
 
 def test_without_matplotlib(figures, monkeypatch, capsys):
