@@ -88,6 +88,30 @@ def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
     assert figures.policy_rows(data, figures.METHODS, columns) == [["PPO", "67.5 ± 31.8 %", "37.5 ± 17.7 %", "20"]]
 
 
+def test_collect_reads_what_was_printed(figures, tmp_path):
+    """An error taken for the next figure, a share in per cent beside one of 1, a line of the description for a row."""
+    cpu = tmp_path / "cpu"
+    (cpu / "gpt-curated").mkdir(parents=True)
+    write_jsonl(cpu / "gpt-curated/metrics.jsonl", [dict(step=0, held_out=0.9, old_held_out=0.7, excess=0.2),
+                                                    dict(step=9, held_out=0.6, old_held_out=0.8, excess=0.1)])
+    (cpu / "sft_curve.txt").write_text(
+        "data    1,024 demonstrations\ndemonstrations  held out, nats a token  excess  answers with a story  with a flawless one"
+        "\n           512                   0.642   18.2%          97.5 ± 1.1 %          70.0 ± 3.2 %\n")
+    (cpu / "reward_model_curve.txt").write_text(
+        "pairs   pairs.jsonl\n        10,240 pairs, dropped 0\n   pairs  held-out accuracy  share of Bayes accuracy  above chance"
+        "\n  10,240      0.752 ± 0.007           94.8% ± 0.5%  86.0% ± 1.5%\n")
+    (cpu / "reward_model-both.txt").write_text("judge   the annotator agrees with 71.5% ± 0.2% of the labels; at best 79.5%\n")
+    (tmp_path / "variance.txt").write_text("in units of |∇J|²  variance    bias\n- mean of the 7 others          16.7    2.5%       "
+                                           "16.7   bias ± 3.7%: sampled\n1 passed in 9.00s\n")
+    data = figures.collect([tmp_path])
+    assert data["curves"] == {
+        "sft": {"512": dict(held_out={"1": 0.642}, excess={"1": 0.182}, answers={"1": 0.975}, flawless={"1": 0.7})},
+        "reward_model": {"10,240": dict(accuracy={"1": 0.752}, share_of_bayes={"1": 0.948}, above_chance={"1": 0.86})}}
+    assert data["stages"]["reward_model-both agreement"] == {"1": 0.715} and data["stages"]["before held_out"] == {"1": 0.9}
+    assert data["stages"]["gpt-curated old_held_out"] == {"1": 0.8}
+    assert data["variance"] == [["- mean of the 7 others", 16.7, 0.025]]
+
+
 def test_the_laws_are_found_again(figures):
     """α and β exchanged, KL taken for its root, a natural logarithm for another: points that follow the laws exactly."""
     best = lambda d: 1.0 + d * (1.5 - 0.4 * d)

@@ -27,9 +27,9 @@ trainer = GRPOTrainer(
     AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
     AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32),
     GRPOConfig(out, max_steps=400, per_device_train_batch_size=16, steps_per_generation=4, num_generations=8,
-               learning_rate=1.5e-4, beta=0.2, epsilon=0.2, scale_rewards=scale, loss_type="grpo", temperature=1.0, top_p=1.0,
-               top_k=0, max_completion_length=96, gradient_checkpointing=False, bf16=GPU, use_cpu=not GPU, seed=1,
-               logging_steps=40, save_strategy="no", report_to="none"),
+               learning_rate=1.5e-4, adam_beta2=0.95, beta=0.2, epsilon=0.2, scale_rewards=scale, loss_type="grpo",
+               temperature=1.0, top_p=1.0, top_k=0, max_completion_length=96, gradient_checkpointing=False, bf16=GPU,
+               use_cpu=not GPU, seed=1, logging_steps=40, save_strategy="no", report_to="none"),
     rows, processing_class=tokenizer, reward_processing_classes=AutoTokenizer.from_pretrained(reward_model))
 trainer.train()
 trainer.save_model(out)

@@ -32,10 +32,10 @@ policy, reference = (AutoModelForCausalLM.from_pretrained(start, dtype=torch.flo
 rewards, values = (AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32) for _ in range(2))
 trainer = PPOTrainer(
     PPOConfig(out, total_episodes=6400, per_device_train_batch_size=64, num_mini_batches=4, num_ppo_epochs=1,
-              local_rollout_forward_batch_size=64, learning_rate=3e-4, kl_coef=0.2, cliprange=0.2, cliprange_value=0.5,
-              gamma=1.0, lam=0.9, temperature=1.0, response_length=96, stop_token="eos", missing_eos_penalty=5.0,
-              num_sample_generations=0, gradient_checkpointing=False, bf16=GPU, use_cpu=not GPU, seed=1,
-              save_strategy="no", report_to="none"),
+              local_rollout_forward_batch_size=64, learning_rate=3e-4, adam_beta2=0.95, kl_coef=0.2, cliprange=0.2,
+              cliprange_value=0.5, gamma=1.0, lam=0.9, temperature=1.0, response_length=96, stop_token="eos",
+              missing_eos_penalty=5.0, num_sample_generations=0, gradient_checkpointing=False, bf16=GPU, use_cpu=not GPU,
+              seed=1, save_strategy="no", report_to="none"),
     tokenizer, policy, reference, rewards, rows.map(prompt, remove_columns=rows.column_names), values)
 trainer.train()
 policy.save_pretrained(out)
