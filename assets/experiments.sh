@@ -124,6 +124,12 @@ for seed in ${SEEDS:-1 2 3}; do
         yardstick 9-grid-$kind $policies --samples 16
     done
 
+    # Other trainers, once the commands in assets/peers/*.py were run on these folders, their output kept as NAME.txt
+    if [ -e "$out/cpu/ppo-trl/checkpoint.pt" ]; then
+        yardstick 9-peers ppo,ppo-trl,dpo,dpo-trl --samples 32
+        yardstick 9-peers-grpo ppo-grpo,ppo-trl-grpo-group,ppo-grpo-no_scale,ppo-trl-grpo-none --samples 32
+    fi
+
     # The laws of over-optimization: fewer comparisons, and smaller reward models on all of them
     for law in 256 1024 4096 1-layer 2-layers; do
         with_sft "$out/laws/$law" gpt sft

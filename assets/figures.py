@@ -113,10 +113,11 @@ def collect(folders):
                 if row["policy"] in PEERS and under in ("policy", "gold", "reward"):
                     found = {f"{key}_{under}": row[key] for key in ("share", "share_error", "kl") if key in row}
                     data["peers"].setdefault(row["policy"], {}).update({k: float(f"{x:.5g}") for k, x in found.items()})
-        for name in data["peers"]:
-            ran = re.search(r"'train_runtime': '?([\d.]+)", text_of(cpu / f"{name}.txt"))
-            if ran and not i:
-                data["peers"][name]["seconds"] = float(ran[1])
+        for name in data["peers"] if not i else ():  # of theirs what TRL says at the end, or its progress bar
+            ran, log = last(read_rows(cpu / name / "metrics.jsonl"), "seconds"), text_of(cpu / f"{name}.txt")
+            theirs = re.findall(r"'train_runtime': '?([\d.]+)", log) or [
+                60 * int(minutes) + int(seconds) for minutes, seconds in re.findall(r"100/100 \[(\d+):(\d+)", log)]
+            data["peers"][name]["seconds"] = ran or float(theirs[-1])
         for name in {**METHODS, **DIRECT}:
             rows = read_rows(cpu / name / "metrics.jsonl")
             found = dict(held_out_accuracy=last(rows, "held_out_accuracy"), seconds=undisturbed(rows))

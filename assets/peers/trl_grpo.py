@@ -1,12 +1,12 @@
 """TRL's GRPO on the exported SFT and reward models, with our settings (ppo.py --method grpo at size cpu). What differs: a
 response without <|end|> is scored as if it had ended.
 
-    pip install trl                                                          (written for 1.16)
+    pip install trl                                                          (measured with 1.16)
     python gpt.py --export exported/sft --stage sft
     python gpt.py --export exported/reward_model --stage reward_model
     python assets/peers/trl_grpo.py exported/sft exported/reward_model out/cpu/reward_model/pairs.jsonl exported/trl-grpo group
-    python gpt.py --load exported/trl-grpo --stage ppo --name ppo-trl-grpo
-    python best_of_n.py --policies ppo,ppo-trl-grpo
+    python gpt.py --load exported/trl-grpo --stage ppo --name ppo-trl-grpo-group
+    python best_of_n.py --policies ppo-grpo,ppo-trl-grpo-group
 
 The last argument: advantages divided by the group's standard deviation, as in the paper (group), or not (none).
 """
