@@ -359,10 +359,10 @@ def claims(data):
          "`best_of_n.py --process`, `ppo.py --reward process`",
          f"gold share of best-of-16: outcome model {of('best of 16', 'share_gold', '.1%')}, sum of the steps' "
          f"{of('best of 16, sum', 'share_gold', '.1%')}; gold of PPO on the steps {of('ppo-process', 'gold', '.2f')} at "
-         f"{of('ppo-process', 'kl', '.1f')} nats (steps: seed 1)", "dense, and hacked sooner"],
+         f"{of('ppo-process', 'kl', '.1f')} nats", "dense, and hacked sooner"],
         ["verifiable rewards need no reward model", "CS 224R ch. 11", "`ppo.py --reward verifier`",
          f"right: SFT {of('sft', 'verifier_verified', '.1%')}, PPO {of('ppo-verifier', 'verifier_verified', '.1%')} with 3 "
-         f"models, GRPO {of('ppo-verifier-grpo', 'verifier_verified', '.1%')} with 2 (seed 1)", "holds"],
+         f"models, GRPO {of('ppo-verifier-grpo', 'verifier_verified', '.1%')} with 2", "holds"],
         ["DPO's margin runs away, IPO's does not", "CS 224R ch. 10", f"{listed} run_away`",
          "with certain labels DPO's grows on, IPO's stays at 1/(2β)", "holds"]])
 
