@@ -128,7 +128,7 @@ def bench_ppo(config):
         loop = ppo.optimize(policy, reference, reward_model, value_model, draw_prompts, -1, one)
         rows = [[figures[name] for name in ("rollout_s", "scoring_s", "update_s")] for _, figures, _ in loop]
         parts = [statistics.median(column) for column in zip(*rows[1:])]
-        total = statistics.median(map(sum, rows[1:]))
+        total = sum(parts)
         tokens, emitted, seen = rollouts * (prompt + response), rollouts * response, (prompt + response) / 2
         language, scalar = (forward_flops(shape, tokens, seen, emitted, outputs) for outputs in (shape.vocab_size, 1))
         # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its cost) of two models.
