@@ -64,8 +64,8 @@ for seed in ${SEEDS:-1 2 3}; do
     run best_of_n.py rsft-per_prompt --finetune per_prompt
     run best_of_n.py rsft-overall --finetune overall
 
-    # The same SFT model in a folder of its own, where other labels or other text change what follows
-    with_sft() {  # folder, the stages to copy
+    # Earlier stages in a folder of their own, where other labels or other text change what follows
+    copy_stages() {  # folder, the stages to copy
         folder=$1
         shift
         mkdir -p "$folder/cpu"
@@ -76,7 +76,7 @@ for seed in ${SEEDS:-1 2 3}; do
 
     # Labels by a constitution, and by it and the annotator in turn
     for judge in constitution both; do
-        with_sft "$out/$judge" gpt sft
+        copy_stages "$out/$judge" gpt sft
         (out=$out/$judge; run reward_model.py reward_model --judge $judge; run dpo.py dpo-$judge --name dpo-$judge)
         cp -r "$out/$judge/cpu/dpo-$judge" "$out/$judge/cpu/dpo-$judge.txt" "$out/cpu/"
         mkdir -p "$out/cpu/reward_model-$judge"
@@ -86,7 +86,7 @@ for seed in ${SEEDS:-1 2 3}; do
 
     # Mid-training on better text, and SFT after it
     run gpt.py gpt-curated --name gpt-curated --start "$out/cpu/gpt" --curated --steps 250 --lr 1e-3
-    with_sft "$out/curated" gpt-curated
+    copy_stages "$out/curated" gpt-curated
     (out=$out/curated; run sft.py sft --base gpt-curated)
     mkdir -p "$out/cpu/sft-curated"
     cp "$out/curated/cpu/sft/metrics.jsonl" "$out/cpu/sft-curated/"
@@ -132,7 +132,7 @@ for seed in ${SEEDS:-1 2 3}; do
 
     # The laws of over-optimization: fewer comparisons, and smaller reward models on all of them
     for law in 256 1024 4096 1-layer 2-layers; do
-        with_sft "$out/laws/$law" gpt sft
+        copy_stages "$out/laws/$law" gpt sft
         (
             pairs=$out/cpu/reward_model/pairs.jsonl
             out=$out/laws/$law
@@ -148,5 +148,5 @@ for seed in ${SEEDS:-1 2 3}; do
             python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "" > "$out/cpu/best_of_n.txt"
         )
     done
-    OMP_NUM_THREADS=1 python -m pytest tests/test_enumerable.py -k variance -q -s > "$out/variance.txt"
+    python -m pytest tests/test_enumerable.py -k variance -q -s > "$out/variance.txt"
 done

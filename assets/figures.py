@@ -348,7 +348,7 @@ def claims(data):
         ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11", "`dpo.py --online 5`",
          f"gold share: offline {of('dpo', 'share_gold', '.1%')}, online {of('dpo-online', 'share_gold', '.1%')}; under the "
          f"reward model {of('dpo', 'share_reward', '.1%')}, {of('dpo-online', 'share_reward', '.1%')}",
-         "not under gold: the labels are the reward model's"],
+         "not under gold, with the reward model's labels"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo', 'length', '.0f')}, SimPO "
          f"{of('dpo-simpo', 'length', '.0f')}", "it shortens"],
