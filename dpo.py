@@ -215,7 +215,7 @@ def fit(policy, reference, items, held_out, config, rng, saved=None):
                 continue
             row = backward(policy, reference, [drawn[i] for i in batch], config)
             lr = learning_rate(step - 1, steps, config.lr, config.warmup)
-            optimizer_step(optimizer, policy, lr, torch.tensor(row["loss"]))
+            optimizer_step(optimizer, policy, lr, torch.tensor(row["loss"], device=policy.wte.weight.device))
             rows, report = [*rows, list(row.values())], None
             if step % config.report == 0 or step == steps:
                 found = evaluate(policy, reference, held_out, config)

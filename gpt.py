@@ -21,6 +21,7 @@ Here also stand the conventions that every later file keeps:
 """
 
 import contextlib
+import copy
 import math
 import random
 import re
@@ -65,14 +66,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, slot=0, visible=None):
+    def forward(self, x, cache=None, slots=None, visible=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, heads, 3, T, C/heads)
         q, k, v = qkv.unbind(2)  # each (B, heads, T, C/heads)
         if cache is not None:
-            cache[:, :, :, slot:slot + T] = qkv.movedim(2, 0)[1:]  # (2, B, heads, T, C/heads)
+            cache[:, :, :, slots] = qkv.movedim(2, 0)[1:]  # (2, B, heads, T, C/heads)
             if visible is not None:
-                k, v = cache[:, :, :, :slot + T].unbind(0)
+                k, v = cache[:, :, :, :visible.shape[3]].unbind(0)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -99,8 +100,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, slot=0, visible=None):
-        x = x + self.attn(self.ln_1(x), cache, slot, visible)
+    def forward(self, x, cache=None, slots=None, visible=None):
+        x = x + self.attn(self.ln_1(x), cache, slots, visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -129,12 +130,12 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, tokens, cache=None, slot=0, positions=None, visible=None):
+    def hidden(self, tokens, cache=None, slots=None, positions=None, visible=None):
         """tokens (B, T) -> (B, T, C), after the final LayerNorm: what a head reads (never normalize it again).
 
-        cache (layers, 2, B, heads, S, C/heads) takes the keys and values of all tokens, from slot on. With visible
-        (B, 1, 1, slot + 1) too, the one token of each row attends to the cache's slots, to those where visible is 0 and
-        not where it is -inf.
+        cache (layers, 2, B, heads, S, C/heads) takes the keys and values of all tokens, at slots (a slice, or a tensor
+        (T,)). With visible (B, 1, 1, W) too, the one token of each row attends to the cache's first W slots, to those
+        where visible is 0 and not where it is -inf.
         """
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
@@ -142,7 +143,7 @@ class GPT(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,): the same for every row
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[layer], slot, visible)
+            x = block(x, None if cache is None else cache[layer], slots, visible)
         return self.ln_f(x)
 
     def logits(self, x):
@@ -307,47 +308,73 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
 
     # 1. Prefill: all prompts at once; no prompt sees the padding behind it. A cache slot is not a position: the prompts
-    # fill the slots up to the longest one's length, and the token of step t goes to slot longest + t in every row.
+    # fill the slots up to the longest one's length, and token t of a response goes to slot longest + t in every row.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
-    slots = torch.arange(longest + max_new_tokens, device=device)  # (S,)
-    cache = torch.empty(config.n_layer, 2, B, config.n_head, len(slots), config.n_embd // config.n_head, dtype=dtype,
+    slots = torch.arange((longest + max_new_tokens + 7) // 8 * 8, device=device)  # (S,): what a GPU's attention is made for
+    cache = torch.zeros(config.n_layer, 2, B, config.n_head, len(slots), config.n_embd // config.n_head, dtype=dtype,
                         device=device)
     rows = torch.arange(B, device=device)  # the rows still in the batch
-    hidden = model.hidden(prompt_tokens, cache)[rows, prompt_lengths - 1]  # (B, C): at the last token of each prompt
+    if dtype != model.wte.weight.dtype:  # autocast would convert the weights again for every token
+        model = copy.deepcopy(model)
+        for block in model.h:
+            block.attn.to(dtype), block.mlp.to(dtype)
+    hidden = model.hidden(prompt_tokens, cache, slice(longest))[rows, prompt_lengths - 1]  # (B, C): each prompt's last
     padding = (slots >= prompt_lengths[:, None]) & (slots < longest)
     visible = torch.zeros(B, 1, 1, len(slots), dtype=dtype, device=device).masked_fill(padding[:, None, None], -math.inf)
 
     # 2. Decode: one token a row and step, until all have ended.
     responses = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    new = torch.empty(B, 1, dtype=torch.long, device=device)
     lengths = prompt_lengths.clone()
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
+
+    def emit(hidden, t):
+        """Token t of the responses, from the model's hidden vectors (b, C) at the tokens before."""
         logits = model.logits(hidden).float() / temperature  # (b, V)
         if top_k is not None and top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         # Sample by inverting the distribution function: the first token whose cumulative probability exceeds u.
         cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
-        finite &= cumulative[:, -1].isfinite().all()
-        u = uniforms[rows, t, None] * cumulative[:, -1:]
-        new = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)  # nan, or u rounded
-        responses[rows, t] = torch.where(done, 0, new)
+        finite.logical_and_(cumulative[:, -1].isfinite().all())
+        u = uniforms[rows, t][:, None] * cumulative[:, -1:]
+        new.copy_(torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[1] - 1))  # nan, or u rounded
+        responses[rows, t] = new[:, 0].masked_fill(done, 0)
         lengths[rows] += ~done
         if end_token is not None:
-            done = done | (new == end_token)
-        if t == max_new_tokens - 1:
-            break
-        if t % 8 == 7 and end_token is not None:  # a look at the data makes a GPU wait: only now and then
+            done.logical_or_(new[:, 0] == end_token)
+
+    def step(t):
+        """Pass token t - 1 through the model, emit token t. On a GPU t is a tensor (1,), and no shape depends on it."""
+        positions = (prompt_lengths[rows] + t - 1)[:, None]  # (b, 1)
+        if torch.is_tensor(t):
+            slot, seen = longest + t - 1, visible[..., :width].masked_fill(slots[:width] >= longest + t, -math.inf)
+        else:
+            slot, seen = slice(longest + t - 1, longest + t), visible[..., :longest + t]
+        emit(model.hidden(new, cache, slot, positions, seen).squeeze(1), t)
+
+    emit(hidden, 0)
+    width, graph, now = 0, None, torch.zeros(1, dtype=torch.long, device=device)
+    for t in range(1, max_new_tokens):
+        if t % 8 == 0 and end_token is not None:  # a look at the data makes a GPU wait: only now and then
             keep = (~done).nonzero().squeeze(1)
             if len(keep) == 0:
                 break
             if len(keep) <= 0.75 * len(rows):  # rows that have ended leave the batch
                 rows, done, new, visible = rows[keep], done[keep], new[keep], visible[keep]
-                cache = cache[:, :, keep]
-        positions = (prompt_lengths[rows] + t)[:, None]  # (b, 1)
+                cache, width = cache[:, :, keep], 0
+        now.fill_(t)
         with torch.inference_mode():  # only here: a training step cannot use tokens that were made under it
-            hidden = model.hidden(new[:, None], cache=cache, slot=longest + t, positions=positions,
-                                  visible=visible[..., :longest + t + 1]).squeeze(1)  # (b, C)
+            if device.type == "cpu":
+                step(t)
+            elif longest + t <= width:
+                graph.replay()
+            else:  # a step is 150 launches, which cost more than the work; recorded, for these rows and 64 tokens, it is one
+                width = (longest + t + 64) // 8 * 8
+                step(now)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step(now)
     if not finite:
         raise FloatingPointError("the model's probabilities are not finite: its weights or its input are broken")
     tokens = F.pad(prompt_tokens, (0, max_new_tokens))  # (B, S)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import pytest
 import torch
 
 import ppo
@@ -14,6 +15,7 @@ from dpo import response_logprobs
 from gpt import GPT, GPTConfig, pad, response_mask, token_logprobs
 from reward_model import RewardModel
 
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU draws otherwise, and has bf16's digits")
 V = 5  # the world that can be enumerated: tokens 0 to 3 and <|end|>
 
 

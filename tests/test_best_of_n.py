@@ -28,7 +28,7 @@ from data.files import InputError, hold_out, read_demonstrations, read_pairs, wr
 from data.run import Run, read_torch, write_torch
 from data.tokenizer import Tokenizer
 from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
-from helpers import metrics, noise, snapshot, tiny_gpt
+from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt
 from reward_model import RewardModel
 
 MATRIX = torch.tensor([[0.7, 0.3, 0.5, 0.2],        # ECE 7115, "Rejection Sampling": 5 prompts, 4 completions
@@ -543,6 +543,7 @@ def test_prompt_that_does_not_fit(trained, capsys):
         run(trained, capsys, "--prompt", "long " * 200)
 
 
+@cpu_only
 def test_yardstick(trained, capsys):
     """A table that changes from run to run, a policy left out, a stage written over, nan in the figures."""
     before = snapshot(trained)
@@ -612,6 +613,7 @@ def test_the_yardstick_asks_reserved_requests(trained, capsys, monkeypatch):
     assert asked[0] == asked[1] and len(set(asked[0])) == 40 and all(map(stories.is_held_out, asked[0]))
 
 
+@cpu_only
 def test_yardstick_figures_are_of_the_samples(trained, tmp_path, monkeypatch):
     """One policy's gold beside another's, ours and theirs swapped in the win rate, all rows of best-of-N with the same
     N, or an own J* with the log-ratios of another policy."""
@@ -683,6 +685,7 @@ def test_process_scores_by_hand():
     assert scores["product"].exp().tolist() == pytest.approx([p[0] * p[1], p[2], p[3] * p[4] * p[5]])
 
 
+@cpu_only
 def test_best_of_n_by_the_process_model(trained, tmp_path, monkeypatch, capsys):
     """Candidates chosen by one model's score of other samples, or shown with the process model's scores as the reward; an
     unfinished answer whose few steps are all good wins."""
@@ -1043,7 +1046,7 @@ def rsft(out, *flags, how="per_prompt"):
 
 
 def equal(a, b):
-    return all(torch.equal(x, b[name]) for name, x in a.items())
+    return all(torch.equal(x.cpu(), b[name].cpu()) for name, x in a.items())
 
 
 def watch(monkeypatch):

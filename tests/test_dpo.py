@@ -18,7 +18,7 @@ from data.run import Run
 from data.tokenizer import encode_pairs
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, labels_of, orpo_loss, simpo_loss
 from gpt import load_checkpoint, pad, save_checkpoint
-from helpers import metrics, noise, snapshot, tiny_gpt, untimed
+from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt, untimed
 
 END = 4
 FIGURES = ["loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio"]
@@ -373,6 +373,7 @@ KEYS = {"step", "loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_
         "seconds"}
 
 
+@cpu_only
 def test_main_on_the_collected_pairs(out, capsys):
     """A run that cannot be repeated, that trains on the held-out pairs, or that writes over another stage."""
     before = snapshot(out)

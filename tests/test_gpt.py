@@ -18,7 +18,7 @@ from data import stories
 from data.files import InputError
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, Rollout, generate, masked_logprobs, response_mask, token_logprobs
-from helpers import metrics, snapshot, untimed
+from helpers import cpu_only, metrics, snapshot, untimed
 
 V, END = 11, 3      # the tiny vocabulary, and the token that ends a response in it
 
@@ -49,10 +49,10 @@ def random_prompts(seed, count, longest=9):
     return [[rng.randrange(V) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def brute_force_sample(model, prompts, max_new_tokens, end_token, temperature, seed):
-    """The definition: row by row, token by token, a full forward pass without a cache, the same uniforms."""
-    uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64,
-                          generator=torch.Generator().manual_seed(seed)).tolist()
+def brute_force_sample(model, prompts, max_new_tokens, end_token, temperature, seed, device="cpu"):
+    """The definition: row by row, token by token, a full forward pass without a cache, the same uniforms (device's)."""
+    uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, device=device,
+                          generator=torch.Generator(device).manual_seed(seed)).tolist()
     responses = []
     for prompt, row in zip(prompts, uniforms):
         ids = list(prompt)
@@ -425,6 +425,15 @@ def test_sampling_stops_when_all_rows_have_ended(monkeypatch):
     monkeypatch.setattr(model, "hidden", lambda *rest, **named: calls.append(1) or hidden(*rest, **named))
     rollout = generate(model, [[1], [2, 4]], 60, END, seed=1)
     assert rollout.responses() == [[END], [END]] and rollout.lengths.tolist() == [2, 3] and len(calls) <= 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_steps_sample_the_same_on_a_gpu():
+    """A recorded step that stays at its token, goes on with rows that have left the batch, or sees too few slots."""
+    for end in (END, None):     # rows leave the batch; all of them outlive a recording
+        model, prompts = tiny_model(seed=41, block_size=100), random_prompts(11, 20)
+        expected = brute_force_sample(model, prompts, 90, end, 1.0, seed=5, device="cuda")
+        assert generate(model.to("cuda"), prompts, 90, end, seed=5).responses() == expected
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -816,6 +825,7 @@ def text_run(tmp_path_factory):
     return folder, flags, rows, loaded
 
 
+@cpu_only
 def test_pretraining_on_a_text_learns(text_run):
     """A loss that falls because the model sees the answer, or that doesn't fall: both end far from this text's."""
     _, _, rows, (model, tokenizer, checkpoint) = text_run
@@ -900,6 +910,7 @@ def test_sampling_after_a_run_that_was_killed_in_its_last_moment(text_run, tmp_p
     assert capsys.readouterr().out.startswith("The fox")
 
 
+@cpu_only
 def test_every_token_of_pretraining_counts_alike(tmp_path, monkeypatch):
     """A loss divided by its own batch's tokens: documents of one length stand in one batch, so a token of a short
     document would weigh many times more. Without steps, the gradients of an epoch add up to that of the mean token."""
@@ -961,6 +972,7 @@ def mid(stages, out):
     return ["--size", "cpu", "--out", str(out), "--start", str(stages / "cpu/gpt"), "--name", "gpt-mid", "--batch", "8"]
 
 
+@cpu_only
 def test_mid_training_goes_on_from_the_checkpoint_on_curated_stories(mid, stages, out, monkeypatch):
     """A new vocabulary, under which the weights mean nothing; fresh weights; a warm-up that is over already; the
     documents of pretraining once more; forgetting measured on the new text, or after training only."""

@@ -24,7 +24,8 @@ from data.files import InputError, write_jsonl
 from data.run import read_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import load_checkpoint, pad, response_mask, save_checkpoint, token_logprobs
-from helpers import experience, metrics, noise, ragged_mask, snapshot, tiny_gpt, tiny_reward_model, untimed
+from helpers import (cpu_only, experience, metrics, noise, ragged_mask, snapshot, tiny_gpt, tiny_reward_model,
+                     untimed)
 from reward_model import RewardModel
 
 V, END, LIMIT = 5, 4, 3  # the world that can be enumerated: tokens 0 to 3 and <|end|>, at most 3 tokens a response
@@ -660,6 +661,7 @@ def greedy(policy, ids, count, end):
     return [token for token in found if token != end]
 
 
+@cpu_only
 def test_a_prompt_is_answered_by_the_stages_own_policy(out, capsys):
     """--prompt that asks the SFT model whatever the stage and the --name, a --top_k that does not reach the sampler, a
     temperature that is not the trained one times the given one."""
@@ -856,7 +858,8 @@ def test_ppo_on_the_process_model(out, monkeypatch, capsys):
         reward_model.main([*argv, "--process"])
 
     def spy(policy, reference, scores, value_model, *arguments):
-        weights, _, _ = load_checkpoint(out / "cpu/process_model/checkpoint.pt", "process_model", "cpu", "cpu", RewardModel)
+        path = out / "cpu/process_model/checkpoint.pt"
+        weights, _, _ = load_checkpoint(path, "process_model", "cpu", gpt.get_device(), RewardModel)
         assert scores is None and all(torch.equal(*both) for both in zip(weights.parameters(), value_model.parameters()))
         torch.manual_seed(0)
         rollout = gpt.generate(policy, [arguments[0](1, random.Random(0))[0]] * 4, 16, arguments[1], seed=1)

@@ -53,10 +53,12 @@ FLAGS = {
     "dpo": "--batch 4 --max_new_tokens 16 --report 3"}
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
     """Bit for bit is promised on the CPU only."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,9 +71,11 @@ CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace":
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """The server finds this module, and torch with it, by PYTHONPATH: before Python 3.14 it looks nowhere else."""
+    """The server finds this module, and torch with it, by PYTHONPATH: before Python 3.14 it looks nowhere else. A process
+    that has seen a GPU could not be forked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         CONTEXT.set_forkserver_preload([__name__])
         forkserver.ensure_running()
 
@@ -107,7 +111,6 @@ def child(stage, argv, setup, logs):
     """`python STAGE.py ARGV`, after setup()."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     torch.set_num_threads(1)
     setup()

@@ -20,7 +20,7 @@ from data import annotator, stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.run import Run, read_torch
 from data.tokenizer import Tokenizer, encode_pairs, train as train_vocabulary
-from helpers import metrics, snapshot, tiny_reward_model, untimed
+from helpers import cpu_only, metrics, snapshot, tiny_reward_model, untimed
 from reward_model import RewardModel, answer_key, bradley_terry_loss, score_all
 
 V = 11
@@ -600,7 +600,7 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(policy, tmp_path, 
         write_jsonl(tmp_path / f"{name}.jsonl", color_pairs(count))
     train(policy, "--data", str(tmp_path / "stage.jsonl"), "--batch", "32")
     before = snapshot(policy)
-    sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu", gpt.get_device())
     points, fit = [], reward_model.fit
 
     def spy(model, pairs, held_out, *rest):
@@ -651,6 +651,7 @@ def test_a_wrong_file_is_one_line_and_costs_nothing(policy, tmp_path, content, r
     assert snapshot(policy) == before and policy / "cpu/reward_model/checkpoint.pt" in before
 
 
+@cpu_only
 def test_collecting_and_training_on_the_world(tmp_path, monkeypatch, capsys):
     """Held-out pairs that are trained on too; figures that belong to other pairs than the files that were written."""
     small = ["--size", "cpu", "--out", str(tmp_path)]

@@ -15,7 +15,7 @@ from data import stories
 from data.annotator import answers
 from data.files import InputError, hold_out
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import metrics, snapshot, tiny_gpt, untimed
+from helpers import cpu_only, metrics, snapshot, tiny_gpt, untimed
 
 V = 11
 DEMONSTRATIONS = [("Name a color.", "Red."), ("Name an animal, please.", "The little otter by the river.")]
@@ -225,6 +225,7 @@ def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     assert all(ended) and texts.count("Red.") >= 5
 
 
+@cpu_only
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_every_token_of_the_training_counts_alike(base, tmp_path, monkeypatch, epochs):
     """A mean over each batch of its own: batches hold rows of one length, so a token of a short answer, whose batch has
