@@ -309,8 +309,7 @@ def collect(policy, tokenizer, config, judge=annotator_judge):
         rows, dropped = collect_pairs(policy, tokenizer, count, config, rng, held_out, labels)
         print(f"        replaced {counts(dropped)}")
         split.append(rows)
-    if config.judge != "annotator":
-        print_agreement(split[0])
+    print_agreement(split[0])
     return split
 
 

@@ -145,7 +145,7 @@ for seed in ${SEEDS:-1 2 3}; do
                 *) run reward_model.py reward_model --pairs $law ;;
             esac
             run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
-            python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "" > "$out/cpu/best_of_n.txt"
+            python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies ppo-beta0 > "$out/cpu/best_of_n.txt"
         )
     done
     python -m pytest tests/test_enumerable.py -k variance -q -s > "$out/variance.txt"

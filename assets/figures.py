@@ -232,11 +232,10 @@ def feedback(data):
     """Tables of what the feedback is and where it comes from: judges, steps, right or wrong, better text, more of it."""
     stage = lambda key, form: spread(list(data["stages"].get(key, {}).values()), form)
     of = lambda name, key, form: spread(values(data, name, key), form)
-    judges = table(["labels by", "the annotator agrees", "reward model, share of Bayes accuracy", "DPO, J's share, gold",
-                    "KL, nats"], [
-        [label, stage(f"reward_model{suffix} agreement", ".1%") if suffix else stage("reward_model bayes_accuracy", ".1%"),
-         stage(f"reward_model{suffix} share_of_bayes", ".1%"), of(f"dpo{suffix}", "share_gold", ".1%"),
-         of(f"dpo{suffix}", "kl", ".2f")] for suffix, label in JUDGES.items()])
+    judges = table(["labels by", "the annotator, asked again, agrees", "reward model, share of Bayes accuracy",
+                    "DPO, J's share, gold", "KL, nats"], [
+        [label, stage(f"reward_model{suffix} agreement", ".1%"), stage(f"reward_model{suffix} share_of_bayes", ".1%"),
+         of(f"dpo{suffix}", "share_gold", ".1%"), of(f"dpo{suffix}", "kl", ".2f")] for suffix, label in JUDGES.items()])
     steps = table(["best of 16 by", "J's share, gold", "gold"], [
         [label, of(f"best of 16{rule}", "share_gold", ".1%"), of(f"best of 16{rule}", "gold", ".2f")]
         for rule, label in {"": "the outcome model", ", sum": "the steps' sum", ", smallest": "the smallest step",
@@ -290,7 +289,8 @@ def claims(data):
     """The lecture's claims, each with the command whose output shows it, what came out and the verdict."""
     stage = lambda key, form: spread(list(data["stages"].get(key, {}).values()), form)
     of = lambda name, key, form: spread(values(data, name, key), form)
-    run = lambda key, rows: f"{statistics.mean(data['runs']['ppo-beta0']['1'][key][rows]):.2f}"
+    run = lambda key, rows: spread([statistics.mean(one[key][rows]) for one in data["runs"]["ppo-beta0"].values()], ".2f")
+    pairs = lambda count: spread(list(data["curves"]["reward_model"][count]["share_of_bayes"].values()), ".1%")
     early, late = slice(5, 10), slice(90, 100)
     limits = [data["frontier"][f"reward model {beta:.3f}"] for beta in (0.05, 6.4)]
     greedy, timid = (spread(list(x["kl"].values()), ".2f") for x in limits)
@@ -306,10 +306,10 @@ def claims(data):
          "held-out loss 0.506 after one, 0.494 after two (training 0.468); 94.2 and 95.0 % of Bayes accuracy (seed 1)",
          "not with 10,240 pairs"],
         ["more comparisons, better rewards", "ECE 7115", "`reward_model.py --learning_curve`",
-         "74 % of Bayes accuracy with 256, 95 % with 10,240 (seed 1)", "holds, still rising"],
+         f"{pairs('256')} of Bayes accuracy with 256, {pairs('10,240')} with 10,240", "holds, still rising"],
         ["without a KL penalty the reward is hacked", "CME 295; ECE 7115", "`ppo.py --beta 1e-6`",
          f"iterations 6-10: score {run('reward', early)}, gold {run('gold', early)}; 91-100: {run('reward', late)}, "
-         f"{run('gold', late)} (seed 1)", "holds"],
+         f"{run('gold', late)}", "holds"],
         ["the penalty holds it", "CS 224R ch. 7", "`ppo.py`",
          f"score {of('ppo', 'reward', '.2f')}, gold {of('ppo', 'gold', '.2f')}", "holds"],
         ["β → 0 is greedy, β → ∞ the reference", "CS 224R ch. 7", "`best_of_n.py`, `frontier`",
@@ -345,16 +345,21 @@ def claims(data):
              f"{label} {100 * max(xs):.0f}, {100 * statistics.median(xs):.0f}, {100 * min(xs):.0f} %"
              for label, rows in grid_shares(data).items() for xs in [sum(rows.values(), [])]) + " (seed 1)",
          "not here: at 4 times the learning rate PPO holds, DPO does not"],
-        ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11", "`dpo.py --online 5`",
-         f"gold share: offline {of('dpo', 'share_gold', '.1%')}, online {of('dpo-online', 'share_gold', '.1%')}; under the "
-         f"reward model {of('dpo', 'share_reward', '.1%')}, {of('dpo-online', 'share_reward', '.1%')}",
-         "not under gold, with the reward model's labels"],
+        ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11", "`dpo.py --online 5 --judge annotator`",
+         f"gold share: offline {of('dpo', 'share_gold', '.1%')}, online with the annotator's labels "
+         f"{of('dpo-online-annotator', 'share_gold', '.1%')}, with the reward model's {of('dpo-online', 'share_gold', '.1%')}",
+         "holds, if the labels stay the annotator's"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo', 'length', '.0f')}, SimPO "
          f"{of('dpo-simpo', 'length', '.0f')}", "it shortens"],
         ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
          f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
-         f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)} (seed 1)", "without the penalty only"],
+         f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)}", "without the penalty only"],
+        ["AI preferences align as well as people's", "CS 224R ch. 11", "`reward_model.py --judge constitution`",
+         f"the annotator, asked again, agrees with {stage('reward_model-constitution agreement', '.1%')} of them, with "
+         f"{stage('reward_model agreement', '.1%')} of its own; gold share of DPO on them "
+         f"{of('dpo-constitution', 'share_gold', '.1%')}, on its own {of('dpo', 'share_gold', '.1%')}",
+         "not here: noise averages out, principles that err do not"],
         ["one reward at the end is sparse", "CME 295; CS 224R ch. 11",
          "`best_of_n.py --process`, `ppo.py --reward process`",
          f"gold share of best-of-16: outcome model {of('best of 16', 'share_gold', '.1%')}, sum of the steps' "
@@ -375,9 +380,14 @@ def fit_law(pairs, function):
     return alpha, beta, 1 - ((y - design @ [alpha, beta]) ** 2).sum() / ((y - y.mean()) ** 2).sum()
 
 
+def batches(data, name):
+    """(KL, gold) of every batch of every seed's run."""
+    return [pair for run in data["runs"].get(name, {}).values() for pair in zip(run["kl"], run["gold"])]
+
+
 def laws(data):
     """Gao, Schulman, Hilton 2023: with d = √KL, gold - gold of SFT = d(α - β d) for best-of-N and d(α - β log d) for RL.
-    Both forms are fitted to both, for every reward model: the means of the seeds, and every batch of seed 1's run."""
+    Both forms are fitted to both, for every reward model: the means of the seeds, and every batch of their runs."""
     rows = []
     for name, label in LAWS.items():
         if name:
@@ -385,8 +395,7 @@ def laws(data):
         else:
             best = [(statistics.mean(x["kl"].values()), statistics.mean(x["gold"].values()))
                     for key, x in data["frontier"].items() if key.startswith("best of ")]
-            run = data["runs"].get("ppo-beta0", {}).get("1", {})
-            run = list(zip(run.get("kl", []), run.get("gold", [])))
+            run = batches(data, "ppo-beta0")
         for policy, pairs in (("best-of-N, N to 64", best), ("PPO without a penalty", run)):
             start = min(best)[1] if best else 0.0  # best of 1: SFT
             pairs = [(kl, gold - start) for kl, gold in pairs if kl > 0.05]
@@ -480,15 +489,15 @@ def draw_over_optimization(plt, data):
     """Without a penalty the reward goes on rising while gold falls; with it the run stays where both are high."""
     figure, (ax,) = axes(plt)
     for name, style, label in (("ppo-beta0", "-", "no penalty"), ("ppo", "--", "β = 0.2")):
-        run = data["runs"].get(name, {}).get("1")
-        if run:
+        for i, run in enumerate(data["runs"].get(name, {}).values()):
             d = np.sqrt(np.maximum(run["kl"], 0))
             for field, color in (("reward", ORANGE), ("gold", BLUE)):
-                ax.plot(d, run[field], style, color=color, linewidth=1.5, label=f"{field}, {label}")
-    run, start = data["runs"].get("ppo-beta0", {}).get("1"), data["frontier"].get("best of 1", {}).get("gold", {}).get("1")
-    if run and start:
-        pairs = [(kl, gold - start) for kl, gold in zip(run["kl"], run["gold"]) if kl > 0.05]
-        d = np.linspace(0.3, np.sqrt(max(run["kl"])), 100)
+                ax.plot(d, run[field], style, color=color, linewidth=1, label="_" * bool(i) + f"{field}, {label}")
+    found, start = batches(data, "ppo-beta0"), data["frontier"].get("best of 1", {}).get("gold", {})
+    if found and start:
+        start = statistics.mean(start.values())
+        pairs = [(kl, gold - start) for kl, gold in found if kl > 0.05]
+        d = np.linspace(0.3, np.sqrt(max(kl for kl, _ in found)), 100)
         for function, style, label in ((lambda d: d, ":", "fitted: d(α − β d)"), (np.log, "-.", "fitted: d(α − β log d)")):
             alpha, beta, _ = fit_law(pairs, function)
             ax.plot(d, start + d * (alpha - beta * function(d)), style, color=GRAY, linewidth=1.2, label=label)

@@ -399,12 +399,13 @@ def gold_margins(rows):
 
 
 def print_agreement(rows):
-    """Print how often the annotator agrees with the labels of rows, pairs that another judge has labelled, without the
-    noise of the annotator's own, beside the best possible; and the reasons that the judge gave."""
+    """Print how often the annotator, asked (again), agrees with the labels of rows, without the noise of this one question,
+    beside the best possible; and the reasons, where the judge gave any. Its own labels are noisy too."""
     p = torch.sigmoid(gold_margins(rows).double())  # P(the annotator agrees)
     print(f"judge   the annotator agrees with {p.mean():.1%} ± {standard_error(p):.1%} of the labels; at best "
           f"{torch.maximum(p, 1 - p).mean():.1%}")
-    for why, number in Counter(row.get("why", "no reason given") for row in rows).most_common(10):
+    reasons = Counter(row.get("why", "no reason given") for row in rows)
+    for why, number in reasons.most_common(10) if any("why" in row for row in rows) else ():
         print(f"        {number / len(rows):5.1%}  {why}")
 
 

@@ -293,7 +293,7 @@ def test_both_label_in_turn():
 
 
 def test_agreement_by_hand(capsys):
-    """An agreement with one draw of the annotator's noise, or with the pairs turned round."""
+    """An agreement with one draw of the annotator's noise, or with the pairs turned round; reasons that nobody gave."""
     pairs = [(story_of(HAPPY), story_of(SAD), "a"), (story_of(SAD), story_of(KIND[0], SAD), "b"),
              (story_of(SAD), story_of(HAPPY, KIND[0]), "b")]      # true rewards +1.5, -1 and -0.5 apart
     print_agreement([{"prompt": PROMPT, "chosen": better, "rejected": worse, "why": why} for better, worse, why in pairs])
@@ -302,6 +302,8 @@ def test_agreement_by_hand(capsys):
     assert capsys.readouterr().out == (
         f"judge   the annotator agrees with {statistics.mean(p):.1%} ± {statistics.pstdev(p) / 3 ** 0.5:.1%} of the "
         f"labels; at best {best:.1%}\n        66.7%  b\n        33.3%  a\n")
+    print_agreement([{"prompt": PROMPT, "chosen": better, "rejected": worse} for better, worse, _ in pairs])
+    assert capsys.readouterr().out.endswith(f"; at best {best:.1%}\n")
 
 
 def program(folder, body):
