@@ -515,12 +515,12 @@ def draw_how_close(plt, data):
     for offset, field, color in ((-0.2, "share_reward", ORANGE), (0.2, "share_gold", BLUE)):
         for i, name in enumerate(names):
             xs = [100 * x for x in values(data, name, field)]
-            ax.barh(i + offset, max(0, statistics.mean(xs)), height=0.36, color=color,
+            ax.barh(i + offset, statistics.mean(xs), height=0.36, color=color,
                     xerr=statistics.stdev(xs) if len(xs) > 1 else None, ecolor=GRAY,
                     label=dict(share_reward="under the reward model", share_gold="under gold")[field] if i == 0 else None)
     ax.set_yticks(range(len(names)), names.values())
     ax.invert_yaxis()
-    ax.set_xlim(0, 105)
+    ax.set_xlim(right=105)
     ax.set_xlabel("% of the way from SFT to J*")
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=2)
     save(figure, "how_close")
