@@ -3,7 +3,7 @@
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About six hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). A run that was interrupted goes on.
+# About eight hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). A run that was interrupted goes on.
 set -eu
 export OMP_NUM_THREADS=1
 

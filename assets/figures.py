@@ -38,8 +38,8 @@ BETAS = ("0.05", "0.2", "0.8")
 PEERS = {"dpo": "DPO, ours", "dpo-trl": "DPO, TRL 1.16", "ppo": "PPO, ours", "ppo-trl": "PPO, TRL 1.12",
          "ppo-grpo": "GRPO as published, ours", "ppo-trl-grpo-group": "GRPO as published, TRL 1.16",
          "ppo-grpo-no_scale": "GRPO, no division, ours", "ppo-trl-grpo-none": "GRPO, no division, TRL 1.16"}
-LAWS = {"": "10,240 comparisons, 4 layers", "4096": "4,096", "1024": "1,024", "256": "256", "2-layers": "2 layers",
-        "1-layer": "1 layer"}  # the reward models of laws/NAME
+LAWS = {"": "10,240 comparisons, 4 layers", "4096": "4,096 comparisons", "1024": "1,024 comparisons",
+        "256": "256 comparisons", "2-layers": "2 layers", "1-layer": "1 layer"}  # the reward models of laws/NAME
 
 
 def read_rows(path):
@@ -372,10 +372,15 @@ def claims(data):
          "with certain labels DPO's grows on, IPO's stays at 1/(2β)", "holds"]])
 
 
-def fit_law(pairs, function):
-    """gold gained = d(α - β f(d)) with d = √KL by least squares, pairs (KL, gold gained): (α, β, R²)."""
+FORMS = {  # of the law: gold gained = α rise(d) - β fall(d), with d = √KL
+    "d(α − β d)": (lambda d: d, lambda d: d ** 2), "d(α − β log d)": (lambda d: d, lambda d: d * np.log(d)),
+    "α(1 − e^−d) − β d": (lambda d: 1 - np.exp(-d), lambda d: d)}
+
+
+def fit_law(pairs, rise, fall):
+    """gold gained = α rise(d) - β fall(d) with d = √KL by least squares, pairs (KL, gold gained): (α, β, R²)."""
     d, y = np.sqrt([kl for kl, _ in pairs]), np.array([gold for _, gold in pairs])
-    design = np.stack([d, -d * function(d)], axis=1)
+    design = np.stack([rise(d), -fall(d)], axis=1)
     (alpha, beta), *_ = np.linalg.lstsq(design, y, rcond=None)
     return alpha, beta, 1 - ((y - design @ [alpha, beta]) ** 2).sum() / ((y - y.mean()) ** 2).sum()
 
@@ -387,7 +392,7 @@ def batches(data, name):
 
 def laws(data):
     """Gao, Schulman, Hilton 2023: with d = √KL, gold - gold of SFT = d(α - β d) for best-of-N and d(α - β log d) for RL.
-    Both forms are fitted to both, for every reward model: the means of the seeds, and every batch of their runs."""
+    All FORMS are fitted to both, for every reward model: the means of the seeds, and every batch of their runs."""
     rows = []
     for name, label in LAWS.items():
         if name:
@@ -400,9 +405,8 @@ def laws(data):
             start = min(best)[1] if best else 0.0  # best of 1: SFT
             pairs = [(kl, gold - start) for kl, gold in pairs if kl > 0.05]
             if len(pairs) > 2:
-                fits = [fit_law(pairs, function) for function in (lambda d: d, np.log)]
-                rows.append([label, policy, *(f"{x:.2f}" for fit in fits for x in fit)])
-    return table(["reward model", "policy", "d(α − β d): α", "β", "R²", "d(α − β log d): α", "β", "R²"], rows)
+                rows.append([label, policy, *(f"{x:.2f}" for form in FORMS.values() for x in fit_law(pairs, *form))])
+    return table(["reward model", "policy", *(x for form in FORMS for x in (f"{form}: α", "β", "R²"))], rows)
 
 
 def equal_kl(data):
@@ -498,9 +502,9 @@ def draw_over_optimization(plt, data):
         start = statistics.mean(start.values())
         pairs = [(kl, gold - start) for kl, gold in found if kl > 0.05]
         d = np.linspace(0.3, np.sqrt(max(kl for kl, _ in found)), 100)
-        for function, style, label in ((lambda d: d, ":", "fitted: d(α − β d)"), (np.log, "-.", "fitted: d(α − β log d)")):
-            alpha, beta, _ = fit_law(pairs, function)
-            ax.plot(d, start + d * (alpha - beta * function(d)), style, color=GRAY, linewidth=1.2, label=label)
+        for (label, (rise, fall)), style in zip(FORMS.items(), (":", "-.", "-")):
+            alpha, beta, _ = fit_law(pairs, rise, fall)
+            ax.plot(d, start + alpha * rise(d) - beta * fall(d), style, color=GRAY, linewidth=1.2, label=f"fitted: {label}")
     ax.set_xlabel("d = √KL to the reference")
     ax.set_ylabel("score")
     ax.legend(frameon=False)

@@ -123,7 +123,9 @@ def test_the_laws_are_found_again(figures):
     rows = [line.strip("| ").split(" | ") for line in figures.laws(data).splitlines()[2:]]
     assert rows[0][2:5] == ["1.50", "0.40", "1.00"] and rows[0][7] != "1.00"
     assert rows[1][5:8] == ["0.80", "0.20", "1.00"] and rows[1][4] != "1.00"
-    assert rows[2][:2] == ["256", "best-of-N, N to 64"] and rows[2][2] == rows[2][5] == "2.00" and len(rows) == 3
+    assert rows[2][:2] == ["256 comparisons", "best-of-N, N to 64"] and rows[2][2] == rows[2][5] == "2.00" and len(rows) == 3
+    alpha, beta, fit = figures.fit_law([(x * x, 3 * (1 - math.exp(-x)) - 0.2 * x) for x in d], *list(figures.FORMS.values())[2])
+    assert (alpha, beta, fit) == pytest.approx((3, 0.2, 1))
 
 
 def test_gold_at_equal_kl(figures):
