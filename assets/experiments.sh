@@ -108,6 +108,7 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 6-verifier ppo-verifier,ppo-verifier-grpo,ppo-verifier-beta0,ppo-verifier-grpo-beta0 --samples 32 --verify
     yardstick 7-process ppo-process --samples 32 --process
     yardstick 8-judges dpo-constitution,dpo-both,dpo-online-annotator --samples 32
+    yardstick 8-without-penalty ppo-beta0 --samples 32
 
     [ "$seed" = 1 ] || continue  # what follows has one seed
 

@@ -353,8 +353,10 @@ def claims(data):
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo', 'length', '.0f')}, SimPO "
          f"{of('dpo-simpo', 'length', '.0f')}", "it shortens"],
         ["alignment collapses modes", "ECE 7115", "`best_of_n.py`, `ppo.py --beta 1e-6`",
-         f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}; entropy: PPO "
-         f"{of('ppo', 'entropy', '.2f')}, without the penalty {run('entropy', late)}", "without the penalty only"],
+         f"distinct-2: SFT {of('sft', 'distinct_2', '.2f')}, PPO {of('ppo', 'distinct_2', '.2f')}, without the penalty "
+         f"{of('ppo-beta0', 'distinct_2', '.2f')}; J* under gold, {of('optimum under gold', 'J_star', '.2f')}, as its own "
+         f"samples show it: PPO {of('ppo', 'own_J_star_gold', '.2f')}, without the penalty "
+         f"{of('ppo-beta0', 'own_J_star_gold', '.0f')}", "without the penalty only"],
         ["AI preferences align as well as people's", "CS 224R ch. 11", "`reward_model.py --judge constitution`",
          f"the annotator, asked again, agrees with {stage('reward_model-constitution agreement', '.1%')} of them, with "
          f"{stage('reward_model agreement', '.1%')} of its own; gold share of DPO on them "
