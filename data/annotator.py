@@ -404,9 +404,9 @@ def print_agreement(rows):
     p = torch.sigmoid(gold_margins(rows).double())  # P(the annotator agrees)
     print(f"judge   the annotator agrees with {p.mean():.1%} ± {standard_error(p):.1%} of the labels; at best "
           f"{torch.maximum(p, 1 - p).mean():.1%}")
-    reasons = Counter(row.get("why", "no reason given") for row in rows)
-    for why, number in reasons.most_common(10) if any("why" in row for row in rows) else ():
-        print(f"        {number / len(rows):5.1%}  {why}")
+    if any("why" in row for row in rows):
+        for why, number in Counter(row.get("why", "no reason given") for row in rows).most_common(10):
+            print(f"        {number / len(rows):5.1%}  {why}")
 
 
 def answer_key(margin, gold_margin, bins=10):
