@@ -369,7 +369,7 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
                 step(t)
             elif longest + t <= width:
                 graph.replay()
-            else:  # a step is 150 launches, which cost more than the work; recorded, for these rows and 64 tokens, it is one
+            else:  # a step's launches cost more than its work; recorded, for these rows and 64 tokens, they are one
                 width = (longest + t + 64) // 8 * 8
                 step(now)
                 graph = torch.cuda.CUDAGraph()
