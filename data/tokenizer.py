@@ -1,13 +1,13 @@
 """The tokenizer: byte-level BPE, trained here by hand and served by tiktoken; and the chat format.
 
-Byte pair encoding (Sennrich et al. 2016; on bytes: Radford et al. 2019, GPT-2) starts from the 256 bytes
-and again and again gives a new id to the most frequent pair of neighbours. A worked example, merges of
-"banana bandana" up to a vocabulary of 262 = 256 bytes + 3 merges + 3 special tokens:
+Byte pair encoding (Sennrich et al. 2016; on bytes: Radford et al. 2019, GPT-2) starts from the 256
+bytes and repeatedly gives a new id to the most frequent pair of neighbours. A worked example, the
+merges of "banana bandana" up to a vocabulary of 262 = 256 bytes + 3 merges + 3 special tokens:
 
-    banana | bandana         the text is split into words first; no merge crosses a border
-    b an an a |  b an d an a     (a, n) stands 4 times, most of all                  -> 256 = "an"
-    ban an a |  ban d an a       (b, an) and (an, a) tie at 2; the smaller ids win   -> 257 = "ban"
-    ban ana |  ban d ana         (an, a) stands twice                                -> 258 = "ana"
+    banana | bandana          the text is split into words first; no merge crosses a border
+    b an an a |  b an d an a  (a, n) occurs 4 times, more than any other         -> 256 = "an"
+    ban an a |  ban d an a    (b, an) and (an, a) tie at 2; the smaller ids win  -> 257 = "ban"
+    ban ana |  ban d ana      (an, a) occurs twice                               -> 258 = "ana"
 
     >>> tokenizer = Tokenizer(train("banana bandana", 262))
     >>> tokenizer.encode("banana bandana")
@@ -15,9 +15,9 @@ and again and again gives a new id to the most frequent pair of neighbours. A wo
     >>> tokenizer.prompt("banana") + tokenizer.response("bandana")
     [259, 257, 258, 260, 257, 100, 258, 261]
 
-The last line is the chat format, <|user|>PROMPT<|assistant|>RESPONSE<|end|>. The three special tokens
-have the last three ids, and only prompt() and response() produce them: a text that spells "<|end|>" is
-encoded as the seven characters that it is, so no user can end a turn by typing.
+The last line is the chat format, <|user|>PROMPT<|assistant|>RESPONSE<|end|>. The three special
+tokens have the last three ids, and only prompt() and response() produce them: a text that spells
+"<|end|>" is encoded as seven ordinary characters, so no user can end a turn by typing.
 """
 
 import heapq
@@ -36,77 +36,94 @@ from data.run import counts, memory_mapped, progress
 
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
-# A word, a number, or a run of other signs, each with the space before it; or white space: GPT-2's rule
-# without its English contractions. White space is cut at 64, because the look-ahead makes tiktoken panic
-# (a stack overflow) on a run of a million blanks.
+# A word, a number, or a run of other characters, each with the space before it; or white space:
+# GPT-2's rule without its English contractions. White space is cut at 64 characters, because the
+# look-ahead makes tiktoken panic (a stack overflow) on a run of a million blanks.
 PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,64}(?!\S)|\s{1,64}"
 
-# How a text is split before its pieces are merged. gpt2: GPT-2's own rule, for a vocabulary that was learnt with it; \s++$
-# changes nothing, but spares tiktoken that panic where the text ends in white space, and encode() ends it there.
-PATTERNS = {"words": PATTERN,
-            "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"}
-LONG_RUN = regex.compile(r"(?=\p{White_Space}\P{White_Space})(?<=\p{White_Space}{1000})")
+# GPT-2's own rule, for a vocabulary that was learnt with it. Its \s++$ changes no ids, but spares
+# tiktoken the same panic where a text ends in white space; encode() splits texts at such places.
+GPT2_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+")
 
-# How vocabulary files of GPT-2's kind write a byte: as the sign that it is in Latin-1 where that is a printable one, else
-# as one from U+0100 on.
+# How a text is split before its pieces are merged.
+PATTERNS = {"words": PATTERN, "gpt2": GPT2_PATTERN}
+
+# Inside a long run of white space, the place before its last character.
+LONG_RUN = regex.compile(
+    r"(?=\p{White_Space}\P{White_Space})(?<=\p{White_Space}{1000})")
+
+# How vocabulary files of GPT-2's kind write a byte: as its Latin-1 character if that is printable,
+# otherwise as one of the characters from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-SIGNS = dict(zip([*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE)],
-                 map(chr, [*PRINTABLE, *range(0x100, 0x144)])))
+UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
+SIGNS = {byte: chr(byte) for byte in PRINTABLE}
+SIGNS.update({byte: chr(0x100 + i) for i, byte in enumerate(UNPRINTABLE)})
 
 
 def train(text, vocab_size):
-    """Learn a vocabulary from text: a list of bytes in rank order, the 256 single bytes, then a merge each.
+    """Learn a vocabulary from text: a list of bytes in rank order, 256 single bytes, then merges.
 
-    vocab_size includes the three special tokens, which aren't in the list: it has vocab_size - 3 entries,
-    or fewer where the text runs out of pairs to merge. Pairs are counted with their overlaps ("aaa" holds
-    two) and merged from left to right; of equally frequent pairs the one with the smaller ids wins, so the
-    result depends on the text alone. ValueError if vocab_size < 259, or if text holds a lone surrogate.
+    vocab_size includes the three special tokens, which aren't in the list: it has vocab_size - 3
+    entries, or fewer if the text runs out of pairs to merge. Pairs are counted with their overlaps
+    ("aaa" holds two) and merged from left to right; of equally frequent pairs the one with the
+    smaller ids wins, so the result depends on the text alone.
+    Raises ValueError if vocab_size < 259, or if text holds a lone surrogate.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and 3 special tokens need at least 259")
+        raise ValueError(f"vocab_size is {vocab_size}; "
+                         "256 bytes and 3 special tokens need at least 259")
     vocabulary = [bytes([i]) for i in range(256)]
 
     # Every distinct word once, as a list of ids, with its number of occurrences.
     occurrences = Counter(regex.findall(PATTERN, text))
     words = [list(word.encode("utf-8")) for word in occurrences]
     weights = list(occurrences.values())
-    counts = Counter()              # pair of ids -> how often it stands in the text
+    frequency = Counter()           # pair of ids -> how often it occurs in the text
     places = defaultdict(set)       # pair of ids -> indices of the words that hold it (or once did)
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
-            counts[pair] += weights[i]
+            frequency[pair] += weights[i]
             places[pair].add(i)
 
-    # A heap finds the best pair. A count that changes is pushed anew; its older entries are skipped when
-    # they come up. (-count, pair) sorts as wanted: most frequent first, then smaller ids.
-    heap = [(-count, pair) for pair, count in counts.items()]
+    # A heap finds the best pair. When a frequency changes, the pair is pushed again; its outdated
+    # entries are skipped when they come up. (-frequency, pair) sorts as we want: the most frequent
+    # first, then the smaller ids.
+    heap = [(-count, pair) for pair, count in frequency.items()]
     heapq.heapify(heap)
     while heap and len(vocabulary) < vocab_size - len(SPECIAL_TOKENS):
-        count, pair = heapq.heappop(heap)
-        if counts[pair] != -count:
+        negative_count, pair = heapq.heappop(heap)
+        if frequency[pair] != -negative_count:
             continue
         new_id = len(vocabulary)
         vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+
         changed = set()
         for i in places.pop(pair):
-            before, after = words[i], merge(words[i], pair, new_id)
+            before = words[i]
+            after = merge(before, pair, new_id)
             words[i] = after
             for old in zip(before, before[1:]):
-                counts[old] -= weights[i]
+                frequency[old] -= weights[i]
                 changed.add(old)
             for new in zip(after, after[1:]):
-                counts[new] += weights[i]
+                frequency[new] += weights[i]
                 places[new].add(i)
                 changed.add(new)
         for other in changed:
-            if counts[other] > 0:
-                heapq.heappush(heap, (-counts[other], other))
+            if frequency[other] > 0:
+                heapq.heappush(heap, (-frequency[other], other))
     return vocabulary
 
 
 def merge(ids, pair, new_id):
-    """Replace each occurrence of the pair by new_id, from left to right: merge([1, 1, 1], (1, 1), 2) is [2, 1]."""
-    merged, i = [], 0
+    """Replace each occurrence of the pair by new_id, from left to right.
+
+    >>> merge([1, 1, 1], (1, 1), 2)
+    [2, 1]
+    """
+    merged = []
+    i = 0
     while i < len(ids):
         if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
             merged.append(new_id)
@@ -118,15 +135,21 @@ def merge(ids, pair, new_id):
 
 
 class Tokenizer:
-    """Text to ids and back, for a vocabulary from train() or GPT-2's. Ids run from 0 to n_vocab - 1, specials last."""
+    """Text to ids and back, for a vocabulary from train() or GPT-2's.
+
+    Ids run from 0 to n_vocab - 1; the last three are the special tokens.
+    """
 
     def __init__(self, vocabulary, pattern="words"):
-        """vocabulary: list of bytes in rank order; pattern: one of PATTERNS' names. ValueError if it isn't one that can
-        encode every text, or there is no such pattern."""
+        """vocabulary: list of bytes in rank order; pattern: a name in PATTERNS.
+
+        Raises ValueError if some text could not be encoded, or if there is no such pattern.
+        """
         vocabulary = list(vocabulary)
         wrong = [token for token in vocabulary if not isinstance(token, bytes) or not token]
         if wrong:
-            raise ValueError(f"the vocabulary holds {wrong[0]!r:.60}; every entry must be bytes, at least one")
+            raise ValueError(f"the vocabulary holds {wrong[0]!r:.60}; "
+                             "every entry must be bytes, at least one")
         twice = [token for token, count in Counter(vocabulary).items() if count > 1]
         if twice:
             raise ValueError(f"the vocabulary holds {twice[0]!r:.60} twice")
@@ -134,11 +157,15 @@ class Tokenizer:
         if missing:
             raise ValueError(f"the vocabulary lacks the single byte {min(missing)!r}")
         if pattern not in PATTERNS:
-            raise ValueError(f"the vocabulary's pattern is {pattern!r:.60}; known are {', '.join(PATTERNS)}")
+            raise ValueError(f"the vocabulary's pattern is {pattern!r:.60}; "
+                             f"known are {', '.join(PATTERNS)}")
 
-        self.vocabulary, self.pattern = vocabulary, pattern
+        self.vocabulary = vocabulary
+        self.pattern = pattern
         self.n_vocab = len(vocabulary) + len(SPECIAL_TOKENS)
-        self.user_token, self.assistant_token, self.end_token = range(len(vocabulary), self.n_vocab)
+        self.user_token = len(vocabulary)
+        self.assistant_token = len(vocabulary) + 1
+        self.end_token = len(vocabulary) + 2
         self._encoding = tiktoken.Encoding(
             name="rlhf",
             pat_str=PATTERNS[pattern],
@@ -148,10 +175,13 @@ class Tokenizer:
         )
 
     def encode(self, text):
-        """Text to a list of ids, never a special one. A lone surrogate, which isn't text, becomes U+FFFD."""
-        parts = LONG_RUN.split(text) if len(text) > 100_000 else [text]
-        first, *rest = map(self._encoding.encode_ordinary, parts)
-        return sum(rest, first)
+        """Text to a list of ids, never a special one. A lone surrogate becomes U+FFFD."""
+        if len(text) <= 100_000:
+            return self._encoding.encode_ordinary(text)
+        ids = []
+        for part in LONG_RUN.split(text):
+            ids += self._encoding.encode_ordinary(part)
+        return ids
 
     def encode_batch(self, texts, num_threads=2):
         """[encode(text) for text in texts], in threads."""
@@ -159,7 +189,7 @@ class Tokenizer:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids):
-        """A list of ids to text. Special tokens are spelled out; bytes that aren't UTF-8 become U+FFFD."""
+        """A list of ids to text. Special tokens are spelled out; invalid UTF-8 becomes U+FFFD."""
         return self._encoding.decode(ids)
 
     def pieces(self, ids):
@@ -175,32 +205,39 @@ class Tokenizer:
         return [*self.encode(text), self.end_token]
 
     def merges(self):
-        """The two tokens that each token of several bytes is merged of, in rank order: what BPE makes of its bytes with the
-        merges before it. ValueError if that is one token, or more than two.
+        """For each token of several bytes, in rank order, the two tokens that it is merged from.
 
-        To merge by the rank of what comes out, as tiktoken does, is therefore to merge by this list of pairs, as
-        transformers does: whenever two neighbours spell a token, they are the pair of that token.
+        They are what BPE makes of the token's bytes with the merges before it. Raises ValueError if
+        that is one token, or more than two.
+
+        tiktoken merges by the rank of the result, transformers by this list of pairs. Both do the
+        same: whenever two neighbours spell a token, they are the pair of that token.
         """
-        ranks, pairs = {token: rank for rank, token in enumerate(self.vocabulary)}, []
+        ranks = {token: rank for rank, token in enumerate(self.vocabulary)}
+        pairs = []
         for token, rank in ranks.items():
-            parts = [token[i:i + 1] for i in range(len(token))]
+            parts = [bytes([value]) for value in token]
             while len(parts) > 2:
-                found = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
-                i = found.index(min(found))
-                if found[i] >= rank:
-                    raise ValueError(f"the vocabulary holds {token!r:.60}, which no merge of two others makes")
+                merged_ranks = []
+                for left, right in zip(parts, parts[1:]):
+                    merged_ranks.append(ranks.get(left + right, rank))
+                best = min(merged_ranks)
+                if best >= rank:
+                    raise ValueError(f"the vocabulary holds {token!r:.60}, "
+                                     "which no merge of two others makes")
+                i = merged_ranks.index(best)
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
             if len(parts) == 2:
                 pairs.append(tuple(parts))
         return pairs
 
     def to_strings(self):
-        """The vocabulary as a list of strings for JSON or a checkpoint, a character U+0000 to U+00FF a byte."""
+        """The vocabulary as strings for JSON or a checkpoint, a character for each byte."""
         return [token.decode("latin-1") for token in self.vocabulary]
 
     @classmethod
     def from_strings(cls, strings, pattern="words"):
-        """The tokenizer that to_strings() wrote down. ValueError if these strings aren't such a list."""
+        """The tokenizer whose to_strings() this is; ValueError if it is no such list."""
         try:
             return cls([string.encode("latin-1") for string in strings], pattern)
         except (AttributeError, TypeError, UnicodeEncodeError) as error:
@@ -208,46 +245,75 @@ class Tokenizer:
 
 
 def sample_text(path, size=2 ** 24):
-    """The text of a file to learn a vocabulary from: all of it or, of a larger one, pieces from everywhere, `size` bytes
-    or so together."""
-    return "".join(itertools.islice(read_chunks(path), 0, None, 1 + sum(map(len, read_blocks(path))) // size))
+    """The text of a file to learn a vocabulary from.
+
+    All of it, or of a file larger than `size` bytes, about that much in pieces from everywhere.
+    """
+    file_size = 0
+    for block in read_blocks(path):
+        file_size += len(block)
+    every = 1 + file_size // size
+
+    sample = []
+    for number, text in enumerate(read_chunks(path)):
+        if number % every == 0:
+            sample.append(text)
+    return "".join(sample)
 
 
 def encode_file(path, tokenizer, folder):
-    """The ids of a text file, which may be larger than the memory, as one array: a view of a memory-mapped file in folder,
-    made in threads, and only once for a text and a vocabulary."""
-    def draw():
-        chunks, threads, done = read_chunks(path), os.cpu_count(), 0
+    """The ids of a text file, which may be larger than the memory, as one array.
+
+    The array is a view of a memory-mapped file in folder. That file is made in threads, and only
+    once for each text and vocabulary.
+    """
+    def encode():
+        threads = os.cpu_count()
         report = progress("bytes of text encoded", os.path.getsize(path))
+        done = 0
+        chunks = read_chunks(path)
         while group := list(itertools.islice(chunks, threads)):
             yield from tokenizer.encode_batch(group, threads)
-            report(done := done + sum(len(text.encode("utf-8")) for text in group))
+            done += sum(len(text.encode("utf-8")) for text in group)
+            report(done)
 
     vocabulary = zlib.crc32(repr((tokenizer.vocabulary, tokenizer.pattern)).encode())
-    return memory_mapped(folder / f"text-{checksum(path):08x}-{vocabulary:08x}.ids", draw, joined=True)[0]
+    name = f"text-{checksum(path):08x}-{vocabulary:08x}.ids"
+    return memory_mapped(folder / name, encode, joined=True)[0]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Rows in the chat format: whole ones only, never cut
+# --------------------------------------------------------------------------------------------------
+# Pairs in the chat format: whole ones only, never cut
+
+
+class Pair(NamedTuple):
+    """Two responses to one prompt; each of chosen and rejected is the ids of prompt + response."""
+    chosen: list
+    rejected: list
+    prompt_length: int
+
 
 def encode_pairs(rows, tokenizer, block_size):
-    """Rows -> (pairs (chosen ids, rejected ids, prompt length), kept rows, dropped {reason: number}); never cut."""
-    pairs, kept, dropped = [], [], {"longer than the context": 0, "equal texts": 0}
+    """Rows -> (list of Pair, the rows of these pairs, {why a row was dropped: how many})."""
+    pairs = []
+    kept = []
+    dropped = {"longer than the context": 0, "equal texts": 0}
     for row in rows:
         prompt = tokenizer.prompt(row["prompt"])
-        chosen, rejected = (prompt + tokenizer.response(row[name]) for name in ("chosen", "rejected"))
+        chosen = prompt + tokenizer.response(row["chosen"])
+        rejected = prompt + tokenizer.response(row["rejected"])
         if row["chosen"] == row["rejected"]:
             dropped["equal texts"] += 1
         elif max(len(chosen), len(rejected)) > block_size:
             dropped["longer than the context"] += 1
         else:
-            pairs.append((chosen, rejected, len(prompt)))
+            pairs.append(Pair(chosen, rejected, len(prompt)))
             kept.append(row)
     return pairs, kept, dropped
 
 
 class Comparisons(NamedTuple):
-    """What the reward model and DPO read: pairs as encode_pairs makes them and their rows, to train on and held out."""
+    """What the reward model and DPO read: pairs to train on, pairs held out, and their rows."""
     pairs: list
     rows: list
     held_out: list
@@ -256,12 +322,18 @@ class Comparisons(NamedTuple):
 
 
 def encode_comparisons(split, origin, tokenizer, block_size):
-    """The Comparisons of split = (rows to train on, held-out rows). InputError, naming origin, if one keeps nothing."""
-    pairs, rows, dropped = encode_pairs(split[0], tokenizer, block_size)
-    held_out, held_out_rows, held_out_dropped = encode_pairs(split[1], tokenizer, block_size)
+    """The Comparisons of split = (rows to train on, held-out rows).
+
+    Raises InputError, naming origin, if no pair is left of one of the two.
+    """
+    train_rows, held_out_rows = split
+    pairs, train_rows, dropped = encode_pairs(train_rows, tokenizer, block_size)
+    held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, block_size)
     if not pairs or not held_out:
-        raise InputError(f"{origin}: no pair is left to {'hold out' if pairs else 'train on'}; dropped {counts(dropped)} "
+        purpose = "hold out" if pairs else "train on"
+        raise InputError(f"{origin}: no pair is left to {purpose}; dropped {counts(dropped)} "
                          f"and {counts(held_out_dropped)}")
-    return Comparisons(pairs, rows, held_out, held_out_rows,
-                       f"{origin}\n        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
-                       f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")
+    description = (f"{origin}\n"
+                   f"        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
+                   f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")
+    return Comparisons(pairs, train_rows, held_out, held_out_rows, description)
