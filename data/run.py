@@ -1,21 +1,21 @@
-"""What every stage script needs and no algorithm does: the command line, lines on the screen, what a run leaves on disk.
+"""What every stage script needs and no algorithm does: the command line, the screen, a run's files.
 
 A stage's folder OUT/SIZE/STAGE holds what its last finished run left, all of one run:
 
-    checkpoint.pt  metrics.jsonl        and what else the stage writes (reward_model.py: its comparisons)
-    unfinished/                         a run that is not over: its state.pt for --resume, labels.jsonl (what a program of the
-                                        user's has said so far as a judge), and the files that it will leave
-    finished/                           a run that is over and was killed while its files took their places (complete)
-    lock                                held by the one process that may write here
+    checkpoint.pt  metrics.jsonl    and what else the stage writes (reward_model.py: its comparisons)
+    unfinished/                     a run that is not over: its state.pt for --resume, labels.jsonl (what
+                                    a program has answered so far as a judge), and its other files
+    finished/                       a run that was killed while its files were being moved up (complete)
+    lock                            held by the one process that may write here
 
 Nothing in this file knows what a GPT is.
 """
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import io
-import itertools
 import math
 import os
 import pickle
@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -52,42 +52,94 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     """Build a Config from the command line. Every field is a flag; the comment on its line is its help.
 
-    gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of them, also of gpu's}};
-    needs: {flag: (another flag, values)}: the flag means something only where the other one has one of these values,
-    or, where none is listed, is set at all ("": is not set). Fields must have the type int, float, str, bool or a Literal
-    of strings, whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
+    gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of
+    them, also of gpu's}}; needs: {flag: (another flag, values)}: the flag means something only where
+    the other one has one of these values or, where none is listed, is set at all ("": is not set).
+    Fields must have the type int, float, str, bool or a Literal of strings, whose values are the
+    flag's choices. TypeError, a bug of ours, for a field without a comment.
     """
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    comments = field_comments(Config)
     parser = _Parser(description=description, allow_abbrev=False)
     for field in fields(Config):
-        if field.name not in comments:
-            raise TypeError(f"{Config.__module__}.{Config.__name__}.{field.name} has no comment on its line to be its help")
-        changed = [("gpu", gpu), *(row for rows in presets.values() for row in rows.items())]
-        default = "; ".join([f"{field.default!r}", *(f"{name}: {row[field.name]!r}" for name, row in changed
-                                                     if field.name in row)])
+        if not comments.get(field.name):
+            raise TypeError(f"{Config.__module__}.{Config.__name__}.{field.name} has no comment on its "
+                            "line to be its help")
+
+        defaults = [repr(field.default)]
+        if field.name in gpu:
+            defaults.append(f"gpu: {gpu[field.name]!r}")
+        for rows in presets.values():
+            for value, changed in rows.items():
+                if field.name in changed:
+                    defaults.append(f"{value}: {changed[field.name]!r}")
+        text = f"{comments[field.name]} (default: {'; '.join(defaults)})".replace("%", "%%")
+
+        flag = f"--{field.name}"
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
+            parser.add_argument(flag, default=None, help=text, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(field.type) is typing.Literal:
-            kind = dict(choices=typing.get_args(field.type))
+            parser.add_argument(flag, default=None, help=text, choices=typing.get_args(field.type))
         else:
-            kind = dict(type=field.type)
-        parser.add_argument(f"--{field.name}", default=None, **kind,
-                            help=f"{comments[field.name]} (default: {default})".replace("%", "%%"))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = {name: value for flag, rows in presets.items()
-              for name, value in rows.get(given.get(flag, getattr(Config, flag)), {}).items()}
-    for name, (other, *values) in needs.items():
-        found = {**preset, **given}.get(other, getattr(Config, other))
-        if name in given and not (found in values if values else found):
-            raise InputError(f"--{name} {given[name]}: goes without --{other} only" if values == [""] else
-                             f"--{name} {given[name]}: goes with --{other}{' ' * bool(values)}{' or '.join(values)} only")
+            parser.add_argument(flag, default=None, help=text, type=field.type)
+
+    given = {}
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not None:
+            given[name] = value
+    preset = {}
+    for flag, rows in presets.items():
+        preset.update(rows.get(given.get(flag, getattr(Config, flag)), {}))
+
+    check_needs(Config, given, preset, needs)
+
     size = given.get("size", "auto")
     if size == "auto":
         size = "gpu" if torch.cuda.is_available() else "cpu"
-    config = Config(**{**(gpu if size == "gpu" else {}), **preset, **given, "size": size})
-    for field in fields(Config):
+    values = dict(preset)
+    if size == "gpu":
+        values = {**gpu, **preset}
+    values.update(given)
+    values["size"] = size
+    config = Config(**values)
+    check_values(config, given)
+    return config
+
+
+def field_comments(Config):
+    """{field: its comment}. A comment alone on a line, indented further than the fields, continues
+    the one above it; one indented as the fields are is a heading."""
+    comments = {}
+    name = None
+    for line in inspect.getsource(Config).splitlines():
+        code, sign, comment = line.partition("#")
+        field = re.match(r"    (\w+): ", code)
+        if field:
+            name = field[1]
+        if sign and name and not (code == "    "):
+            comments[name] = f"{comments.get(name, '')} {comment.strip()}".strip()
+    return comments
+
+
+def check_needs(Config, given, preset, needs):
+    """InputError for a flag that was given although it means nothing here (see parse_config)."""
+    for name, (other, *values) in needs.items():
+        if name not in given:
+            continue
+        found = given.get(other, preset.get(other, getattr(Config, other)))
+        if values == [""] and found:
+            raise InputError(f"--{name} {given[name]}: cannot be used with --{other}")
+        if values and values != [""] and found not in values:
+            raise InputError(f"--{name} {given[name]}: goes with --{other} {' or '.join(values)} only")
+        if not values and not found:
+            raise InputError(f"--{name} {given[name]}: goes with --{other} only")
+
+
+def check_values(config, given):
+    """InputError for a number out of range, or a text that is empty."""
+    for field in fields(config):
         value = getattr(config, field.name)
-        if field.type is int and value < (0 if field.name == "seed" or field.default == 0 else 1):
+        least = 0 if field.name == "seed" or field.default == 0 else 1
+        if field.type is int and value < least:
             raise InputError(f"--{field.name} {value}: must be positive")
         if field.name == "seed" and value >= 2 ** 63:
             raise InputError(f"--seed {value}: is too large; 63 bits are the most")
@@ -95,9 +147,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
             raise InputError(f"--{field.name} {value}: must be a number, and not negative")
         if field.name == "temperature" and value == 0:
             raise InputError(f"--temperature {value}: must be positive; --top_k 1 is greedy")
-        if given.get(field.name) == "":  # an unset variable of the shell's must not mean another job
-            raise InputError(f"--{field.name}: is empty; leave the flag away or give it a value")
-    return config
+        if given.get(field.name) == "":  # an unset shell variable must not mean another job
+            raise InputError(f"--{field.name}: is empty; leave the flag out or give it a value")
 
 
 def stage_folder(config, stage):
@@ -106,59 +157,93 @@ def stage_folder(config, stage):
 
 
 def check_name(name, stage, flag="name"):
-    """--name of a run begins with its stage: no run can overwrite another stage's folder."""
+    """A run's --name begins with its stage: no run can overwrite another stage's folder."""
     if not re.fullmatch(rf"{stage}[\w.-]*", name):
-        raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', '_' or '-' behind it")
+        raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', '_' "
+                         "or '-' behind it")
 
 
-MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0, "dpo": 2.5, "best_of_n": 1.5,
-           "rsft": 3.0}  # size cpu, two cores
+# How each stage is trained: its script, and the flag that chooses it there.
+COMMANDS = {"gpt": "gpt", "sft": "sft", "reward_model": "reward_model",
+            "process_model": "reward_model --process", "ppo": "ppo", "dpo": "dpo"}
+
+# At size cpu, on two cores.
+MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0, "dpo": 2.5,
+           "best_of_n": 1.5, "rsft": 3.0}
 
 
-def train_missing(config, earlier, stage):
-    """Before a stage begins: train what it builds on and is not there, with this run's size, folder and seed.
+def train_missing(config, needed, stage):
+    """Before a stage begins: train what it builds on and is missing, with this run's size, folder and
+    seed.
 
-    earlier: {stage: its main}, in order; what comes before the last checkpoint that is there is not asked for.
+    needed: the names of those stages, in order. What comes before the last checkpoint that exists
+    is not asked for.
     """
-    for name in [*earlier, stage]:
+    for name in [*needed, stage]:
         complete(stage_folder(config, name))
-    missing = list(itertools.takewhile(lambda name: not (stage_folder(config, name) / "checkpoint.pt").exists(),
-                                       reversed(earlier)))[::-1]
-    if missing:
-        minutes = sum(MINUTES[name] for name in MINUTES if name in missing or stage.startswith(name))
-        time_needed = f", about {minutes:.0f} minutes on two cores" if config.size == "cpu" else ""
-        print(f"plan    {' → '.join([*missing, stage])}{time_needed}", flush=True)
+
+    missing = []
+    for name in reversed(needed):
+        if (stage_folder(config, name) / "checkpoint.pt").exists():
+            break
+        missing.insert(0, name)
+    if not missing:
+        return
+
+    plan = f"plan    {' → '.join([*missing, stage])}"
+    if config.size == "cpu":
+        minutes = sum(MINUTES[name] for name in missing)
+        minutes += sum(MINUTES[name] for name in MINUTES if stage.startswith(name))
+        plan += f", about {minutes:.0f} minutes on two cores"
+    print(plan, flush=True)
+
+    flags = ["--size", config.size, "--out", config.out, "--seed", str(config.seed)]
+    if config.resume:
+        flags.append("--resume")
     for name in missing:
-        earlier[name](["--size", config.size, "--out", config.out, "--seed", str(config.seed)]
-                      + ["--resume"] * config.resume)
+        script, *choice = COMMANDS[name].split()
+        importlib.import_module(script).main(flags + choice)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The screen
 
 
 def announce(stage, config, device, data, model):
     """The first lines of every stage: device, size, data and where it saves."""
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"\n== {stage} ==\ndevice  {where}, size {config.size}, seed {config.seed}\n"
+    print(f"\n== {stage} ==\n"
+          f"device  {where}, size {config.size}, seed {config.seed}\n"
           f"model   {parameters:,} parameters, context {model.config.block_size}\n"
-          f"data    {data}\nsaves   {stage_folder(config, stage)}", flush=True)
+          f"data    {data}\n"
+          f"saves   {stage_folder(config, stage)}", flush=True)
 
 
 def show_models(trained, **models):
-    """How many models (None: it has none) a stage holds, and how much memory. trained: the names of those that learn.
-    InputError if the GPU has less."""
-    models = {name: model for name, model in models.items() if model}
-    size = sum(x.numel() * x.element_size() * (4 if name in trained else 1)  # itself, its gradient, Adam's two moments
-               for name, model in models.items() for x in model.parameters())
-    print(f"models in memory: {len(models)} ({', '.join(models)}), {size / 2 ** 20:.0f} MB with gradients and optimizer",
-          flush=True)
-    # What is needed besides hangs on --micro_batch.
-    room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
-    if size > room:
-        raise InputError(f"{len(models)} models of {size / 2 ** 20:.0f} MB do not fit the GPU's {room / 2 ** 20:.0f}: begin "
-                         "with a smaller GPT-2, or export the stages and go on with several GPUs (README)")
+    """How many models a stage holds (None: it has none), and in how much memory. trained: the names
+    of those that learn. InputError if the GPU has less."""
+    held = []
+    size = 0
+    for name, model in models.items():
+        if model is None:
+            continue
+        held.append(name)
+        copies = 4 if name in trained else 1  # itself, its gradient, Adam's two moments
+        size += copies * sum(x.numel() * x.element_size() for x in model.parameters())
+    megabytes = size / 2 ** 20
+    print(f"models in memory: {len(held)} ({', '.join(held)}), {megabytes:.0f} MB with gradients and "
+          "optimizer", flush=True)
+
+    # What is needed besides depends on --micro_batch.
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory
+        if size > room:
+            raise InputError(f"{len(held)} models of {megabytes:.0f} MB do not fit the GPU's "
+                             f"{room / 2 ** 20:.0f}: begin with a smaller GPT-2, or export the stages "
+                             "and continue on several GPUs (README)")
 
 
 def show(*lines):
@@ -173,12 +258,17 @@ def counts(dropped):
 
 
 def doublings(first, total):
-    """first, twice first, ... as far as they are below total, and total: the numbers of a learning curve.
+    """first, twice first, ... as far as they are below total, and total: a learning curve's numbers.
 
     >>> doublings(256, 1000)
     [256, 512, 1000]
     """
-    return [first << k for k in range(total.bit_length()) if first << k < total] + [total]
+    numbers = []
+    number = first
+    while number < total:
+        numbers.append(number)
+        number *= 2
+    return numbers + [total]
 
 
 def with_error(share, count):
@@ -191,22 +281,34 @@ def with_error(share, count):
 
 
 def progress(what, total):
-    """What to call with the number done so far: it prints that and the time left, and at `total` the time that it took.
+    """A function to call with the number done so far: it prints that and the time left, and at
+    `total` the time it took.
 
-    On a terminal one line is written over and over, twice a second; elsewhere there is a line every 30 seconds.
+    On a terminal one line is written over and over, twice a second; elsewhere a line every 30 s.
     """
-    terminal, began = sys.stdout.isatty(), time.perf_counter()
+    terminal = sys.stdout.isatty()
+    began = time.perf_counter()
     shown = began
+    interval = 0.5 if terminal else 30
 
     def report(done):
         nonlocal shown
         now = time.perf_counter()
+        if done < total and now - shown <= interval:
+            return
+        shown = now
         if done >= total:
-            print("\r" * terminal + f"{what}: {total:,} in {now - began:.0f} s" + 20 * " " * terminal, flush=True)
-        elif now - shown > (0.5 if terminal else 30):
-            shown = now
-            left = "" if done == 0 else f", {clock((now - began) * (total - done) / done)} left"
-            print("\r" * terminal + f"{what}: {done:,} of {total:,}{left}   ", end="" if terminal else "\n", flush=True)
+            line = f"{what}: {total:,} in {now - began:.0f} s"
+        elif done == 0:
+            line = f"{what}: 0 of {total:,}"
+        else:
+            left = clock((now - began) * (total - done) / done)
+            line = f"{what}: {done:,} of {total:,}, {left} left"
+        if terminal:
+            end = "\n" if done >= total else ""
+            print(f"\r{line:<70s}", end=end, flush=True)
+        else:
+            print(line, flush=True)
 
     return report
 
@@ -221,12 +323,10 @@ def clock(seconds):
     return f"{minutes}:{rest:02d}"
 
 
-def peak_memory(device):
-    """{"memory_mb": MB}: on a GPU the most that was allocated there, else the most that the process has held.
-
-    Empty where the system does not say (Windows).
-    """
-    if device.type == "cuda":
+def peak_memory():
+    """{"memory_mb": MB}: on a GPU the most that was allocated there, else the most that the process
+    has held. Empty where the system does not say (Windows)."""
+    if torch.cuda.is_available():
         return {"memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20}
     if resource is None:
         return {}
@@ -234,40 +334,139 @@ def peak_memory(device):
     return {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
-# How a figure is printed, in a row of 100 columns; all others with three decimals. metrics.jsonl has them in full.
-FORMATS = {"lr": ".1e", "excess": ".1%", "accuracy": ".1%", "held_out_accuracy": ".1%", "reward": ".2f", "gold": ".2f",
-           "kl": ".2f", "J": ".2f", "entropy": ".2f", "clip_fraction": ".1%", "value_explained": ".2f", "length": ".0f",
-           "no_end": ".0%", "margin": ".2f", "chosen_log_ratio": ".2f", "rejected_log_ratio": ".2f", "grad_norm": ".2f"}
+# How a figure is printed, in a row of 100 columns; all others with three decimals. metrics.jsonl has
+# them in full.
+FORMATS = {"lr": ".1e", "excess": ".1%", "accuracy": ".1%", "held_out_accuracy": ".1%",
+           "reward": ".2f", "gold": ".2f", "kl": ".2f", "J": ".2f", "entropy": ".2f",
+           "clip_fraction": ".1%", "value_explained": ".2f", "length": ".0f", "no_end": ".0%",
+           "margin": ".2f", "chosen_log_ratio": ".2f", "rejected_log_ratio": ".2f", "grad_norm": ".2f"}
+
+# Figures that depend on the machine: a checkpoint does not keep them, so that one seed gives one file.
+OF_THE_MACHINE = ("seconds", "rollout_s", "scoring_s", "update_s", "memory_mb")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run and its folder
+# --------------------------------------------------------------------------------------------------
+# A run
 
 
-class Run:
-    """What a training stage keeps in its folder: a lock, metrics.jsonl and, until it has ended, state.pt for --resume.
+class SilentRun:
+    """The steps of a training loop and their figures, without a folder: for tests and learning curves.
 
-        with Run("sft", folder, config, every=64) as run:
-            run.total = steps
-            restore(run.saved, steps, model=model, optimizer=optimizer)
-            for step in range(run.saved["step"], steps):
-                ...
-                run(step + 1, loss=loss)            # prints a row, and writes it to metrics.jsonl
-                run.end_step(step + 1, model=model, optimizer=optimizer)     # saves these, if it is time to
-            save_checkpoint(run.folder / "checkpoint.pt", ...)
-            run.finish()
+        for step in run.steps(total, model=model, optimizer=optimizer):
+            ...
+            run.log(step, loss=loss)
+            if run.due(step):
+                run.log(step, held_out=held_out_loss(...))
 
-    run.folder is folder/unfinished: until finish(), what an earlier run left in the folder stays whole. All that comes
-    before the loop follows from the settings, the seed among them, so it is done again; the state holds the rest. It is
-    there from the start of a run until finish(). sources: files of earlier stages, without which the run can't go on as it
-    began; unprinted: figures that go to metrics.jsonl only.
+    report: steps between two rows of figures (None: one row, at the end of a loop). total: the steps
+    of all loops, for a run that has several; they continue counting.
     """
 
-    def __init__(self, stage, folder, config, every, sources=(), unprinted=()):
-        self.stage, self.home, self.config, self.every, self.unprinted = stage, folder, config, every, unprinted
-        self.folder, self.sources = folder / "unfinished", sources
-        self.total, self.step, self.rows, self.header, self.interrupted = 0, 0, [], False, False
-        self.pace = None  # (step, time) after the first step of this process
+    def __init__(self, report=None, total=None):
+        self.report = report
+        self.total = total
+        self.before = 0     # steps of the loops before this one
+        self.last = 0       # the step at which this loop ends
+        self.step = 0       # steps done
+        self.rows = []
+        self.pending = {}   # name -> figures since the last report: numbers, or tensors not yet read
+        self.start = time.perf_counter()
+        self.since = self.start
+
+    def steps(self, total, **state):
+        """Yield 0 to total - 1, each when the step before is done.
+
+        state: all that a step depends on and changes, by name: models, optimizers, and dicts of
+        numbers, which a Run saves and restores in place.
+        """
+        if self.total is None:
+            self.total = total
+        self.last = self.before + total
+        self.begin_loop(state)
+        while self.step < self.last:
+            self.since = time.perf_counter()
+            step = self.step - self.before
+            yield step
+            self.step += 1
+            if self.due(step) and self.pending:
+                self.add_row(self.averages())
+            self.end_step(state)
+        self.before = self.last
+
+    def begin_loop(self, state):
+        """A Run restores here."""
+
+    def end_step(self, state):
+        """A Run saves here."""
+
+    def log(self, step, **figures):
+        """Keep the figures of a step, numbers or scalar tensors. A row has their mean over the steps
+        since the last one. Tensors are read only then: a GPU need not be waited for at every step."""
+        for name, value in figures.items():
+            if torch.is_tensor(value):
+                value = value.detach()
+            self.pending.setdefault(name, []).append(value)
+
+    def due(self, step):
+        """Whether a row is made after this step: every `report` steps, and at the end of a loop."""
+        done = self.before + step + 1
+        return done == self.last or (self.report is not None and done % self.report == 0)
+
+    def time(self, name):
+        """Log the seconds since the step began, or since the last call."""
+        now = time.perf_counter()
+        self.pending.setdefault(name, []).append(now - self.since)
+        self.since = now
+
+    def averages(self):
+        """The mean of every figure since the last report, which it ends."""
+        row = {}
+        for name, values in self.pending.items():
+            numbers = [float(value) for value in values]
+            row[name] = sum(numbers) / len(numbers)
+        self.pending = {}
+        return row
+
+    def add_row(self, row):
+        self.record(**row)
+
+    def record(self, **figures):
+        """Keep a row without printing it. seconds: since the run began, pauses not counted."""
+        seconds = round(time.perf_counter() - self.start, 2)
+        self.rows.append({"step": self.step, **figures, "seconds": seconds, **peak_memory()})
+
+
+class Run(SilentRun):
+    """A training stage's run in its folder: a lock, metrics.jsonl, and state.pt for --resume.
+
+        with Run("sft", folder, config, config.report, [base_path]) as run:
+            fine_tune(..., run)     # its loop is a SilentRun's; here it begins where it was stopped
+            save_checkpoint(run.folder / "checkpoint.pt", ..., metrics=run.figures())
+            run.finish()
+
+    run.folder is folder/unfinished: until finish(), what an earlier run left in the folder stays
+    whole. Everything before the loop is deterministic given the settings, so it is recomputed on
+    resume; the state holds only what the loop changes. sources: files of earlier stages, without
+    which the run can't continue as it began; save: steps between two saves of the state (None: as
+    often as rows); unprinted: figures that go to metrics.jsonl only.
+    """
+
+    def __init__(self, stage, folder, config, report, sources=(), total=None, save=None, unprinted=()):
+        super().__init__(report, total)
+        self.stage = stage
+        self.home = folder
+        self.folder = folder / "unfinished"
+        self.path = self.folder / "state.pt"
+        self.config = config
+        self.sources = sources
+        self.save = save or report
+        self.unprinted = unprinted
+        self.header = False
+        self.pace = None            # (step, time) after the first step of this process
+        self.inside_loop = False
+        self.interrupted = False
+
+    # ---- beginning and end
 
     def __enter__(self):
         self.home.mkdir(parents=True, exist_ok=True)
@@ -282,116 +481,182 @@ class Run:
 
     def begin(self):
         """Read the state of the run to resume, or write that of one that begins."""
-        self.start, self.path = time.perf_counter(), self.folder / "state.pt"
+        self.start = time.perf_counter()
         move_finished(self.home)
-        settings = {name: value for name, value in asdict(self.config).items() if name not in ("resume", "out")}
+
+        settings = {}
+        for name, value in asdict(self.config).items():
+            if name not in ("resume", "out"):
+                settings[name] = value
         for name in ("text", "data"):  # a file may have changed under its name
             if settings.get(name):
                 settings[name] += f" (checksum {checksum(settings[name]):08x})"
-        sources = {f"{path.parent.name}/{path.name}": checksum(path) for path in self.sources}
-        self.saved = dict(stage=self.stage, settings=settings, sources=sources, step=0, seconds=0.0, rows=[],
-                          path=str(self.path))
+        sources = {}
+        for path in self.sources:
+            sources[f"{path.parent.name}/{path.name}"] = checksum(path)
+
+        self.saved = dict(stage=self.stage, settings=settings, sources=sources, step=0, seconds=0.0,
+                          rows=[], pending={}, state={})
         if self.path.exists() and self.config.resume:
-            with refused_if_broken(self.path, "begin anew without --resume"):
-                found = read_torch(self.path)
-                if any(type(found[name]) is not type(value) for name, value in self.saved.items()) or found["step"] < 0:
-                    raise ValueError("its values are not those of a run")
-                if found["stage"] != self.stage:
-                    raise InputError(f"{self.path}: is the state of a run of {found['stage']}, but {self.stage} is wanted")
-                changed = [name for name, value in settings.items() if found["settings"].get(name) != value]
-                if changed:
-                    name = changed[0]
-                    raise InputError(f"{self.path}: the run began with --{name} {found['settings'].get(name)}, not "
-                                     f"{settings[name]}; resume it with its settings, or begin anew without --resume")
-                changed = [name for name in {**sources, **found["sources"]}
-                           if found["sources"].get(name) != sources.get(name)]
-                if changed:
-                    raise InputError(f"{self.path}: the run began with another {changed[0]}; begin anew without --resume")
-                if not all(isinstance(value, (int, float)) for row in found["rows"] for value in row.values()):
-                    raise ValueError("its rows are not figures")
-            self.saved = {**found, "path": str(self.path)}
-            self.step, self.rows = found["step"], found["rows"]
-            self.start -= found["seconds"]
-            print(f"{self.stage}: goes on after step {self.step}", flush=True)
+            self.saved = self.read_state()
+            self.rows = self.saved["rows"]
+            self.start -= self.saved["seconds"]
+            print(f"{self.stage}: continues after step {self.saved['step']}", flush=True)
         elif self.config.resume and (self.home / "checkpoint.pt").exists():
-            raise InputError(f"{self.home / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is "
-                             f"trained anew")
+            raise InputError(f"{self.home / 'checkpoint.pt'}: is finished, nothing to resume; without "
+                             "--resume it is trained again")
         else:
             if self.config.resume:
-                print(f"{self.stage}: nothing to resume in {self.home}, begins anew", flush=True)
+                print(f"{self.stage}: nothing to resume in {self.home}, starts from the beginning",
+                      flush=True)
             elif self.path.exists():
-                print(f"{self.stage}: begins anew and gives up an unfinished run (--resume would go on with it)", flush=True)
+                print(f"{self.stage}: starts from the beginning and drops an unfinished run "
+                      "(--resume would continue it)", flush=True)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         self.write_metrics()
         write_torch(self.path, self.saved)
 
+    def read_state(self):
+        """The saved state. InputError if it is damaged, or that of a run with other settings."""
+        with refused_if_broken(self.path, "start again without --resume"):
+            found = read_torch(self.path)
+            for name, value in self.saved.items():
+                if type(found[name]) is not type(value):
+                    raise ValueError("its values are not those of a run")
+            if found["step"] < 0:
+                raise ValueError("its values are not those of a run")
+
+            if found["stage"] != self.stage:
+                raise InputError(f"{self.path}: is the state of a run of {found['stage']}, but "
+                                 f"{self.stage} is wanted")
+            for name, value in self.saved["settings"].items():
+                before = found["settings"].get(name)
+                if before != value:
+                    raise InputError(f"{self.path}: the run began with --{name} {before}, not {value}; "
+                                     "resume it with its settings, or start again without --resume")
+            for name in {**self.saved["sources"], **found["sources"]}:
+                if found["sources"].get(name) != self.saved["sources"].get(name):
+                    raise InputError(f"{self.path}: the run began with another {name}; start again "
+                                     "without --resume")
+            for row in found["rows"]:
+                check_numbers("rows", row.values())
+            for values in found["pending"].values():
+                check_numbers("figures", values)
+        return found
+
     def __exit__(self, kind, error, traceback):
         signal.signal(signal.SIGINT, self.handler)
         self.lock.close()
         if kind is FloatingPointError:
-            last = ", ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items()) if self.rows else "none yet"
-            raise FloatingPointError(f"{self.stage}, step {self.step + 1}: {error}; last figures: {last}") from error
+            last = "none yet"
+            if self.rows:
+                figures = self.rows[-1].items()
+                last = ", ".join(f"{name} {value:.4g}" for name, value in figures)
+            raise FloatingPointError(f"{self.stage}, step {self.step + 1}: {error}; last figures: "
+                                     f"{last}") from error
+
+    def finish(self):
+        """All files are written: they replace those of the run before, and nothing is left to resume."""
+        os.rename(self.folder, self.home / "finished")  # from here on the run is over, even if killed
+        move_finished(self.home)
+
+    # ---- steps
+
+    def begin_loop(self, state):
+        """Load what was saved into models, optimizers and dicts of numbers, if it was in this loop."""
+        done = self.saved["step"]
+        with refused_if_broken(self.path, "start again without --resume"):
+            if done > self.total:
+                raise ValueError(f"it is at step {done} of {self.total}")
+            if self.before < done <= self.last:
+                self.pending = self.saved["pending"]
+                for name, x in state.items():
+                    found = self.saved["state"][name]
+                    if hasattr(x, "load_state_dict"):
+                        x.load_state_dict(found)
+                    else:
+                        check_numbers(name, found.values())
+                        if found.keys() != x.keys():
+                            raise ValueError(f"its {name} are others")
+                        x.update(found)
+        self.step = max(self.step, min(done, self.last))
+        self.inside_loop = self.step < self.last
+
+    def end_step(self, state):
+        """Save the state when it is due. KeyboardInterrupt, once all is saved, after Ctrl-C."""
+        if self.pace is None:
+            self.pace = (self.step, time.perf_counter())
+        if self.step % self.save == 0 or self.step == self.last or self.interrupted:
+            found = {}
+            for name, x in state.items():
+                found[name] = x.state_dict() if hasattr(x, "state_dict") else x
+            pending = {}
+            for name, values in self.pending.items():
+                pending[name] = [float(value) for value in values]
+            seconds = time.perf_counter() - self.start
+            write_torch(self.path, {**self.saved, "state": found, "step": self.step, "rows": self.rows,
+                                    "pending": pending, "seconds": seconds})
+        self.inside_loop = self.step < self.last
+        if self.interrupted:
+            raise KeyboardInterrupt(f"{self.stage}: saved after step {self.step} of {self.total}; "
+                                    "--resume continues")
 
     def interrupt(self, number, frame):
-        """Ctrl-C: the step at work is finished and saved; outside of the steps, or pressed twice, it stops at once."""
-        if self.interrupted or not 0 < self.step < self.total:
+        """Ctrl-C: finish the current step and save; outside of the loop, or pressed twice, stop at once."""
+        if self.interrupted or not self.inside_loop or self.step == 0:
             raise KeyboardInterrupt
         self.interrupted = True
         print(f"\n{self.stage}: stops after this step (press again to stop at once)", flush=True)
 
-    def __call__(self, step, **row):
-        """Keep and print a row, name -> number. Names are printed once, above the columns, cut in two at the last "_";
-        left is the time still needed."""
-        self.record(step, **row)
-        row = {name: value for name, value in row.items() if name not in self.unprinted}
-        heads = [name.rpartition("_")[::2] for name in row]
-        widths = [max(7, *map(len, head)) for head in heads]  # -123.45 and 1.5e-05 fit
+    # ---- figures
+
+    def add_row(self, row):
+        """Keep and print a row, name -> number. Names are printed once, above the columns, split at
+        the last "_"; left is the time still needed."""
+        self.record(**row)
+        columns = []  # (first line of the head, second line, width, text)
+        for name, value in row.items():
+            if name not in self.unprinted:
+                first, _, second = name.rpartition("_")
+                width = max(7, len(first), len(second))  # -123.45 and 1.5e-05 fit
+                columns.append((first, second, width, f"{value:{FORMATS.get(name, '.3f')}}"))
+
         if not self.header:
             self.header = True
-            print(9 * " " + "".join(f"  {first:>{width}s}" for (first, _), width in zip(heads, widths)).rstrip() + "\n"
-                  + "     step" + "".join(f"  {last:>{width}s}" for (_, last), width in zip(heads, widths)) + "   left")
-        first, since = self.pace or (0, self.start)
-        left = clock((time.perf_counter() - since) / max(1, step - first) * (self.total - step))
-        columns = "".join(f"  {value:{width}{FORMATS.get(name, '.3f')}}"
-                          for (name, value), width in zip(row.items(), widths))
-        print(f"{step:4d}/{self.total:<4d}{columns}  {left:>5s}", flush=True)
+            upper = "".join(f"  {first:>{width}s}" for first, _, width, _ in columns)
+            lower = "".join(f"  {second:>{width}s}" for _, second, width, _ in columns)
+            print(f"{9 * ' '}{upper.rstrip()}\n     step{lower}   left")
+        step, since = self.pace or (0, self.start)
+        pace = (time.perf_counter() - since) / max(1, self.step - step)
+        left = clock(pace * (self.total - self.step))
+        cells = "".join(f"  {text:>{width}s}" for _, _, width, text in columns)
+        print(f"{self.step:4d}/{self.total:<4d}{cells}  {left:>5s}", flush=True)
 
-    def record(self, step, **row):
-        """Keep a row without printing it. seconds: since the run began, pauses not counted."""
-        self.rows.append({"step": step, **row, "seconds": round(time.perf_counter() - self.start, 2)})
+    def record(self, **figures):
+        super().record(**figures)
         self.write_metrics()
 
     def figures(self):
-        """The rows without what hangs on the machine: what a checkpoint keeps, so that one seed gives one file."""
-        machine = ("seconds", "rollout_s", "scoring_s", "update_s", "memory_mb")
-        return [{name: value for name, value in row.items() if name not in machine} for row in self.rows]
+        """The rows without what depends on the machine: what a checkpoint keeps."""
+        return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE}
+                for row in self.rows]
 
     def write_metrics(self):
-        """Write all rows so far, atomically: a killed run leaves no half line, and a resumed one repeats none."""
+        """Write all rows so far, atomically: a killed run leaves no half line, a resumed one repeats
+        none."""
         write_jsonl(self.folder / "metrics.jsonl", self.rows)
 
-    def end_step(self, step, **state):
-        """To be called after every step. state: all that the next step depends on, models and optimizers or plain values.
 
-        Saves it when it is due. Raises KeyboardInterrupt, once all is saved, if Ctrl-C was pressed in the meantime.
-        """
-        self.step, self.pace = step, self.pace or (step, time.perf_counter())
-        if step % self.every == 0 or step == self.total or self.interrupted:
-            state = {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
-            write_torch(self.path, {**self.saved, **state, "step": step, "rows": self.rows,
-                                    "seconds": time.perf_counter() - self.start})
-        if self.interrupted:
-            raise KeyboardInterrupt(f"{self.stage}: saved after step {step} of {self.total}; --resume goes on")
-
-    def finish(self):
-        """All files are written: they take the place of the run before, and nothing is left to resume."""
-        os.rename(self.folder, self.home / "finished")  # from here on the run is over, also for one that is killed
-        move_finished(self.home)
+def check_numbers(name, values):
+    """ValueError unless all values are finite numbers."""
+    for value in values:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"its {name} are not numbers")
 
 
 def move_finished(folder):
-    """The files of a finished run take their places in the folder, whose lock the caller holds."""
+    """Move a finished run's files up into the folder, whose lock the caller holds."""
     finished = folder / "finished"
     if finished.exists():
         for name in ("state.pt", "labels.jsonl"):
@@ -401,41 +666,22 @@ def move_finished(folder):
         finished.rmdir()
 
 
-def forget_rounds(folder, name, rounds):
-    """Remove the files NAME-N.jsonl of rounds N > rounds: a run before this one had more of them."""
-    for path in folder.glob(f"{name}-*.jsonl"):
-        if int(path.stem.removeprefix(f"{name}-")) > rounds:
-            path.unlink()
-
-
 def complete(folder):
-    """Whoever reads a stage's files calls this first: it completes a run that was killed while its files took their places."""
+    """Call this before reading a stage's files: it completes a run that was killed while its files
+    were being moved up."""
     if (folder / "finished").exists():
         with lock_folder(folder):
             move_finished(folder)
 
 
-def restore(saved, steps, **state):
-    """Load what a Run saved into models and optimizers, by name. Returns the plain values among `state`, as saved.
-
-    A run that begins (saved["step"] is 0) loads nothing, and its plain values are as given. InputError if the state is
-    not one of such a run of `steps` steps.
-    """
-    plain = {name: x for name, x in state.items() if not hasattr(x, "load_state_dict")}
-    if saved["step"] == 0:
-        return plain
-    with refused_if_broken(saved["path"], "begin anew without --resume"):
-        if saved["step"] > steps:
-            raise ValueError(f"it is at step {saved['step']} of {steps}")
-        for name, x in state.items():
-            if name not in plain:
-                x.load_state_dict(saved[name])
-            elif type(saved[name]) is not type(x) or not torch.tensor(saved[name], dtype=torch.float64).isfinite().all():
-                raise ValueError(f"its {name} are not numbers")
-        return {name: saved[name] for name in plain}
+def forget_rounds(folder, name, rounds):
+    """Remove the files NAME-N.jsonl of rounds N > rounds: an earlier run had more of them."""
+    for path in folder.glob(f"{name}-*.jsonl"):
+        if int(path.stem.removeprefix(f"{name}-")) > rounds:
+            path.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -447,41 +693,51 @@ def write_torch(path, values):
 
 
 def read_torch(path):
-    """What write_torch wrote, with the checksum of every record verified; a pickle that would run code is refused."""
+    """What write_torch wrote, every record's checksum verified; a pickle that would run code is refused."""
     with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive
-        # No checksum covers these two: torch would skip a record with such attributes, and never compresses one.
-        if any(record.external_attr or record.compress_type for record in archive.infolist()) or archive.testzip():
+        for record in archive.infolist():
+            # No checksum covers these two: torch would skip a record with such attributes, and never
+            # compresses one.
+            if record.external_attr or record.compress_type:
+                raise zipfile.BadZipFile("checksum error")
+        if archive.testzip():
             raise zipfile.BadZipFile("checksum error")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
 def refused_if_broken(path, advice, of="this project"):
-    """Whatever a damaged file makes torch or us raise becomes an InputError, one line that names the file."""
+    """Whatever a damaged file makes torch or us raise becomes an InputError, one line with its name."""
     try:
         yield
     except InputError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
-            ArithmeticError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError, LookupError,
+            TypeError, EOFError, ArithmeticError, AttributeError) as error:
+        reason = type(error).__name__
+        if str(error):
+            reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a whole file of {of} ({reason}); delete it and {advice}") from error
 
 
 def memory_mapped(path, draw, joined=False):
-    """The sequences of ids that draw() yields, as views of a memory-mapped file (joined: as one); where the file is, draw
-    is not called. They are never in memory together.
+    """The sequences of ids that draw() yields, as views of a memory-mapped file (joined: as one).
+    Where the file exists, draw is not called. They are never in memory together.
 
-    The file holds int32s, all tokens, then the length of each sequence and how many they are, and a checksum. Atomic.
+    The file holds int32s: all tokens, the length of each sequence, the number of sequences; then a
+    checksum. Atomic.
     """
     def write(file):
-        lengths, crc = [], 0
-        for numbers in itertools.chain(draw(), [lengths]):
-            lengths.append(len(numbers))  # at the end, their own number
-            data = np.array(numbers, dtype=np.int32).tobytes()
+        lengths = []
+        crc = 0
+        for ids in draw():
+            lengths.append(len(ids))
+            data = np.array(ids, dtype=np.int32).tobytes()
             crc = zlib.crc32(data, crc)
             file.write(data)
-        file.write(crc.to_bytes(4, "little"))
+        data = np.array(lengths + [len(lengths)], dtype=np.int32).tobytes()
+        crc = zlib.crc32(data, crc)
+        file.write(data + crc.to_bytes(4, "little"))
 
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -490,6 +746,16 @@ def memory_mapped(path, draw, joined=False):
         content = np.memmap(path, np.uint8, mode="r")
         if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:].tobytes(), "little"):
             raise ValueError("checksum error")
-        data = np.memmap(path, np.int32, mode="c", shape=len(content) // 4 - 1)  # copy on write: torch wants to be able to
-        tokens, lengths = np.split(data[:-1], [len(data) - 1 - data[-1]])
-        return [tokens] if joined else [tokens[end - length:end] for length, end in zip(lengths, np.cumsum(lengths))]
+
+        # Copy on write: torch wants to be able to write.
+        data = np.memmap(path, np.int32, mode="c", shape=len(content) // 4 - 1)
+        count = data[-1]
+        tokens = data[:len(data) - 1 - count]
+        if joined:
+            return [tokens]
+        sequences = []
+        start = 0
+        for length in data[len(tokens):-1].tolist():
+            sequences.append(tokens[start:start + length])
+            start += length
+        return sequences
