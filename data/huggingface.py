@@ -1,91 +1,137 @@
-"""GPT-2 in the folder format of transformers, TRL and vLLM, read and written by hand.
+"""GPT-2 in the folder format of transformers, TRL and vLLM, read and written by hand. A script too:
+
+    python -m data.huggingface load FOLDER                 a published GPT-2 as the base model
+    python -m data.huggingface load FOLDER --stage ppo     a policy trained elsewhere (or dpo)
+    python -m data.huggingface export FOLDER --stage ppo   any stage, for transformers, TRL, vLLM
+
+A folder holds
 
     config.json         the architecture's name and sizes
-    model.safetensors   the weights: 8 bytes, the length of the header; JSON, {name: {dtype, shape, data_offsets}}; all
-                        tensors, raw. Or pytorch_model.bin; either may come in parts, with an index.json
-    tokenizer.json      byte-level BPE: vocabulary, merges, how text is split before. Or vocab.json and merges.txt, GPT-2's
+    model.safetensors   the weights: 8 bytes, the length of the header; the header, JSON, {name:
+                        {dtype, shape, data_offsets}}; the bytes of all tensors. Or
+                        pytorch_model.bin; either may come in parts, with an index.json
+    tokenizer.json      byte-level BPE: vocabulary, merges, how a text is split before they apply.
+                        Or vocab.json and merges.txt, as GPT-2 has them
 
-Its matrices are (in, out), for x W, where torch's Linear has (out, in); all else is called and shaped as in gpt.py.
+GPT-2's matrices are (in, out), for x W, where torch's Linear has (out, in); everything else has the
+same name and shape as in gpt.py.
 """
 
-import functools
-import itertools
 import json
 import re
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.files import InputError, read_bytes, write_atomic
-from data.run import refused_if_broken
+from data.files import InputError, read_bytes, run_script, write_atomic
+from data.run import (_Parser, Run, announce, check_name, complete, refused_if_broken,
+                      stage_folder)
 from data.tokenizer import PATTERN, SIGNS, SPECIAL_TOKENS, Tokenizer
 
-CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_fc|c_proj)\.weight")   # the (in, out) matrices
-MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")          # in older files, and no weights
+# Names of tensors: the (in, out) matrices, and attention masks, which older files hold too.
+CONV1D = re.compile(r"h\.\d+\.(attn|mlp)\.(c_attn|c_fc|c_proj)\.weight")
+MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head",
-         "n_embd": "n_embd"}  # config.json's names, GPTConfig's
-# What else config.json must say; where it is silent, transformers takes the first.
-ARCHITECTURE = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-                "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-                "add_cross_attention": [False], "tie_word_embeddings": [True]}
-broken = functools.partial(refused_if_broken, advice="copy it again", of="a GPT-2")
+# Sizes: config.json's names, GPTConfig's names.
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd"}
+
+# What else config.json must say. If it says nothing, transformers takes the first value.
+ARCHITECTURE = {
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
 
 # How tokenizer.json says which of the tokenizer's PATTERNS splits a text.
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-SPLITS = {"gpt2": BYTE_LEVEL, "words": {"type": "Sequence", "pretokenizers": [
-    {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-    {**BYTE_LEVEL, "use_regex": False}]}}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+              "use_regex": True}
+SPLIT_WORDS = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
+               "invert": False}
+ONLY_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+              "use_regex": False}
+SPLITS = {"gpt2": BYTE_LEVEL,
+          "words": {"type": "Sequence", "pretokenizers": [SPLIT_WORDS, ONLY_BYTES]}}
 
 BYTES = {sign: byte for byte, sign in SIGNS.items()}
-PAD = "<|pad|>"  # the exported tokenizer's name of the byte 0xFF, which no UTF-8 text holds
 
-# In the chat format a user's "<|end|>" must stay text. The template puts a sign into every "<|" (and doubles it where a
-# text has it), so no special token is found there; the normalizer, whose turn is after that search, takes it out again.
-ESCAPE = "\ufdd0"  # a code point that is no character and never will be
+# The exported tokenizer's name of the byte 0xFF, which no UTF-8 text contains: it is the padding.
+PAD = "<|pad|>"
+
+# In the chat format a user's "<|end|>" must stay text. The template puts ESCAPE into every "<|"
+# (and doubles it where a text already has it), so no special token is found there; the normalizer,
+# which runs after that search, takes it out again.
+ESCAPE = "\ufdd0"  # a code point that is not a character and never will be
 NORMALIZER = {"type": "Replace", "pattern": {"Regex": f"{ESCAPE}(?=\\|)"}, "content": ""}
-TEMPLATE = """{%- for message in messages -%}
-{%- set text = message['content'] | replace('#|', '##|') | replace('<|', '<#|') -%}
-{%- if message['role'] == 'user' and loop.index == 1 -%}{{ '<|user|>' + text }}
-{%- elif message['role'] == 'assistant' and loop.index == 2 -%}{{ '<|assistant|>' + text + '<|end|>' }}
-{%- else -%}{{ raise_exception('this model knows one exchange: a message of the user, then one of the assistant') }}
-{%- endif -%}{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}""".replace("#", ESCAPE)
+TEMPLATE = (
+    "{%- for message in messages -%}\n"
+    "{%- set text = message['content'] | replace('#|', '##|') | replace('<|', '<#|') -%}\n"
+    "{%- if message['role'] == 'user' and loop.index == 1 -%}"
+    "{{ '<|user|>' + text }}\n"
+    "{%- elif message['role'] == 'assistant' and loop.index == 2 -%}"
+    "{{ '<|assistant|>' + text + '<|end|>' }}\n"
+    "{%- else -%}"
+    "{{ raise_exception('this model knows one exchange: "
+    "a message of the user, then one of the assistant') }}\n"
+    "{%- endif -%}{%- endfor -%}\n"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+).replace("#", ESCAPE)
+
+
+def broken(path):
+    """Within this context, any error that a damaged file causes becomes an InputError."""
+    return refused_if_broken(path, "copy it again", of="a GPT-2")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading a folder
 
 
 def read_folder(folder):
-    """A GPT-2 from a folder: (GPTConfig's fields, weights {name in gpt.py: tensor}, Tokenizer, whether texts begin with
-    <|end|>).
+    """Read a GPT-2: (GPTConfig's fields, weights, Tokenizer, whether texts begin with <|end|>).
 
-    The tensors are views of files mapped into memory, but for the token embedding, whose rows come into our order: the
-    ordinary tokens as they are merged, then <|user|>, <|assistant|>, <|end|>. Of a GPT-2 as published, <|endoftext|> is
+    weights: {name in gpt.py: tensor}. The tensors are views of files mapped into memory, except the
+    token embedding, whose rows come in the order of our ids: the ordinary tokens as they are
+    merged, then <|user|>, <|assistant|>, <|end|>. In a published GPT-2, <|endoftext|> becomes
     <|end|>, and the other two are new: the mean of all rows.
-    Raises InputError, one line that names the file and the tensor, for whatever is damaged or not a GPT-2.
+    Raises InputError, one line that names the file and the tensor, for anything that is damaged or
+    not a GPT-2.
     """
     folder = Path(folder)
-    config, (tokenizer, rows), (origin, weights) = read_config(folder), read_tokenizer(folder), read_weights(folder)
-    V, C, layers, tokens = config["vocab_size"], config["n_embd"], config["n_layer"], sum(row is not None for row in rows)
-    if V != tokens or layers > len(weights):
-        raise InputError(f"{folder / 'config.json'}: vocab_size is {V} and n_layer {layers}, but there are {tokens} tokens "
-                         f"in the tokenizer, and {len(weights)} tensors")
-    shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    for h in (f"h.{layer}." for layer in range(layers)):
-        for name, *shape in (("ln_1", C), ("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("ln_2", C),
-                             ("mlp.c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C)):
-            shapes.update({f"{h}{name}.weight": tuple(shape), f"{h}{name}.bias": (shape[-1],)})
-    for name in [*shapes, *weights]:
-        found, wanted = tuple(weights[name].shape) if name in weights else "missing", shapes.get(name, "none of a GPT-2's")
-        if found != wanted:
-            raise InputError(f"{origin}: the tensor {name} is {found}, but by config.json {wanted}")
-    table = torch.cat([weights["wte.weight"].float(), weights["wte.weight"].float().mean(dim=0, keepdim=True)])
-    weights["wte.weight"] = table[[V if row is None else row for row in rows]]
-    weights = {name: x.T if CONV1D.fullmatch(name) else x for name, x in weights.items()}
-    shape = {**{ours: config[theirs] for theirs, ours in SIZES.items()}, "vocab_size": len(rows)}
-    return shape, weights, tokenizer, config.get("bos_token_id", 0) is not None
+    config = read_config(folder)
+    tokenizer, rows = read_tokenizer(folder)
+    origin, weights = read_weights(folder)
+
+    tokens = len([row for row in rows if row is not None])
+    if config["vocab_size"] != tokens or config["n_layer"] > len(weights):
+        raise InputError(f"{folder / 'config.json'}: vocab_size is {config['vocab_size']} and "
+                         f"n_layer {config['n_layer']}, but there are {tokens} tokens in the "
+                         f"tokenizer, and {len(weights)} tensors")
+    check_shapes(origin, weights, config)
+
+    # The embedding's rows in our order; the row of a new token is the mean of all.
+    wte = weights["wte.weight"].float()
+    table = torch.cat([wte, wte.mean(dim=0, keepdim=True)])
+    order = [len(wte) if row is None else row for row in rows]
+    weights["wte.weight"] = table[order]
+
+    for name, tensor in weights.items():
+        if CONV1D.fullmatch(name):
+            weights[name] = tensor.T
+
+    shape = {ours: config[theirs] for theirs, ours in SIZES.items()}
+    shape["vocab_size"] = len(rows)
+    begins = config.get("bos_token_id", 0) is not None
+    return shape, weights, tokenizer, begins
 
 
 def read_json(path):
@@ -93,164 +139,478 @@ def read_json(path):
     with broken(path):
         value = json.loads(read_bytes(path))
         if not isinstance(value, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
     return value
 
 
 def read_config(folder):
-    """config.json, of an architecture that gpt.py has."""
+    """config.json as a dict. InputError if its architecture is not gpt.py's."""
     path = folder / "config.json"
     config = read_json(path)
     for name, known in ARCHITECTURE.items():
         if config.get(name, known[0]) not in known:
-            raise InputError(f"{path}: {name} is {config[name]!r:.60}, but gpt.py's is {' or '.join(map(repr, known))}")
+            raise InputError(f"{path}: {name} is {config[name]!r:.60}, but gpt.py's is "
+                             f"{' or '.join(map(repr, known))}")
     for name in SIZES:
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise InputError(f"{path}: {name} is {config.get(name)!r:.60}, but must be a whole number above 0")
-    if config["n_embd"] % config["n_head"] or config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise InputError(f"{path}: n_embd {config['n_embd']} must be a multiple of n_head, and n_inner be 4 times n_embd")
+        value = config.get(name)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{path}: {name} is {value!r:.60}, but must be a whole number above 0")
+
+    n_embd = config["n_embd"]
+    if n_embd % config["n_head"] or config.get("n_inner") not in (None, 4 * n_embd):
+        raise InputError(f"{path}: n_embd {n_embd} must be a multiple of n_head, and n_inner must "
+                         "be 4 times n_embd")
     return config
 
 
+def check_shapes(origin, weights, config):
+    """InputError unless the weights are exactly the tensors of a GPT-2 with config.json's sizes."""
+    C = config["n_embd"]
+    expected = {
+        "wte.weight": (config["vocab_size"], C),
+        "wpe.weight": (config["n_positions"], C),
+        "ln_f.weight": (C,),
+        "ln_f.bias": (C,),
+    }
+    layer_shapes = {
+        "ln_1": (C,),
+        "attn.c_attn": (C, 3 * C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (C, 4 * C),
+        "mlp.c_proj": (4 * C, C),
+    }
+    for layer in range(config["n_layer"]):
+        for name, shape in layer_shapes.items():
+            expected[f"h.{layer}.{name}.weight"] = shape
+            expected[f"h.{layer}.{name}.bias"] = shape[-1:]
+
+    for name, shape in expected.items():
+        found = "missing"
+        if name in weights:
+            found = tuple(weights[name].shape)
+        if found != shape:
+            raise InputError(f"{origin}: the tensor {name} is {found}, but by config.json {shape}")
+    for name, tensor in weights.items():
+        if name not in expected:
+            raise InputError(f"{origin}: the tensor {name} is {tuple(tensor.shape)}, but by "
+                             "config.json none of a GPT-2's")
+
+
 def read_weights(folder):
-    """(the file that says which tensors there are, {name without "transformer.": tensor})."""
-    names = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
-    origin = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-    weights, places = {}, {}
+    """(the file that lists the tensors, {name without "transformer.": tensor})."""
+    origin = folder / "model.safetensors"
+    for name in ("model.safetensors", "model.safetensors.index.json",
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (folder / name).exists():
+            origin = folder / name
+            break
+
+    found = {}
     if origin.suffix == ".json":
         with broken(origin):
-            places = {name: folder / part for name, part in read_json(origin)["weight_map"].items()}
-    for path in dict.fromkeys(places.values()) if places else [origin]:
-        part = read_part(path)
-        lost = [name for name, place in places.items() if place == path and name not in part and not MASK.fullmatch(name)]
-        if lost:
-            raise InputError(f"{path}: the tensor {lost[0]} is missing, though {origin.name} says that it is there")
-        weights.update((name.removeprefix("transformer."), x) for name, x in part.items())
-    head, wte = weights.pop("lm_head.weight", None), weights.get("wte.weight")
-    if head is not None and (wte is None or not torch.equal(head, wte)):
-        raise InputError(f"{origin}: the tensor lm_head.weight is not wte.weight, but gpt.py's output matrix is tied to it")
+            names = {}  # part -> the tensors that it must hold
+            for name, part in read_json(origin)["weight_map"].items():
+                names.setdefault(folder / part, []).append(name)
+            if not names:
+                raise ValueError("it lists no tensors")
+        for path in names:
+            part = read_part(path)
+            for name in names[path]:
+                if name not in part and not MASK.fullmatch(name):
+                    raise InputError(f"{path}: the tensor {name} is missing, although "
+                                     f"{origin.name} lists it")
+            found.update(part)
+    else:
+        found = read_part(origin)
+
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+    head = weights.pop("lm_head.weight", None)
+    if head is not None:
+        wte = weights.get("wte.weight")
+        if wte is None or not torch.equal(head, wte):
+            raise InputError(f"{origin}: the tensor lm_head.weight is not wte.weight, but gpt.py's "
+                             "output matrix is tied to it")
     return origin, weights
 
 
 def read_part(path):
-    """The tensors of a .safetensors or .bin file: {name: view of its mapped bytes}, without attention masks."""
+    """The tensors of a .safetensors or .bin file, without attention masks: {name: tensor}."""
     if not path.exists():
         raise InputError(f"{path}: no such file")
     with broken(path):
         if path.suffix == ".bin":
-            found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            dtypes = {name: x.dtype for name, x in found.items()}
-        else:
-            with open(path, "rb") as file:
-                length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
-                found = json.loads(file.read(min(length, size)))
-            found.pop("__metadata__", None)
-            spans = sorted(entry["data_offsets"] for entry in found.values())
-            if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), size - 8 - length]:
-                raise ValueError("its tensors overlap, leave gaps, or are cut off")
-            dtypes = {name: DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in found.items()}
-        for name in [name for name in found if MASK.fullmatch(name)]:
-            del found[name]
-        for name, x in found.items():
-            if dtypes[name] not in DTYPES.values():
-                raise InputError(f"{path}: the tensor {name} is {dtypes[name]}; {', '.join(DTYPES)} can be read")
-            if path.suffix != ".bin":
-                begin, end = x["data_offsets"]  # each its own map, which goes with its tensor; torch wants writable memory
-                data = np.memmap(path, np.uint8, mode="c", offset=8 + length + begin, shape=end - begin)
-                found[name] = torch.from_numpy(data).view(dtypes[name]).view(x["shape"])
-    return found
+            return read_bin(path)
+        return read_safetensors(path)
+
+
+def read_bin(path):
+    """The tensors of a file that torch.save wrote; a pickle that would run code is refused."""
+    mapped = zipfile.is_zipfile(path)  # an older file cannot be mapped into memory
+    found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    tensors = {}
+    for name, tensor in found.items():
+        if MASK.fullmatch(name):
+            continue
+        if tensor.dtype not in DTYPES.values():
+            raise InputError(f"{path}: the tensor {name} is {tensor.dtype}; "
+                             f"{', '.join(DTYPES)} can be read")
+        tensors[name] = tensor
+    return tensors
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file, views of its bytes mapped into memory."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, size)))
+    header.pop("__metadata__", None)
+
+    position = 0
+    for begin, end in sorted(entry["data_offsets"] for entry in header.values()):
+        if begin != position:
+            raise ValueError("its tensors overlap or leave gaps")
+        position = end
+    if position != size - 8 - length:
+        raise ValueError("its tensors are cut off, or bytes follow them")
+
+    tensors = {}
+    for name, entry in header.items():
+        if MASK.fullmatch(name):
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path}: the tensor {name} is {entry['dtype']}; "
+                             f"{', '.join(DTYPES)} can be read")
+        # Every tensor has its own map, which is released with it. Copy on write ("c"), because
+        # torch wants memory that it could write to.
+        begin, end = entry["data_offsets"]
+        data = np.memmap(path, np.uint8, mode="c", offset=8 + length + begin, shape=end - begin)
+        tensors[name] = torch.from_numpy(data).view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
 
 
 def read_tokenizer(folder):
-    """(Tokenizer, for each of its tokens the row of the folder's embedding, None for one that the folder does not have)."""
-    path, pattern, options = folder / "tokenizer.json", "gpt2", folder / "tokenizer_config.json"
+    """(Tokenizer, rows): rows[i] is the row of the folder's embedding that holds our token i, None
+    for a token that the folder does not have."""
+    options = folder / "tokenizer_config.json"
     if options.exists() and read_json(options).get("add_prefix_space"):
-        raise InputError(f"{options}: add_prefix_space is true, but not GPT-2's")
+        raise InputError(f"{options}: add_prefix_space is true, but GPT-2's is false")
+
+    path = folder / "tokenizer.json"
     if path.exists():
-        with broken(path):
-            found = read_json(path)
-            model, split = found["model"], found["pre_tokenizer"]
-            vocab = {**model["vocab"], **{token["content"]: token["id"] for token in found.get("added_tokens", [])}}
-            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-            if split["type"] == "ByteLevel":
-                split = {**BYTE_LEVEL, **split, "trim_offsets": True}
-            pattern = next((name for name, known in SPLITS.items() if split == known), None)
-            odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
-                                   "ignore_merges") if model.get(key)]
-            if model["type"] != "BPE" or not pattern or odd or found.get("normalizer") not in (None, NORMALIZER):
-                raise InputError(f"{path}: its {(odd or ['type, pre_tokenizer or normalizer'])[0]} is not a GPT-2's")
+        vocab, merges, pattern = read_tokenizer_json(path)
     else:
-        path, vocab = folder / "merges.txt", read_json(folder / "vocab.json")
-        lines = read_bytes(path).decode("utf-8", "replace").splitlines()
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        vocab = read_json(folder / "vocab.json")
+        path = folder / "merges.txt"
+        merges = []
+        for line in read_bytes(path).decode("utf-8", "replace").splitlines():
+            if line and not line.startswith("#version"):
+                merges.append(line.split(" "))
+        pattern = "gpt2"
+
     with broken(path):
-        if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != [*range(len(vocab))]:
+        for row in vocab.values():
+            if type(row) is not int:
+                raise ValueError("its ids are not whole numbers")
+        if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its ids are not the numbers from 0 on")
-        made = [left + right for left, right in merges]  # the ordinary tokens are the bytes and these, in this order
-        special = {token: vocab[token] for token in vocab.keys() - made if len(token) > 1}
+
+        # The ordinary tokens are the single bytes and what the merges make; all others are special.
+        merged = [left + right for left, right in merges]
+        special = {}
+        for token in vocab.keys() - merged:
+            if len(token) > 1:
+                special[token] = vocab[token]
         if PAD in special:
             vocab[SIGNS[0xFF]] = special.pop(PAD)
-        order = sorted((token for token in vocab if len(token) == 1), key=vocab.get) + made
-        spelled = {token: bytes(BYTES[sign] for sign in token) for token in order}
-        tokenizer = Tokenizer(spelled.values(), pattern)
-        if tokenizer.merges() != [(spelled[left], spelled[right]) for left, right in merges]:
+
+        # Our order: the single bytes by their ids, then the merged tokens as they are merged.
+        single = [token for token in vocab if len(token) == 1]
+        order = sorted(single, key=vocab.get) + merged
+        tokenizer = Tokenizer([bytes_of(token) for token in order], pattern)
+        pairs = [(bytes_of(left), bytes_of(right)) for left, right in merges]
+        if tokenizer.merges() != pairs:
             raise ValueError("its merges do not make its tokens in their order")
         rows = [vocab[token] for token in order]
-    if special.keys() not in ({"<|endoftext|>"}, set(SPECIAL_TOKENS)):
-        raise InputError(f"{path}: has the special tokens {', '.join(sorted(special)) or '(none)'}; known are "
-                         f"<|endoftext|> alone, or {', '.join(SPECIAL_TOKENS)}")
-    return tokenizer, [*rows, *map(special.get, SPECIAL_TOKENS[:2]), special.get("<|endoftext|>", special.get("<|end|>"))]
+
+    if set(special) == {"<|endoftext|>"}:
+        rows += [None, None, special["<|endoftext|>"]]
+    elif set(special) == set(SPECIAL_TOKENS):
+        rows += [special[token] for token in SPECIAL_TOKENS]
+    else:
+        names = ", ".join(sorted(special)) or "(none)"
+        raise InputError(f"{path}: has the special tokens {names}; known are <|endoftext|> alone, "
+                         f"or {', '.join(SPECIAL_TOKENS)}")
+    return tokenizer, rows
+
+
+def read_tokenizer_json(path):
+    """(vocabulary {token: id}, merges [[left, right]], name in PATTERNS) of a tokenizer.json."""
+    with broken(path):
+        found = read_json(path)
+        model = found["model"]
+        vocab = dict(model["vocab"])
+        for token in found.get("added_tokens", []):
+            vocab[token["content"]] = token["id"]
+        merges = []
+        for merge in model["merges"]:
+            if isinstance(merge, str):  # as older files write it
+                merge = merge.split(" ")
+            merges.append(merge)
+
+        split = found["pre_tokenizer"]
+        if split["type"] == "ByteLevel":
+            split = {**BYTE_LEVEL, **split, "trim_offsets": True}  # which changes no ids
+        pattern = None
+        for name, known in SPLITS.items():
+            if split == known:
+                pattern = name
+
+        odd = []
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                    "ignore_merges"):
+            if model.get(key):
+                odd.append(key)
+        if model["type"] != "BPE":
+            odd.append("model's type")
+        if pattern is None:
+            odd.append("pre_tokenizer")
+        if found.get("normalizer") not in (None, NORMALIZER):
+            odd.append("normalizer")
+        if odd:
+            raise InputError(f"{path}: its {odd[0]} is not a GPT-2's")
+    return vocab, merges, pattern
+
+
+def bytes_of(token):
+    """The bytes of a token as vocabulary files write it, a sign for each byte."""
+    return bytes(BYTES[sign] for sign in token)
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing a folder
 
 
 def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0):
-    """Write a model as a folder for AutoModelForCausalLM, a reward model as one for AutoModelForSequenceClassification, and
-    its tokenizer for AutoTokenizer. Padding is PAD: who looks for the last token that is none finds <|end|>.
+    """Write a model for AutoModelForCausalLM or, if it is a reward model, for
+    AutoModelForSequenceClassification; and its tokenizer for AutoTokenizer.
 
-    shape: GPTConfig's fields; weights: the state_dict of a GPT or a RewardModel; begins: whether its texts begin with
-    <|end|>; temperature: to sample at. All or nothing; InputError if the folder is there already.
+    Padding is PAD, so the last token before the padding is <|end|>, where the reward is read.
+    shape: GPTConfig's fields; weights: the state_dict of a GPT or a RewardModel; begins: whether
+    its texts begin with <|end|>; temperature: to sample at. All or nothing; InputError if the
+    folder exists.
     """
     folder = Path(folder)
     if folder.exists():
-        raise InputError(f"{folder}: is there already; choose another folder, or delete it")
-    weights = {name.removeprefix("trunk."): x.detach().float().cpu() for name, x in weights.items()}
-    w, b = (weights.pop(f"head.{kind}", None) for kind in ("weight", "bias"))
-    if w is not None:  # that class has no b, so ln_f's bias takes it: r = w·(x + b w/w·w) = w·x + b
-        weights["ln_f.bias"] = weights["ln_f.bias"] + (b * w / (w * w).sum().clamp(min=1e-30))[0]
-    tensors = {f"transformer.{name}": x.T if CONV1D.fullmatch(name) else x for name, x in weights.items()}
-    tensors.update({} if w is None else {"score.weight": w})
+        raise InputError(f"{folder}: already exists; choose another folder, or delete it")
 
-    names = ["".join(SIGNS[byte] for byte in token) for token in tokenizer.vocabulary] + list(SPECIAL_TOKENS)
-    merges = [["".join(SIGNS[byte] for byte in half) for half in pair] for pair in tokenizer.merges()]
-    end, pad = tokenizer.end_token, tokenizer.vocabulary.index(b"\xff")
-    names[pad] = PAD
+    tensors = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("trunk.")
+        tensor = tensor.detach().float().cpu()
+        if CONV1D.fullmatch(name):
+            tensor = tensor.T
+        tensors[f"transformer.{name}"] = tensor
+    architecture = "GPT2LMHeadModel"
+    if "transformer.head.weight" in tensors:
+        # r = w·x + b, but that class has no b, so ln_f's bias takes it: w·(x + b w/w·w) = w·x + b.
+        architecture = "GPT2ForSequenceClassification"
+        w = tensors.pop("transformer.head.weight")  # (1, C)
+        b = tensors.pop("transformer.head.bias")  # (1,)
+        shift = b * w / (w * w).sum().clamp(min=1e-30)  # (1, C)
+        tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"] + shift[0]
+        tensors["score.weight"] = w
+
+    end = tokenizer.end_token
+    pad = tokenizer.vocabulary.index(b"\xff")
     ids = {"bos_token_id": end if begins else None, "eos_token_id": end, "pad_token_id": pad}
-    flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
-    files = {
-        "config.json": {
-            "architectures": ["GPT2LMHeadModel" if w is None else "GPT2ForSequenceClassification"],
-            **{name: known[0] for name, known in ARCHITECTURE.items()}, **({} if w is None else {"num_labels": 1}),
-            **{theirs: shape[ours] for theirs, ours in SIZES.items()}, **ids, "torch_dtype": "float32",
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)},
-        "generation_config.json": {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, **ids,
-                                   "max_length": shape["block_size"]},
-        "tokenizer.json": {
-            "version": "1.0", "normalizer": NORMALIZER, "pre_tokenizer": SPLITS[tokenizer.pattern], "decoder": BYTE_LEVEL,
-            "added_tokens": [{"id": i, "content": names[i], **flags} for i in (pad, end - 2, end - 1, end)],
-            "model": {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}, "merges": merges}},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, "eos_token": "<|end|>",
-            "pad_token": PAD, "model_max_length": shape["block_size"], "clean_up_tokenization_spaces": False}}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, x in tensors.items():
-        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [end, end := end + 4 * x.numel()]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    parts = itertools.chain([len(text).to_bytes(8, "little"), text], (x.contiguous().numpy() for x in tensors.values()))
+
+    config = {"architectures": [architecture]}
+    for name, known in ARCHITECTURE.items():
+        config[name] = known[0]
+    if architecture == "GPT2ForSequenceClassification":
+        config["num_labels"] = 1
+    for theirs, ours in SIZES.items():
+        config[theirs] = shape[ours]
+    config.update(ids)
+    config["torch_dtype"] = "float32"
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        config[name] = 0.0
+
+    generation = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    generation.update(ids)
+    generation["max_length"] = shape["block_size"]
+
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": TEMPLATE,
+        "eos_token": "<|end|>",
+        "pad_token": PAD,
+        "model_max_length": shape["block_size"],
+        "clean_up_tokenization_spaces": False,
+    }
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / folder.name
         whole.mkdir()
-        for name, content in files.items():
-            write_atomic(whole / name, json.dumps(content, indent=1))
-        write_atomic(whole / "model.safetensors", lambda file: file.writelines(parts))
+        write_json(whole / "config.json", config)
+        write_json(whole / "generation_config.json", generation)
+        write_json(whole / "tokenizer.json", tokenizer_json(tokenizer, pad))
+        write_json(whole / "tokenizer_config.json", tokenizer_config)
+        write_safetensors(whole / "model.safetensors", tensors)
         whole.rename(folder)
+
+
+def write_json(path, value):
+    write_atomic(path, json.dumps(value, indent=1))
+
+
+def signs_of(token):
+    """A token, bytes, as vocabulary files write it, a sign for each byte."""
+    return "".join(SIGNS[byte] for byte in token)
+
+
+def tokenizer_json(tokenizer, pad):
+    """tokenizer.json for a Tokenizer; pad is the id that pads."""
+    names = [signs_of(token) for token in tokenizer.vocabulary] + list(SPECIAL_TOKENS)
+    names[pad] = PAD
+    merges = [[signs_of(left), signs_of(right)] for left, right in tokenizer.merges()]
+
+    added = []
+    for i in (pad, tokenizer.user_token, tokenizer.assistant_token, tokenizer.end_token):
+        added.append({"id": i, "content": names[i], "special": True, "single_word": False,
+                      "lstrip": False, "rstrip": False, "normalized": False})
+    vocab = {name: i for i, name in enumerate(names)}
+    return {
+        "version": "1.0",
+        "normalizer": NORMALIZER,
+        "pre_tokenizer": SPLITS[tokenizer.pattern],
+        "decoder": BYTE_LEVEL,
+        "added_tokens": added,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+def write_safetensors(path, tensors):
+    """Write float32 tensors, {name: tensor}, as a .safetensors file."""
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+
+    def write(file):
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy())
+
+    write_atomic(path, write)
+
+
+# --------------------------------------------------------------------------------------------------
+# The script. gpt.py and reward_model.py depend on data/, so only the functions here import them.
+
+
+@dataclass
+class Config:
+    """What the commands are given, under the names that data/run.py knows."""
+    folder: str             # the folder in transformers' format, to read or to write
+    size: str
+    out: str
+    stage: str              # load: gpt, ppo or dpo; export: the name of the checkpoint's folder
+    name: str = ""          # load: the name of the new checkpoint's folder
+    seed: int = 1           # announce prints it, but nothing here is random
+    resume: bool = False    # nothing here takes long
+
+
+def load(config):
+    """Save the GPT-2 in config.folder as the base model, or as a policy trained elsewhere."""
+    from gpt import GPT, GPTConfig, get_device, load_checkpoint, save_checkpoint
+
+    check_name(config.name, config.stage)
+    shape, weights, tokenizer, begins = read_folder(config.folder)
+    if config.stage != "gpt":
+        path = stage_folder(config, "sft") / "checkpoint.pt"
+        _, sft_tokenizer, _ = load_checkpoint(path, "sft", config.size)
+        if sft_tokenizer.vocabulary != tokenizer.vocabulary:
+            raise InputError(f"{config.folder}: its vocabulary is not that of {path}, so the two "
+                             "cannot be compared")
+
+    model = GPT(GPTConfig(**shape))
+    for name, value in model.state_dict().items():
+        value.copy_(weights.pop(name))  # pop releases the tensor's map
+    announce(config.name, config, get_device(), f"the weights in {config.folder}", model)
+    with Run(config.name, stage_folder(config, config.name), config, report=None) as run:
+        save_checkpoint(run.folder / "checkpoint.pt", config.stage, config.size, model, tokenizer,
+                        metrics=[], text="" if begins else config.folder, loaded=config.folder)
+        run.finish()
+    print(f"saved {run.home / 'checkpoint.pt'}", flush=True)
+
+
+def export(config):
+    """Write the checkpoint in OUT/SIZE/STAGE to config.folder, in transformers' format."""
+    from gpt import GPT, load_checkpoint
+    from reward_model import RewardModel
+
+    stage = re.match("gpt|sft|reward_model|ppo|dpo|rsft", config.stage)
+    if not stage:
+        raise InputError(f"--stage {config.stage}: must be gpt, sft, reward_model, ppo, dpo or "
+                         "rsft, or a --name that begins with one of them")
+    model_class = RewardModel if stage[0] == "reward_model" else GPT
+    path = stage_folder(config, config.stage) / "checkpoint.pt"
+    complete(path.parent)
+    model, tokenizer, checkpoint = load_checkpoint(path, stage[0], config.size,
+                                                   model_class=model_class)
+    write_folder(config.folder, checkpoint["config"], model.state_dict(), tokenizer,
+                 begins=not checkpoint.get("text"), temperature=checkpoint.get("temperature", 1.0))
+    print(f"saved {config.folder}", flush=True)
+
+
+def main(argv=None):
+    parser = _Parser(description="Read and write GPT-2 in the folder format of transformers.",
+                     allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    load_parser = commands.add_parser("load", help="make a GPT-2 a checkpoint", allow_abbrev=False)
+    load_parser.add_argument("folder", help="the GPT-2: config.json, model.safetensors, …")
+    load_parser.add_argument("--stage", choices=("gpt", "ppo", "dpo"), default="gpt",
+                             help="ppo or dpo: a policy that was trained elsewhere (default: gpt)")
+    load_parser.add_argument("--name", help="the checkpoint's folder in OUT/SIZE; it begins with "
+                             "the stage (default: the stage)")
+
+    export_parser = commands.add_parser("export", help="write a checkpoint for transformers",
+                                        allow_abbrev=False)
+    export_parser.add_argument("folder", help="the folder to write; it must not exist")
+    export_parser.add_argument("--stage", required=True,
+                               help="the checkpoint's folder in OUT/SIZE: any stage's or --name's")
+
+    for command in (load_parser, export_parser):
+        command.add_argument("--size", choices=("auto", "cpu", "gpu", "gpt2"), default="auto",
+                             help="auto takes gpu where there is one (default: auto)")
+        command.add_argument("--out", default="out", help="folder of all outputs (default: out)")
+
+    flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        if value == "":  # an unset shell variable must not mean another folder
+            raise InputError(f"{name}: is empty; leave it out or give it a value")
+    command = flags.pop("command")
+    if command == "load" and flags["name"] is None:
+        flags["name"] = flags["stage"]
+    if flags["size"] == "auto":
+        flags["size"] = "gpu" if torch.cuda.is_available() else "cpu"
+
+    config = Config(**flags)
+    if command == "load":
+        load(config)
+    else:
+        export(config)
+
+
+if __name__ == "__main__":
+    run_script(main)
