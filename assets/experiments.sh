@@ -1,10 +1,11 @@
 #!/bin/sh
-# Every run behind the README's figures at size cpu, in order, but for DPO on probabilities, which no flag has; what is there
-# already is skipped. From the repository's root:
+# Every run behind the figures of the READMEs, size cpu, in order (except DPO on probabilities: there
+# is no flag for it). Finished runs are skipped, interrupted ones resumed. From the repository root:
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About eight hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). A run that was interrupted goes on.
+# About eight hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names are
+# those that assets/figures.py reads.
 set -eu
 export OMP_NUM_THREADS=1
 
@@ -28,8 +29,9 @@ for seed in ${SEEDS:-1 2 3}; do
 
     # How much data it takes
     for stage in sft reward_model; do
-        [ -e "$out/cpu/${stage}_curve.txt" ] ||
-            python $stage.py --size cpu --out "$out" --seed "$seed" --learning_curve > "$out/cpu/${stage}_curve.txt"
+        curve=$out/cpu/${stage}_curve.txt
+        [ -e "$curve" ] ||
+            python $stage.py --size cpu --out "$out" --seed "$seed" --learning_curve > "$curve"
     done
 
     # Policy gradients: 6,400 responses each
@@ -37,19 +39,20 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-a2c --name ppo-a2c --method a2c
     run ppo.py ppo-reinforce --name ppo-reinforce --method reinforce --lr 1.5e-4
     run ppo.py ppo-reinforce_baseline --name ppo-reinforce_baseline --method reinforce_baseline
-    run ppo.py ppo-leave_one_out --name ppo-leave_one_out --method reinforce_baseline --baseline leave_one_out --group 4
-    run ppo.py ppo-grpo --name ppo-grpo --method grpo --lr 1.5e-4
-    run ppo.py ppo-grpo-no_scale --name ppo-grpo-no_scale --method grpo --no-scale --lr 1.5e-4
-    run ppo.py ppo-grpo-rewards --name ppo-grpo-rewards --method grpo --no-scale --kl rewards --lr 1.5e-4
-    run ppo.py ppo-grpo-tokens --name ppo-grpo-tokens --method grpo --no-scale --kl rewards --mean tokens --lr 1.5e-4
+    run ppo.py ppo-rloo --name ppo-rloo --method rloo --group 4
+    for method in grpo grpo_no_division grpo_kl_in_rewards grpo_token_mean; do
+        run ppo.py ppo-$method --name ppo-$method --method $method --lr 1.5e-4
+    done
     run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
-    run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
+    run ppo.py ppo-beta0 --name ppo-beta0 --beta 0
 
     # Right or wrong, without a reward model
     run ppo.py ppo-verifier --name ppo-verifier --reward verifier
-    run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier --method grpo --lr 1.5e-4
+    run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier \
+        --method grpo --lr 1.5e-4
     run ppo.py ppo-verifier-beta0 --name ppo-verifier-beta0 --reward verifier --beta 0
-    run ppo.py ppo-verifier-grpo-beta0 --name ppo-verifier-grpo-beta0 --reward verifier --method grpo --lr 1.5e-4 --beta 0
+    run ppo.py ppo-verifier-grpo-beta0 --name ppo-verifier-grpo-beta0 --reward verifier \
+        --method grpo --lr 1.5e-4 --beta 0
 
     # A reward for every sentence
     run reward_model.py process_model --process
@@ -65,7 +68,7 @@ for seed in ${SEEDS:-1 2 3}; do
     run best_of_n.py rsft-per_prompt --finetune per_prompt
     run best_of_n.py rsft-overall --finetune overall
 
-    # Earlier stages in a folder of their own, where other labels or other text change what follows
+    # Earlier stages copied to a separate folder, where other labels or text change what follows
     copy_stages() {  # folder, the stages to copy
         folder=$1
         shift
@@ -78,7 +81,11 @@ for seed in ${SEEDS:-1 2 3}; do
     # Labels by a constitution, and by it and the annotator in turn
     for judge in constitution both; do
         copy_stages "$out/$judge" gpt sft
-        (out=$out/$judge; run reward_model.py reward_model --judge $judge; run dpo.py dpo-$judge --name dpo-$judge)
+        (
+            out=$out/$judge
+            run reward_model.py reward_model --judge $judge
+            run dpo.py dpo-$judge --name dpo-$judge
+        )
         cp -r "$out/$judge/cpu/dpo-$judge" "$out/$judge/cpu/dpo-$judge.txt" "$out/cpu/"
         mkdir -p "$out/cpu/reward_model-$judge"
         cp "$out/$judge/cpu/reward_model/metrics.jsonl" "$out/cpu/reward_model-$judge/"
@@ -92,32 +99,38 @@ for seed in ${SEEDS:-1 2 3}; do
     mkdir -p "$out/cpu/sft-curated"
     cp "$out/curated/cpu/sft/metrics.jsonl" "$out/cpu/sft-curated/"
 
-    # All of them on the same held-out prompts, in groups: the cost grows with the square of their number
+    # All of them on the same held-out prompts; in groups, as the cost grows with the number squared
     yardstick() {  # name of the group, policies, flags
         group=$1 policies=$2
         shift 2
         [ -e "$out/cpu/best_of_n-$group/metrics.jsonl" ] && return
-        python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "$policies" "$@" > "$out/cpu/best_of_n-$group.txt"
+        python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "$policies" "$@" \
+            > "$out/cpu/best_of_n-$group.txt"
         mkdir -p "$out/cpu/best_of_n-$group"
         cp "$out/cpu/best_of_n/metrics.jsonl" "$out/cpu/best_of_n-$group/"
     }
     yardstick 1-pipeline ppo,dpo
-    yardstick 2-methods ppo-ppo_penalty,ppo-a2c,ppo-reinforce,ppo-reinforce_baseline,ppo-leave_one_out --samples 32
-    yardstick 3-grpo ppo-grpo,ppo-grpo-no_scale,ppo-grpo-rewards,ppo-grpo-tokens,ppo-ptx --samples 32
+    without_ratio=ppo-a2c,ppo-reinforce,ppo-reinforce_baseline,ppo-rloo
+    yardstick 2-methods ppo-ppo_penalty,$without_ratio --samples 32
+    grpos=ppo-grpo,ppo-grpo_no_division,ppo-grpo_kl_in_rewards,ppo-grpo_token_mean
+    yardstick 3-grpo $grpos,ppo-ptx --samples 32
     yardstick 4-direct dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
     yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
-    yardstick 6-verifier ppo-verifier,ppo-verifier-grpo,ppo-verifier-beta0,ppo-verifier-grpo-beta0 --samples 32 --verify
+    verified=ppo-verifier,ppo-verifier-grpo,ppo-verifier-beta0,ppo-verifier-grpo-beta0
+    yardstick 6-verifier $verified --samples 32 --verify
     yardstick 7-process ppo-process --samples 32 --process
     yardstick 8-judges dpo-constitution,dpo-both,dpo-online-annotator --samples 32
     yardstick 8-without-penalty ppo-beta0 --samples 32
 
     [ "$seed" = 1 ] || continue  # what follows has one seed
 
-    # How easy to tune: learning rates and β; the defaults are there already
+    # How easy to tune: learning rates and β; the defaults were trained above
     for kind in ppo dpo; do
         policies=
+        rates="7.5e-5 3e-4 1.2e-3 4.8e-3"
+        [ $kind = dpo ] && rates="5e-5 2e-4 8e-4 3.2e-3"
         for beta in 0.05 0.2 0.8; do
-            for lr in $([ $kind = ppo ] && echo 7.5e-5 3e-4 1.2e-3 4.8e-3 || echo 5e-5 2e-4 8e-4 3.2e-3); do
+            for lr in $rates; do
                 case $kind-$beta-$lr in ppo-0.2-3e-4 | dpo-0.2-2e-4) continue ;; esac
                 run $kind.py $kind-grid-$beta-$lr --name $kind-grid-$beta-$lr --beta $beta --lr $lr
                 policies=$policies${policies:+,}$kind-grid-$beta-$lr
@@ -126,17 +139,23 @@ for seed in ${SEEDS:-1 2 3}; do
         yardstick 9-grid-$kind $policies --samples 16
     done
 
-    # Other trainers, once the commands in assets/peers/*.py were run on these folders, their output kept as NAME.txt
+    # Other trainers, once the commands in assets/peers/*.py were run on these folders and their
+    # output was kept as NAME.txt
     if [ -e "$out/cpu/ppo-trl/checkpoint.pt" ]; then
         yardstick 9-peers ppo,ppo-trl,dpo,dpo-trl --samples 32
-        yardstick 9-peers-grpo ppo-grpo,ppo-trl-grpo-group,ppo-grpo-no_scale,ppo-trl-grpo-none --samples 32
+        grpos=ppo-grpo,ppo-trl-grpo-group,ppo-grpo_no_division,ppo-trl-grpo-none
+        yardstick 9-peers-grpo $grpos --samples 32
     fi
 
     # What keeps PPO and DPO from the optimum: four times the samples, four times the comparisons
     run ppo.py ppo-400 --name ppo-400 --iterations 400
     run ppo.py ppo-4x --name ppo-4x --rollouts 256 --minibatch 32 --lr 2e-4
     copy_stages "$out/pairs4" gpt sft
-    (out=$out/pairs4; run reward_model.py reward_model --pairs 40960; run dpo.py dpo-pairs4 --name dpo-pairs4)
+    (
+        out=$out/pairs4
+        run reward_model.py reward_model --pairs 40960
+        run dpo.py dpo-pairs4 --name dpo-pairs4
+    )
     cp -r "$out/pairs4/cpu/dpo-pairs4" "$out/cpu/"
     yardstick 9-more ppo,ppo-400,ppo-4x,dpo,dpo-pairs4 --samples 32
 
@@ -154,8 +173,9 @@ for seed in ${SEEDS:-1 2 3}; do
                          cp -r "$out/small/cpu/reward_model" "$out/cpu/" ;;
                 *) run reward_model.py reward_model --pairs $law ;;
             esac
-            run ppo.py ppo-beta0 --name ppo-beta0 --beta 1e-6
-            python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies ppo-beta0 > "$out/cpu/best_of_n.txt"
+            run ppo.py ppo-beta0 --name ppo-beta0 --beta 0
+            python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies ppo-beta0 \
+                > "$out/cpu/best_of_n.txt"
         )
     done
     python -m pytest tests/test_enumerable.py -k variance -q -s > "$out/variance.txt"
