@@ -1,23 +1,22 @@
 """Reading people's own files, and writing ours without ever leaving half a file.
 
     corpus.txt             plain UTF-8 text, for pretraining
-    demonstrations.jsonl   {"prompt": "...", "completion": "..."}                   one object a line
-    pairs.jsonl            {"prompt": "...", "chosen": "...", "rejected": "..."}    one object a line
-    labels.jsonl           {"prompt": "...", "completion": "...", "label": true}    one object a line, label true or false
+    demonstrations.jsonl   {"prompt": "...", "completion": "..."}                  one object a line
+    pairs.jsonl            {"prompt": "...", "chosen": "...", "rejected": "..."}
+    labels.jsonl           {"prompt": "...", "completion": "...", "label": true}   or false
 
-A text may also be TRL's list of messages, [{"role": "user" or "assistant", "content": "..."}], a demonstration also
-{"messages": [...]}; one exchange only (see plain). A .jsonl.gz is read as what it holds.
+A text may also be TRL's list of messages, [{"role": "user" or "assistant", "content": "..."}], and
+a demonstration {"messages": [...]}, but only one exchange (see plain). A .jsonl.gz is unpacked.
 
-A file that is wrong ends in one line that says where and why, never in a traceback:
+A wrong file ends the script with one line that says where and why, never with a traceback:
 
     reward_model.py: pairs.jsonl:17: "chosen" must be text, found the number 3; put it in quotes
 
-Fields other than the ones asked for are ignored, and so are blank lines, a byte order mark and the line
-ends of Windows. The texts themselves are taken as they are: nothing is stripped or normalised.
+Other fields are ignored, and so are blank lines, a byte order mark and the line ends of Windows.
+The texts themselves are taken as they are: nothing is stripped or normalised.
 """
 
 import codecs
-import functools
 import gzip
 import itertools
 import json
@@ -34,61 +33,85 @@ except ImportError:     # Windows has none
     fcntl = None
 try:
     import msvcrt
-except ImportError:     # and Unix not this one
+except ImportError:     # and Unix does not have this one
     msvcrt = None
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line: file, line, value, what to do."""
+    """Something the user gave is wrong. The message is one line: file, line, value, what to do."""
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 def read_chunks(path, size=2 ** 20):
-    """Yield the text of a UTF-8 file in pieces of about `size` bytes, so that it never is in memory whole; line ends become
-    "\\n". A piece ends behind a sign that is no white space, before one that is: there a tokenizer makes an end as well.
+    """Yield the text of a UTF-8 file in pieces of about `size` bytes; its line ends become "\\n".
 
+    So the file is never in memory as a whole. A piece ends after a character that is not white
+    space and before one that is, where a tokenizer splits the text as well.
     InputError if the file is missing, empty, not UTF-8 or holds a NUL.
     """
-    decoder, rest, offset, characters, empty, mark = codecs.getincrementaldecoder("utf-8")(), "", 0, 0, True, "\ufeff"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest = ""           # decoded, but not yet yielded
+    offset = 0          # bytes read
+    characters = 0      # characters yielded
+    at_start = True
+    blank = True
     for block in itertools.chain(read_blocks(path, size), [b""]):
+        last = block == b""
         offset += len(block)
         try:
-            rest += decoder.decode(block, final=not block)
+            rest += decoder.decode(block, final=last)
         except UnicodeDecodeError as error:
             offset -= len(error.object) - error.start
-            raise InputError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}; "
-                             "save the file as UTF-8") from None
-        if rest:
-            rest, mark = rest.removeprefix(mark), ""  # a byte order mark, at the beginning
-        end = re.match(r"(?s:.*)\S(?=[ \t\r\n])|", rest).end() if block else len(rest)
-        text, rest = rest[:end].replace("\r\n", "\n").replace("\r", "\n"), rest[end:]
+            raise InputError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                             f"{offset}; save the file as UTF-8") from None
+        if at_start and rest:
+            rest = rest.removeprefix("\ufeff")  # a byte order mark
+            at_start = False
+
+        if last:
+            end = len(rest)
+        else:
+            # (?s:.*) is greedy: this finds the last place to end a piece, or 0 if there is none.
+            end = re.match(r"(?s:.*)\S(?=[ \t\r\n])|", rest).end()
+        text = rest[:end].replace("\r\n", "\n").replace("\r", "\n")
+        rest = rest[end:]
         if "\0" in text:
-            raise InputError(f"{path}: holds a NUL at character {characters + text.index(chr(0)) + 1}; "
+            place = characters + text.index("\0") + 1
+            raise InputError(f"{path}: holds a NUL at character {place}; "
                              "save the file as UTF-8 text")
-        characters, empty = characters + len(text), empty and not text.strip()
+        if text.strip():
+            blank = False
+        characters += len(text)
         if text:
             yield text
-    if empty:
+    if blank:
         raise InputError(f"{path}: the file is empty")
 
 
 def read_jsonl(path, fields):
     """The rows of a JSON-lines file: a list of dicts with exactly these fields, all of them text.
 
-    InputError "FILE:LINE: reason" for a line that isn't a JSON object, holds a key twice, lacks a field, or
-    whose value isn't text, is blank, or holds a NUL or half a surrogate pair. InputError without any rows.
+    InputError "FILE:LINE: reason" for a line that isn't a JSON object, holds a key twice, lacks a
+    field, or whose value isn't text, is blank, or holds a NUL or half a surrogate pair. InputError
+    if there are no rows.
     """
-    return [{field: text_of(row, field, where) for field in fields} for row, where in objects(path)]
+    rows = []
+    for row, where in objects(path):
+        rows.append({field: text_of(row, field, where) for field in fields})
+    return rows
 
 
 def read_demonstrations(path):
-    """Rows {"prompt", "completion"}. A row of a file of pairs will do: its "chosen" is the completion."""
+    """Rows {"prompt", "completion"}. In a row of a file of pairs, "chosen" is the completion."""
     rows = []
     for row, where in objects(path):
-        field = "chosen" if "chosen" in row and "completion" not in row else "completion"
-        rows.append({"prompt": text_of(row, "prompt", where), "completion": text_of(row, field, where)})
+        field = "completion"
+        if "completion" not in row and "chosen" in row:
+            field = "chosen"
+        rows.append({"prompt": text_of(row, "prompt", where),
+                     "completion": text_of(row, field, where)})
     return rows
 
 
@@ -98,52 +121,67 @@ def read_pairs(path):
 
 
 def read_comparisons(folder):
-    """(rows to train on, held-out rows) that the reward model's stage, or an unfinished run of it, left in its folder."""
-    return read_pairs(folder / "pairs.jsonl"), read_pairs(folder / "held_out.jsonl")
+    """(rows to train on, held-out rows) in the folder of the reward model's stage or of its run."""
+    rows = read_pairs(folder / "pairs.jsonl")
+    held_out = read_pairs(folder / "held_out.jsonl")
+    return rows, held_out
 
 
 def read_labels(path):
-    """Rows {"prompt", "completion", "label"}, label true for a good response. A pair, without a label, serves as two."""
+    """Rows {"prompt", "completion", "label"}, label true for a good response; a pair makes two."""
     rows = []
     for row, where in objects(path):
         if "label" not in row and "completion" in row:
-            raise InputError(f'{where}: the field "label" is missing; true for a good completion, false for a bad one')
+            raise InputError(f'{where}: the field "label" is missing; true for a good completion, '
+                             "false for a bad one")
         if not isinstance(row.get("label", True), bool):
             raise InputError(f'{where}: "label" must be true or false, found {kind(row["label"])}')
-        texts = {"completion": row["label"]} if "label" in row else {"chosen": True, "rejected": False}
-        rows += [{"prompt": text_of(row, "prompt", where), "completion": text_of(row, field, where), "label": label}
-                 for field, label in texts.items()]
+
+        if "label" in row:
+            labels = {"completion": row["label"]}
+        else:
+            labels = {"chosen": True, "rejected": False}
+        for field, label in labels.items():
+            rows.append({"prompt": text_of(row, "prompt", where),
+                         "completion": text_of(row, field, where),
+                         "label": label})
     return rows
 
 
 def read_prompts(path):
-    """The distinct prompts of any file whose rows have a "prompt", in order of first appearance."""
-    return list(dict.fromkeys(row["prompt"] for row in read_jsonl(path, ("prompt",))))
+    """The distinct prompts of a file whose rows have a "prompt", in order of first appearance."""
+    rows = read_jsonl(path, ("prompt",))
+    return list(dict.fromkeys(row["prompt"] for row in rows))
 
 
 def hold_out(rows, seed, path="the rows"):
-    """Rows with a "prompt" -> (training rows, held-out rows). A tenth of the prompts, at least one, is held out whole.
+    """Rows with a "prompt" -> (training rows, held-out rows): a tenth of the prompts is held out.
 
-    Every stage that reads the same file with the same seed holds out the same prompts, so none is measured on what
-    an earlier one was trained on. InputError, naming path, if there is only one prompt.
+    At least one prompt is. All stages that read the same file with the same seed hold out the same
+    prompts, so none is measured on what an earlier one was trained on.
+    InputError, naming path, if there is only one prompt.
     """
     prompts = sorted({row["prompt"] for row in rows})
     if len(prompts) < 2:
-        raise InputError(f"{path}: all have the same prompt; two prompts at least are needed to hold one out")
+        raise InputError(f"{path}: all have the same prompt; at least two prompts are needed, to "
+                         "hold one out")
     random.Random(f"held-out prompts {seed}").shuffle(prompts)
-    held_out = set(prompts[:max(1, len(prompts) // 10)])
-    return ([row for row in rows if row["prompt"] not in held_out],
-            [row for row in rows if row["prompt"] in held_out])
+    held_out_prompts = set(prompts[:max(1, len(prompts) // 10)])
+
+    train_rows = [row for row in rows if row["prompt"] not in held_out_prompts]
+    held_out_rows = [row for row in rows if row["prompt"] in held_out_prompts]
+    return train_rows, held_out_rows
 
 
 def split_prompts(path, seed):
-    """The distinct prompts of a file -> (training prompts, held-out prompts), as hold_out splits its rows."""
+    """The distinct prompts of a file -> (training prompts, held-out ones), split as by hold_out."""
     rows = [{"prompt": prompt} for prompt in read_prompts(path)]
-    return [[row["prompt"] for row in part] for part in hold_out(rows, seed, path)]
+    train_rows, held_out_rows = hold_out(rows, seed, path)
+    return [row["prompt"] for row in train_rows], [row["prompt"] for row in held_out_rows]
 
 
 def read_blocks(path, size=2 ** 20):
-    """Yield the bytes of a file, `size` at a time; InputError if there is no such file or it cannot be read."""
+    """Yield the bytes of a file, `size` at a time; InputError if it is missing or unreadable."""
     try:
         with open(path, "rb") as file:
             while block := file.read(size):
@@ -157,69 +195,103 @@ def read_blocks(path, size=2 ** 20):
 
 
 def read_bytes(path):
-    """The bytes of a file; InputError if there is no such file or it cannot be read."""
+    """The bytes of a file; InputError if it is missing or unreadable."""
     return b"".join(read_blocks(path, -1))
 
 
 def checksum(path):
-    """The CRC-32 of a file's bytes, without holding them all."""
-    return functools.reduce(lambda crc, block: zlib.crc32(block, crc), read_blocks(path), 0)
+    """The CRC-32 of a file's bytes, without holding them all in memory."""
+    crc = 0
+    for block in read_blocks(path):
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 def objects(path):
-    """Yield (row, "FILE:LINE") for each line that isn't blank, messages as plain texts; InputError if it is no object."""
+    """Yield (row, "FILE:LINE") for each line that isn't blank; messages become plain texts.
+
+    InputError if a line is not a JSON object, or if there is none.
+    """
     data = read_bytes(path)
     if data.startswith(b"PAR1"):
-        raise InputError(f"{path}: is a Parquet file; convert it (pip install pandas pyarrow): python -c \"import pandas; "
-                         f"pandas.read_parquet('{path}').to_json('{Path(path).with_suffix('.jsonl')}', orient='records', "
-                         "lines=True)\"")
+        new_path = Path(path).with_suffix(".jsonl")
+        raise InputError(f"{path}: is a Parquet file; convert it (pip install pandas pyarrow): "
+                         f"python -c \"import pandas; pandas.read_parquet('{path}')"
+                         f".to_json('{new_path}', orient='records', lines=True)\"")
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from None
     data = data.removeprefix(b"\xef\xbb\xbf")
-    where = None
-    # Bytes are split, not text: str.splitlines would also cut at U+2028, which may stand inside a string.
+
+    found = False
+    # Bytes are split, not text: str.splitlines would also cut at U+2028, which may be in a string.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
+            found = True
             where = f"{path}:{number}"
             yield plain(parse_object(line, where), where), where
-    if where is None:
+    if not found:
         raise InputError(f"{path}: the file is empty; each line must be one JSON object")
 
 
 def plain(row, where):
-    """A row whose texts may be TRL's lists of messages, with strings in their place. A "prompt" is a message of the user,
-    the others are one of the assistant, perhaps after one of the user, which then is the prompt. Nothing is cut:
-    InputError if there are more turns, another role, or two prompts that differ."""
-    if isinstance(row.get("messages"), list) and not {"prompt", "completion", "chosen", "rejected"} & row.keys():
-        row = {**row, "completion": row["messages"]}
-    for field in ("prompt", "completion", "chosen", "rejected"):
-        turns, wanted = row.get(field), ["user"] if field == "prompt" else ["user", "assistant"]
-        if not isinstance(turns, list) or not turns or not all(
-                isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+    """A row whose texts may be TRL's lists of messages -> the row with plain texts in their place.
+
+    A "prompt" is one message of the user. The other texts are one message of the assistant, perhaps
+    after one of the user, which then is the prompt. Nothing is cut: InputError if there are more
+    turns, another role, or two different prompts.
+    """
+    row = dict(row)
+    texts = ("prompt", "completion", "chosen", "rejected")
+    if isinstance(row.get("messages"), list) and not row.keys() & texts:
+        row["completion"] = row["messages"]
+    for field in texts:
+        turns = row.get(field)
+        if not is_conversation(turns):
             continue
+        if field == "prompt":
+            wanted = ["user"]
+        else:
+            wanted = ["user", "assistant"]
         roles = [turn["role"] for turn in turns]
-        if roles not in (wanted, wanted[-1:]):
-            raise InputError(f'{where}: "{field}" has the turns {shown(", ".join(map(str, roles)))}, but must be one '
-                             f'exchange, {" then ".join(wanted)}; make a row of each')
-        if len(turns) == 2 and row.get("prompt", turns[0]["content"]) != turns[0]["content"]:
-            raise InputError(f'{where}: "{field}" begins with another prompt than the row has; keep one of them')
-        row = {**row, **({"prompt": turns[0]["content"]} if len(turns) == 2 else {}), field: turns[-1]["content"]}
+        if roles != wanted and roles != wanted[-1:]:
+            found = shown(", ".join(map(str, roles)))
+            raise InputError(f'{where}: "{field}" has the turns {found}, but must be one exchange, '
+                             f'{" then ".join(wanted)}; make a row of each')
+
+        if len(turns) == 2:
+            prompt = turns[0]["content"]
+            if row.get("prompt", prompt) != prompt:
+                raise InputError(f'{where}: "{field}" begins with another prompt than the row has; '
+                                 "keep one of them")
+            row["prompt"] = prompt
+        row[field] = turns[-1]["content"]
     return row
 
 
+def is_conversation(turns):
+    """Whether a JSON value is a list of messages {"role": ..., "content": ...}."""
+    if not isinstance(turns, list) or not turns:
+        return False
+    for turn in turns:
+        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+            return False
+    return True
+
+
 def parse_object(line, where):
-    """The JSON object that a line, bytes, is; else InputError "WHERE: reason"."""
+    """The JSON object in a line of bytes; InputError "WHERE: reason" if it is not one."""
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=dict_of_distinct_keys)
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x}; save the file as UTF-8") from None
+        raise InputError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x}; "
+                         "save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         near = shown(error.doc[max(0, error.pos - 15):error.pos + 15])
-        raise InputError(f"{where}: not JSON: {error.msg} (character {error.pos + 1}, near {near}); "
-                         "each line must be one JSON object") from None
+        raise InputError(f"{where}: not JSON: {error.msg} (character {error.pos + 1}, near "
+                         f"{near}); each line must be one JSON object") from None
     except RecursionError:
         raise InputError(f"{where}: the JSON is nested too deeply") from None
     except InputError as error:
@@ -232,58 +304,72 @@ def parse_object(line, where):
 
 
 def dict_of_distinct_keys(pairs):
-    """A JSON object as a dict. Python would keep the last of two equal keys and say nothing."""
+    """A JSON object as a dict. Python would silently keep the last of two equal keys."""
     row = {}
     for key, value in pairs:
         if key in row:
-            raise InputError(f"the key {shown(key)} stands twice in one object; remove one")
+            raise InputError(f"the key {shown(key)} occurs twice in one object; remove one")
         row[key] = value
     return row
 
 
 def text_of(row, field, where):
-    """row[field] if it is text that a tokenizer can take, else InputError."""
+    """row[field] if it is text that a tokenizer can take; InputError if it is not."""
     if field not in row:
         found = ", ".join(shown(key) for key in list(row)[:5]) or "an empty object"
         raise InputError(f'{where}: the field "{field}" is missing; found {found}')
     value = row[field]
     if not isinstance(value, str):
-        advice = "put it in quotes" if isinstance(value, (int, float)) else "write it as a string"
+        advice = "write it as a string"
+        if isinstance(value, (int, float)):
+            advice = "put it in quotes"
         raise InputError(f'{where}: "{field}" must be text, found {kind(value)}; {advice}')
     if not value.strip():
         raise InputError(f'{where}: "{field}" is blank; give it a text or remove the line')
     bad = re.search("[\0\ud800-\udfff]", value)
     if bad:
-        name = "a NUL character" if bad.group() == "\0" else f"half a surrogate pair, U+{ord(bad.group()):04X},"
-        raise InputError(f'{where}: "{field}" holds {name} at character {bad.start() + 1}; remove it')
+        name = f"half a surrogate pair, U+{ord(bad[0]):04X},"
+        if bad[0] == "\0":
+            name = "a NUL character"
+        raise InputError(f'{where}: "{field}" holds {name} at character {bad.start() + 1}; '
+                         "remove it")
     return value
 
 
 def kind(value):
     """What a JSON value is, in words."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, (int, float)):
-        return f"the number {shown(value)}"
-    return {str: "a string", list: "a list", dict: "an object"}[type(value)]
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    return f"the number {shown(value)}"
 
 
 def shown(value):
-    """A string or a number for a message: one line, in quotes where it is text, cut at 40 characters."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 40 else value[:37] + "...")
-    return f"{value!r:.40}"
+    """A string or a number for a message: one line, text in quotes, cut at 40 characters."""
+    if not isinstance(value, str):
+        return f"{value!r:.40}"
+    if len(value) > 40:
+        value = value[:37] + "..."
+    return repr(value)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 def write_atomic(path, data):
-    """Write bytes, a str as UTF-8, or what a function of the open file writes, so that path holds the old file or all of
-    the new one, never a part.
+    """Write a file so that path holds the old file or all of the new one, never a part.
 
-    The data goes to a temporary file in the same folder, to the disk, and then takes the old file's name.
-    If anything fails, the old file is intact, the temporary one is gone, and the error goes on its way.
+    data: bytes, a str (written as UTF-8), or a function that writes to the open file.
+    The data goes to a temporary file in the same folder, to the disk, and then takes the old file's
+    name. If anything fails, the old file is intact, the temporary one is gone, and the error is
+    raised.
     """
     if isinstance(data, str):
         data = data.encode("utf-8")
@@ -293,7 +379,10 @@ def write_atomic(path, data):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            data(file) if callable(data) else file.write(data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -307,13 +396,15 @@ def write_atomic(path, data):
 
 def write_jsonl(path, rows):
     """Write rows, JSON-safe dicts, one a line and all or nothing: read_jsonl gives them back."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_atomic(path, "".join(lines))
 
 
 def lock_folder(folder):
-    """Claim a folder for this process: an open file, to be kept; closing it, or the process's end, gives the folder back.
+    """Claim a folder for this process. Returns an open file to keep: closing it, or the end of the
+    process, releases the folder.
 
-    InputError if another process has it. Half-written files that a killed run left there are removed.
+    InputError if another process has it. Half-written files of a killed run are removed.
     """
     file = open(os.path.join(folder, "lock"), "w")
     try:
@@ -322,36 +413,43 @@ def lock_folder(folder):
         elif msvcrt:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            print(f"{folder}: this system locks no files; start no second run in this folder", flush=True)
+            print(f"{folder}: this system locks no files; start no second run in this folder",
+                  flush=True)
     except OSError:
         file.close()
-        raise InputError(f"{folder}: another run is using this folder; wait for it, or choose another one") from None
+        raise InputError(f"{folder}: another run is using this folder; wait for it, or choose "
+                         "another one") from None
     for path in Path(folder).rglob("*.tmp"):
         path.unlink()
     return file
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running a script
 
 def run_script(main):
-    """Run a script's main(). What the user can mend (InputError, FloatingPointError of a training
-    run that went wrong, OSError) becomes one line and exit status 1.
+    """Run a script's main(). What the user can fix becomes one line and exit status 1.
 
-    Ctrl-C exits with 130. Every other exception is a bug of ours and keeps its traceback.
+    That is InputError, OSError, and FloatingPointError of a training run that went wrong. Ctrl-C
+    exits with 130. Every other exception is a bug of ours and keeps its traceback.
     """
+    status = 1
     try:
         main()
         sys.stdout.flush()
         return
-    except BrokenPipeError:     # `python ppo.py | head`: nobody reads on, and the flush at exit must not fail again
+    except BrokenPipeError:     # `python ppo.py | head`
+        # The flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        reason, status = "nobody reads the output any more", 1
+        reason = "no one reads the output any more"
     except (InputError, FloatingPointError) as error:
-        reason, status = str(error), 1
+        reason = str(error)
     except OSError as error:
-        reason, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+        reason = str(error)
+        if error.filename:
+            reason = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt as interrupt:
-        reason, status = str(interrupt) or "interrupted", 130
+        reason = str(interrupt) or "interrupted"
+        status = 130
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(status)

@@ -518,7 +518,7 @@ run_script(main)
     ("raise OSError('disk')", 1, "script.py: disk\n"),
     ("raise FloatingPointError('gradient norm nan: no step')", 1, "script.py: gradient norm nan: no step\n"),
     ("raise KeyboardInterrupt", 130, "script.py: interrupted\n"),
-    ("raise KeyboardInterrupt('saved; --resume goes on')", 130, "script.py: saved; --resume goes on\n"),
+    ("raise KeyboardInterrupt('saved; --resume continues')", 130, "script.py: saved; --resume continues\n"),
     ("sys.exit(2)", 2, ""),
 ])
 def test_script_ends_in_one_line(tmp_path, body, status, message):
@@ -535,7 +535,7 @@ def test_our_bugs_keep_their_traceback(tmp_path):
 def test_closed_pipe(tmp_path):
     """`python ppo.py | head -1` ends in one line, not in Python's complaint about flushing at exit."""
     _, stdout, stderr = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
-    assert stdout == "step 0\n" and stderr == "script.py: nobody reads the output any more\n"
+    assert stdout == "step 0\n" and stderr == "script.py: no one reads the output any more\n"
     # A short output stays in the buffer until the end, and meets the closed pipe only there.
     _, _, stderr = run("import time; time.sleep(0.5); print('step')", tmp_path, "{} | true")
-    assert stderr == "script.py: nobody reads the output any more\n"
+    assert stderr == "script.py: no one reads the output any more\n"
