@@ -8,8 +8,8 @@ The objective J(π) = E_π[r] - β KL(π || π_ref) has its maximum at
 and Z(x) = E_π[exp w], so β (log mean exp w - mean w) = β KL(π || π*) >= 0: samples of a policy give
 its objective and its distance from the optimum.
 
-Tensors in, numbers out: nothing in this file knows what a GPT is. M prompts, N samples of each from
-one policy; in a pool of K policies, S samples of each prompt together.
+Tensors in, numbers out: nothing in this file knows what a GPT is. There are M prompts, with N
+samples of one policy; in a pool of K policies, with S samples together.
 """
 
 import math
@@ -156,6 +156,54 @@ def best_of_n_win_rate(rewards, gold, n):
     return torch.stack(rates).mean(dim=0)
 
 
+def process_scores(rewards, steps):
+    """{rule: score (B,)} of responses, from their steps' rewards r_k: the smallest; the product of
+    σ(r_k), which is the probability that all are good (Lightman et al. 2023), as a logarithm; the
+    sum, an estimate of gold_reward + 0.5. rewards, steps (B, T): 0 except where a step ends."""
+    return {"smallest": torch.where(steps, rewards, math.inf).amin(dim=1),
+            "product": torch.where(steps, F.logsigmoid(rewards), 0.0).sum(dim=1),
+            "sum": rewards.sum(dim=1)}
+
+
+def selection_figures(rewards, kept):
+    """What a selection favours: rewards (M, N), kept (K, 2), rows (prompt, completion) -> a dict.
+
+    prompts: how many have a response among the kept; most: the most that one has; reward, spread:
+    mean and standard deviation of the kept rewards; prompts_reward: the mean of all N responses to
+    a kept one's prompt, and all_reward of all prompts: equal for the best per prompt, the first one
+    larger if easy prompts are favoured (ECE 7115).
+    """
+    prompt, completion = kept.unbind(dim=1)
+    best = rewards[prompt, completion]
+    count = prompt.bincount()
+    return {"prompts": (count > 0).sum().item(),
+            "most": count.max().item(),
+            "reward": best.mean().item(),
+            "spread": best.std(correction=0).item(),
+            "prompts_reward": rewards.mean(dim=1)[prompt].mean().item(),
+            "all_reward": rewards.mean().item()}
+
+
+def best_of_n_figures(figures, texts, n, judged):
+    """The figures of best-of-n over a policy's samples, prompt by prompt: {figure: (M,)}; n = 1: of
+    the policy itself. figures: {figure: (M, N)}; texts: M·N, prompt by prompt; judged (M, N): the
+    scores by which the best is chosen.
+
+    Means over all subsets of n of a prompt's samples; distinct_2, of the best of each prompt's
+    first n, is one number, (1,).
+    """
+    weights = subset_weights(judged, n)
+    means = {}
+    for name, x in figures.items():
+        means[name] = (weights * x).sum(dim=1)  # E[x of the best of n] = Σ_i weight_i x_i
+
+    N = judged.shape[1]
+    winners = judged[:, :n].argmax(dim=1).tolist()
+    best_texts = [texts[N * prompt + j] for prompt, j in enumerate(winners)]
+    means["distinct_2"] = torch.tensor([distinct_2(best_texts)])
+    return means
+
+
 def distinct_2(texts):
     """Different pairs of neighbouring words over all pairs: 1 if no two words ever meet twice."""
     pairs = []
@@ -244,7 +292,7 @@ def reward_model_figures(margin, gold_margin):
 
 
 def calibration_table(margin, bins=10):
-    """How often a response that should win with probability p does win: a list of (pairs, their mean
+    """How often a response that should win with probability p does: a list of (pairs, their mean
     p, the share that won), one for each bin of p that has any pairs. margin (N,): r(y_w) - r(y_l)
     of the model; a pair counts in both orders."""
     predicted = torch.sigmoid(torch.cat([margin, -margin]))
@@ -319,12 +367,35 @@ FORMATS = {"reward": ".2f", "gold": ".2f", "win_rate": ".1%", "kl": ".2f", "leng
            "distinct_2": ".2f", "ended": ".0%"}
 
 
+def print_selection(figures, M, N, dropped):
+    """Print the selection_figures of the M best of N responses to each of M prompts; dropped: a
+    sentence about those that can't be learnt from."""
+    print(f"kept    {M:,} of {M * N:,} responses, for {figures['prompts']:,} of {M:,} prompts, "
+          f"at most {figures['most']} for one\n"
+          f"        {dropped}\n"
+          f"        reward {figures['reward']:.2f}, spread {figures['spread']:.2f}; of all "
+          f"responses to these prompts {figures['prompts_reward']:.2f}, of all "
+          f"{figures['all_reward']:.2f}", flush=True)
+
+
 class Pool(NamedTuple):
     """The samples of K policies for M prompts put together, S a prompt: policy by policy."""
-    names: list                 # the policies, the reference among them
+    names: list                 # the policies, the reference first
     counts: list                # how many of the S samples each of them gave
     scores: dict                # {"reward": (M, S), "gold": (M, S) if there is an annotator}
     log_ratios: torch.Tensor    # (M, S, K): log π_k/π_ref of every sample under every policy
+
+
+def pool_samples(figures, log_ratios):
+    """The Pool of all samples. figures: {policy: {figure: (M, N)}}, "reward" and "gold" among them;
+    log_ratios: {policy: (M, N, K)}, of its samples under every policy."""
+    names = list(figures)
+    counts = [log_ratios[name].shape[1] for name in names]
+    scores = {}
+    for field in ("reward", "gold"):
+        if field in figures[names[0]]:
+            scores[field] = torch.cat([figures[name][field] for name in names], dim=1)
+    return Pool(names, counts, scores, torch.cat([log_ratios[name] for name in names], dim=1))
 
 
 def optimum(under, field, per_prompt, pool, beta):
@@ -350,7 +421,7 @@ def optimum(under, field, per_prompt, pool, beta):
         own_J_star[name] = estimate.mean().item()
 
     rows = []
-    J_sft = per_prompt[pool.names[0]][field]  # (M,): its KL is 0
+    J_sft = per_prompt["sft"][field]  # (M,): its KL is 0
     for name, figures in per_prompt.items():
         J = figures[field] - beta * figures["kl"]  # (M,): J = E[r] - β KL(π || π_ref)
         row = {"under": under, **best, "policy": name, **with_errors({"J": J})}
@@ -397,29 +468,30 @@ def where_gold_is_lost(rows):
     print_table(rows, {"share": ".1%", "left_by_policy": ".1%", "lost_to_reward_model": ".1%"})
 
 
-def verified_rows(verified, per_prompt, beta):
+def verified_rows(figures, per_prompt, beta):
     """How often each policy is right, how often one of 16 of its responses is (pass@16, from the
     counts), and its J under the verifier beside J*: (a list of rows, how often the optimum is
     right, (M,)). J* is exact given how often SFT is right on each prompt.
 
-    verified: {policy: (M, N)}, 1 where the response is right, else 0; SFT, the reference, first.
+    figures: {policy: {figure: (M, N)}}, among them "verified", 1 for a right response, else 0.
     """
-    J_sft = next(iter(verified.values())).mean(dim=1)  # (M,): its KL is 0
+    J_sft = figures["sft"]["verified"].mean(dim=1)  # (M,): its KL is 0
     optima = torch.tensor([verified_optimum(p, beta) for p in J_sft.tolist()])
     J_star, right = optima.unbind(dim=1)  # each (M,)
 
     rows = []
-    for name, correct in verified.items():
+    for name in figures:
+        correct = figures[name]["verified"]
         N = correct.shape[1]
         kl = per_prompt[name]["kl"]
         J = correct.mean(dim=1) - beta * kl
-        figures = {"verified": correct.mean(dim=1), "J": J}
+        means = {"verified": correct.mean(dim=1), "J": J}
         if N >= 16:
             passed = [pass_at_k(int(count), N, 16) for count in correct.sum(dim=1)]
-            figures["pass_16"] = torch.tensor(passed)
-        figures["kl"] = kl
-        figures["J_star"] = J_star
-        row = {"under": "verifier", "policy": name, **with_errors(figures)}
+            means["pass_16"] = torch.tensor(passed)
+        means["kl"] = kl
+        means["J_star"] = J_star
+        row = {"under": "verifier", "policy": name, **with_errors(means)}
         row["share"], row["share_error"] = share_and_error(J - J_sft, J_star - J_sft)
         rows.append(row)
     return rows, right
@@ -495,3 +567,42 @@ def close_to_the_best(stages, rows):
     if table:
         print("\nHow close to the best")
         print_table(table, {"measured": ".3f", "possible": ".3f", "share": ".1%"})
+
+
+def print_yardstick(per_prompt, figures, log_ratios, losses, stages, beta):
+    """Print the yardstick's tables. Returns all their rows, and the frontier's, which are not
+    printed.
+
+    figures, log_ratios: see pool_samples; losses: {policy: nats per token of the pretraining text},
+    {} if unknown; stages: see close_to_the_best.
+    """
+    pool = pool_samples(figures, log_ratios)
+    rows = []
+    for name, x in per_prompt.items():
+        rows.append({"policy": name, **with_errors(x)})
+    print()
+    print_table(rows, FORMATS)
+
+    if losses:
+        text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        print(f"\npretraining loss: {text} nats a token")
+        for name, loss in losses.items():
+            rows.append({"under": "pretraining", "policy": name, "loss": loss})
+
+    judges = {"reward model": "reward"}
+    if "gold" in pool.scores:
+        judges["gold"] = "gold"
+    for under, field in judges.items():
+        optima = optimum(under, field, per_prompt, pool, beta)
+        print_optimum(optima, pool, beta)
+        rows += optima
+    if "verified" in figures["sft"]:
+        verified, right = verified_rows(figures, per_prompt, beta)
+        print_verified(verified, right, beta)
+        rows += verified
+    if "gold" in pool.scores:
+        where_gold_is_lost(optima)
+        close_to_the_best(stages, rows)
+    for under, field in judges.items():
+        rows += frontier(under, field, pool)
+    return rows
