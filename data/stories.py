@@ -10,19 +10,22 @@ most of the time an ending (happy or sad):
     Once there was a shy fox who lived by the river. A strong wind had carried her kite away.
     She sang softly until the old miller felt better. In the end she went home with nothing.
 
-Inside one story a slot keeps what stands in it (one hero, one place, one friend), and no pattern
-comes twice. A story honours its request most of the time, not always. No two ways of making a story
-give the same text, so its probability is a product that one can write down: that of its hero and
-thing given the request, of its plan (which patterns, in which order), and 1/n for each other slot.
+Inside one story a slot keeps its word (one hero, one place, one friend), and no pattern comes
+twice. A story honours its request most of the time, not always. No two ways of making a story give
+the same text, so its probability is a product that one can write down: that of its hero and thing
+given the request, of its plan (which patterns, in which order), and 1/n for each other slot.
 
-One request in 32 is held out (Grammar.held_out_every): no page has it, and request(rng) draws it only with
-held_out=True, so that what training teaches can be measured on requests that cannot have occurred in it.
+One request in 32 is held out (Grammar.held_out_every): no page has it, and request(rng) draws it
+only with held_out=True. So what training teaches can be measured on requests that never occurred in
+it.
 
 >>> import random
 >>> rng = random.Random(0)
 >>> asked = request(rng)
->>> asked.text, round(asked.logprob, 2)         # one of 12 * 28 * 32 * 36 * 31/32 requests: -log 374976 nats
-('Tell me a story about an odd robot and a teapot.', -12.83)
+>>> asked.text
+'Tell me a story about an odd robot and a teapot.'
+>>> round(asked.logprob, 2)         # one of 12 * 28 * 32 * 36 * 31/32 requests: -log 374976 nats
+-12.83
 >>> told = story(rng, asked.text)
 >>> told.logprob == log_probability(asked.text, told.text)
 True
@@ -41,7 +44,7 @@ from functools import cached_property
 from string import Formatter
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The words. The three lists that a request draws from share no word with anything below them.
 
 SHE = ("fox", "owl", "mouse", "hen", "otter", "cat", "squirrel", "turtle",
@@ -50,43 +53,48 @@ HE = ("bear", "rabbit", "badger", "frog", "goat", "dog", "hedgehog", "beaver",
       "robot", "farmer", "knight", "king", "wizard", "tailor", "cook", "pirate")
 
 PLACES = (
-    "by the river", "in the forest", "near the mill", "on the hill", "behind the barn", "beside the lake",
-    "by the sea", "in the valley", "near the bridge", "in the orchard", "on the island", "in the village",
-    "beside the meadow", "by the harbor", "near the castle", "behind the school", "in the park",
-    "near the waterfall", "beside the well", "near the station")
+    "by the river", "in the forest", "near the mill", "on the hill", "behind the barn",
+    "beside the lake", "by the sea", "in the valley", "near the bridge", "in the orchard",
+    "on the island", "in the village", "beside the meadow", "by the harbor", "near the castle",
+    "behind the school", "in the park", "near the waterfall", "beside the well",
+    "near the station")
 
 WORDS = {
     "adjective": (
-        "shy", "brave", "tiny", "tall", "sleepy", "clever", "curious", "gentle", "proud", "lonely",
-        "cheerful", "grumpy", "quiet", "young", "silly", "busy", "jolly", "nervous", "patient", "careful",
-        "playful", "dreamy", "polite", "honest", "stubborn", "lazy", "eager", "odd"),
+        "shy", "brave", "tiny", "tall", "sleepy", "clever", "curious", "gentle", "proud",
+        "lonely", "cheerful", "grumpy", "quiet", "young", "silly", "busy", "jolly", "nervous",
+        "patient", "careful", "playful", "dreamy", "polite", "honest", "stubborn", "lazy",
+        "eager", "odd"),
     "hero": SHE + HE,
     "thing": (
-        "kite", "lantern", "drum", "ball", "boat", "hat", "bell", "book", "basket", "ribbon", "button", "key",
-        "map", "whistle", "scarf", "umbrella", "mirror", "blanket", "candle", "flute", "feather", "shell",
-        "marble", "doll", "wagon", "spoon", "teapot", "clock", "coin", "bucket", "broom", "pillow", "crown",
-        "ring", "violin", "sled"),
+        "kite", "lantern", "drum", "ball", "boat", "hat", "bell", "book", "basket", "ribbon",
+        "button", "key", "map", "whistle", "scarf", "umbrella", "mirror", "blanket", "candle",
+        "flute", "feather", "shell", "marble", "doll", "wagon", "spoon", "teapot", "clock",
+        "coin", "bucket", "broom", "pillow", "crown", "ring", "violin", "sled"),
     "home": PLACES,     # where the hero lives
     "place": PLACES,    # where things happen
     "friend": (
-        "Grandma Rosa", "Grandpa Joe", "Aunt Lily", "Uncle Tom", "Cousin Ben", "little Anna", "Captain Finn",
-        "Nurse Ivy", "the old miller", "the old shepherd", "the ferryman", "the village teacher",
-        "the blacksmith", "the postman", "the little swan", "the gray goose", "the little sparrow",
-        "the wise raven", "the white pony", "the old donkey"),
-    "weather": ("sunny", "windy", "rainy", "snowy", "foggy", "frosty", "cloudy", "stormy", "misty", "warm"),
+        "Grandma Rosa", "Grandpa Joe", "Aunt Lily", "Uncle Tom", "Cousin Ben", "little Anna",
+        "Captain Finn", "Nurse Ivy", "the old miller", "the old shepherd", "the ferryman",
+        "the village teacher", "the blacksmith", "the postman", "the little swan",
+        "the gray goose", "the little sparrow", "the wise raven", "the white pony",
+        "the old donkey"),
+    "weather": (
+        "sunny", "windy", "rainy", "snowy", "foggy", "frosty", "cloudy", "stormy", "misty", "warm"),
     "time": ("morning", "afternoon", "day", "Monday", "Tuesday", "Friday", "Sunday"),
     "food": (
-        "plum cake", "honey bread", "apple pie", "hot soup", "ginger cookies", "roasted nuts", "fresh cheese",
-        "sweet pears", "oat porridge", "pumpkin stew", "cherry jam", "butter rolls"),
+        "plum cake", "honey bread", "apple pie", "hot soup", "ginger cookies", "roasted nuts",
+        "fresh cheese", "sweet pears", "oat porridge", "pumpkin stew", "cherry jam",
+        "butter rolls"),
     "color": ("red", "blue", "green", "yellow", "golden", "silver", "purple", "brown"),
     "number": ("two", "three", "four", "five", "six", "seven", "eight", "nine"),
     "tree": ("oak", "willow", "birch", "pine", "chestnut", "maple"),
 }
 
-# ---------------------------------------------------------------------------------------------
-# The patterns, one sentence each. {a_hero} is "a shy fox", {hero} is "fox", {her} is "her" or "his",
-# {him} is "her" or "him"; a slot with a capital letter begins a sentence. Until the ending nobody
-# comes by the thing, so the turns may stand in any order.
+# --------------------------------------------------------------------------------------------------
+# The patterns, one sentence each. {a_hero} is "a shy fox", {hero} is "fox", {her} is "her" or
+# "his", {him} is "her" or "him"; a slot with a capital letter begins a sentence. Until the ending
+# no one gets the thing, so the turns may come in any order.
 
 PATTERNS = {
     "ask": (
@@ -227,7 +235,7 @@ PATTERNS = {
     ),
 }
 
-PRONOUNS = {  # slot -> what stands in it for a hero who is a "she", and for one who is a "he"
+PRONOUNS = {  # slot -> its word for a hero who is a "she", and for one who is a "he"
     "she": {"she": "she", "he": "he"},
     "her": {"she": "her", "he": "his"},
     "him": {"she": "her", "he": "him"},
@@ -235,7 +243,7 @@ PRONOUNS = {  # slot -> what stands in it for a hero who is a "she", and for one
 }
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The forms of the slots
 
 def article(word):
@@ -254,63 +262,93 @@ def _small(form):
 def _slots(form):
     """The slots that a form shows: a_hero -> adjective, hero; Her -> she; Friend -> friend."""
     form = _small(form)
-    return {"a_hero": ("adjective", "hero"), "a_thing": ("thing",)}.get(form, ("she" if form in PRONOUNS else form,))
+    if form == "a_hero":
+        return ("adjective", "hero")
+    if form == "a_thing":
+        return ("thing",)
+    if form in PRONOUNS:
+        return ("she",)
+    return (form,)
 
 
-# ---------------------------------------------------------------------------------------------
+def _forms(pattern):
+    """The forms of slots in a pattern, in order: "{She} saw {a_thing}." has She and a_thing."""
+    return [form for _, form, _, _ in Formatter().parse(pattern) if form]
+
+
+# --------------------------------------------------------------------------------------------------
 # The grammar
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A world: its words, its patterns, its odds. For a smaller one: dataclasses.replace(WORLD, words=...)."""
-    words: dict                                 # slot -> tuple of what may stand in it
-    patterns: dict                              # part -> tuple of sentence patterns
-    she: tuple = SHE                            # the heroes that are a "she"; all others are a "he"
-    turns: tuple = (0.3, 0.4, 0.2, 0.1)         # P(one turn), P(two turns), ...
+    """A world: words, patterns, odds. For a smaller one: dataclasses.replace(WORLD, words=...)."""
+    words: dict                     # slot -> tuple of its words
+    patterns: dict                  # part -> tuple of sentence patterns
+    she: tuple = SHE                # the heroes that are a "she"; all others are a "he"
+
+    turns: tuple = (0.3, 0.4, 0.2, 0.1)     # P(one turn), P(two turns), ...
     turn_odds: tuple = (("kind", 0.4), ("unkind", 0.25), ("neutral", 0.35))
-    ending_odds: tuple = (("happy", 0.55), ("sad", 0.30), (None, 0.15))     # None: the story just stops
-    hero_kept: float = 0.9                      # P(hero and adjective are the request's); else: another hero
-    thing_kept: float = 0.8                     # P(the thing is the request's); else: another thing
+    ending_odds: tuple = (("happy", 0.55), ("sad", 0.30), (None, 0.15))  # None: it just stops
+
+    hero_kept: float = 0.9          # P(hero and adjective are the request's); else: another hero
+    thing_kept: float = 0.8         # P(the thing is the request's); else: another thing
+
     title: str = "The {adjective} {hero} and the {thing}"    # the line above a story in a book
-    page_lengths: tuple = (3, 4, 5, 6)          # requests on a page of the exercise book, equally likely
-    page_share: float = 0.3                     # P(a pretraining document is a page); else: a story
-    held_out_every: int = 32                    # a request is held out if this divides the sum of its four indices
+    page_lengths: tuple = (3, 4, 5, 6)      # requests on a page, equally likely
+    page_share: float = 0.3         # P(a pretraining document is a page); else: a story
+    held_out_every: int = 32        # held out: requests whose four indices' sum is divisible by it
 
     def __post_init__(self):
         if self.held_out_every < 2:
             raise ValueError("held_out_every must be at least 2: 1 leaves no request to train on")
-        if min(len(self.words["hero"]), len(self.words["thing"])) < 2:
-            raise ValueError("a world needs two heroes and two things: a story need not keep the request's")
+        if len(self.words["hero"]) < 2 or len(self.words["thing"]) < 2:
+            raise ValueError("a world needs two heroes and two things: a story need not keep the "
+                             "request's")
         for part, _ in self.turn_odds:
             if len(self.patterns[part]) < len(self.turns):
-                raise ValueError(f"{len(self.turns)} turns without repetition need as many {part!r} patterns")
-        for part, named in (("ask", "adjective hero thing"), ("opening", "adjective hero"), ("wish", "thing")):
+                raise ValueError(f"{len(self.turns)} turns without repetition need as many "
+                                 f"{part!r} patterns")
+        needed = {"ask": "adjective hero thing", "opening": "adjective hero", "wish": "thing"}
+        for part, slots in needed.items():
             for pattern in self.patterns[part]:
-                if not self.slots[pattern].issuperset(named.split()):
-                    raise ValueError(f"the {part} pattern {pattern!r} does not name its {named}")
+                if not self.slots[pattern].issuperset(slots.split()):
+                    raise ValueError(f"the {part} pattern {pattern!r} does not name its {slots}")
 
     @cached_property
     def slots(self):
-        """Pattern -> the set of its slots, whatever their form: "{She} saw {a_thing}." has she and thing."""
-        return {pattern: {slot for _, form, _, _ in Formatter().parse(pattern) if form for slot in _slots(form)}
-                for patterns in self.patterns.values() for pattern in patterns}
+        """Pattern -> the set of its slots in any form: "{She} saw {a_thing}." has she and thing."""
+        slots = {}
+        for patterns in self.patterns.values():
+            for pattern in patterns:
+                slots[pattern] = set()
+                for form in _forms(pattern):
+                    slots[pattern].update(_slots(form))
+        return slots
 
     @cached_property
     def readers(self):
-        """First word -> [(part, index, regular expression)]; under None those whose first word varies."""
+        """First word (None: it varies) -> [(part, index, regular expression)] of the patterns."""
         readers = {}
         for part, patterns in self.patterns.items():
             for index, pattern in enumerate(patterns):
+                reader = (part, index, re.compile(_regex(pattern, self.words)))
                 first = pattern.split()[0]
-                for key in ("She", "He") if first == "{She}" else (None if "{" in first else first,):
-                    readers.setdefault(key, []).append((part, index, re.compile(_regex(pattern, self.words))))
+                if first == "{She}":
+                    keys = ["She", "He"]
+                elif "{" in first:
+                    keys = [None]
+                else:
+                    keys = [first]
+                for key in keys:
+                    readers.setdefault(key, []).append(reader)
         return readers
 
     @cached_property
     def request_counts(self):
         """{held out or not: number of requests}; neither is 0."""
-        sums = Counter([0])     # sum of the indices so far, modulo held_out_every -> number of ways to get it
-        for choices in (self.patterns["ask"], *(self.words[slot] for slot in ("adjective", "hero", "thing"))):
+        words = self.words
+        sums = Counter([0])  # sum of the indices so far, mod held_out_every -> ways to get it
+        for choices in (self.patterns["ask"], words["adjective"], words["hero"], words["thing"]):
             longer = Counter()
             for total, ways in sums.items():
                 for index in range(len(choices)):
@@ -327,7 +365,7 @@ WORLD = Grammar(words=WORDS, patterns=PATTERNS)
 
 
 class Draw(NamedTuple):
-    """A text, and the natural logarithm of the probability that just this text was drawn."""
+    """A text, and the natural logarithm of the probability of drawing exactly this text."""
     text: str
     logprob: float
 
@@ -341,64 +379,81 @@ class Request(NamedTuple):
 
 
 class Sentence(NamedTuple):
-    """A sentence understood: its part of the story, the index of its pattern there, what stood in its slots."""
+    """A sentence understood: its part of the story, the index of its pattern there, its slots."""
     part: str
     pattern: int
     slots: dict
 
 
 def curate(world=WORLD, unwanted="unkind"):
-    """The world's documents on the condition that each is a story without a turn of the unwanted part, for mid-training.
+    """The world's documents, given that each is a story without a turn of the unwanted part.
 
-    Returns (its Grammar, log P(condition) in nats). With u the odds of the part, P(condition) = (1 - page_share) Σ_k
-    turns_k (1 - u)^k. By Bayes' rule P(k turns | condition) ~ turns_k (1 - u)^k, and each turn is of another part with its
-    odds / (1 - u). So what is left is again a world, and of every document the log-probability is the old one less the
-    same constant, log P(condition).
+    For mid-training. Returns (its Grammar, log P(condition) in nats). With u the odds of the part,
+
+        P(condition) = (1 - page_share) Σ_k turns_k (1 - u)^k
+
+    By Bayes' rule P(k turns | condition) ~ turns_k (1 - u)^k, and each turn is of another part with
+    its odds / (1 - u). So the result is again a world, and the log-probability of each of its
+    documents is the old one minus the same constant, log P(condition).
     """
     odds = dict(world.turn_odds)
     rest = 1 - odds.pop(unwanted)
     turns = [p * rest ** k for k, p in enumerate(world.turns, 1)]
-    curated = replace(world, turns=tuple(p / sum(turns) for p in turns), page_share=0.0,
-                      turn_odds=tuple((part, p / rest) for part, p in odds.items()))
+    curated = replace(world,
+                      turns=tuple(p / sum(turns) for p in turns),
+                      turn_odds=tuple((part, p / rest) for part, p in odds.items()),
+                      page_share=0.0)
     return curated, math.log((1 - world.page_share) * sum(turns))
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing and reading one sentence
 
 def _write(pattern, slots):
-    """The pattern filled in: "{She} saw {a_thing}." with she="he", thing="kite" gives "He saw a kite."."""
+    """The pattern filled in: "{She} saw {a_thing}." with he and kite gives "He saw a kite."."""
     forms = dict(slots)
     if "she" in slots:
-        forms.update([(form, by_gender[slots["she"]]) for form, by_gender in PRONOUNS.items()])
+        for form, by_gender in PRONOUNS.items():
+            forms[form] = by_gender[slots["she"]]
     if "adjective" in slots:
         forms["a_hero"] = f"{article(slots['adjective'])} {slots['adjective']} {slots['hero']}"
     if "thing" in slots:
         forms["a_thing"] = f"{article(slots['thing'])} {slots['thing']}"
-    forms.update([(_capital(form), _capital(text)) for form, text in forms.items()])
+    for form, text in list(forms.items()):
+        forms[_capital(form)] = _capital(text)
     return pattern.format_map(forms)
 
 
 def _regex(pattern, words):
-    """A regular expression for the pattern, with a named group for each form that stands in it."""
-    def group(form):
-        small = _small(form)
-        if small in ("a_hero", "a_thing"):
-            return "[Aa]n? " + " ".join(map(group, _slots(small)))
-        texts = list(PRONOUNS[small].values() if small in PRONOUNS else words[small])
-        texts = texts if form == small else [_capital(text) for text in texts]
-        return f"(?P<{form}>{'|'.join(map(re.escape, texts))})"
-
+    """A regular expression for the pattern, with a named group for each form in it."""
     regex = ""
     for literal, form, _, _ in Formatter().parse(pattern):
         regex += re.escape(literal)
-        if form:
-            regex += f"(?P={form})" if f"(?P<{form}>" in regex else group(form)
+        if not form:
+            continue
+        if f"(?P<{form}>" in regex:
+            regex += f"(?P={form})"  # the same word again
+        elif _small(form) in ("a_hero", "a_thing"):
+            regex += "[Aa]n? " + " ".join(_group(slot, words) for slot in _slots(form))
+        else:
+            regex += _group(form, words)
     return regex
 
 
+def _group(form, words):
+    """A named group that matches each word of a slot in this form."""
+    small = _small(form)
+    if small in PRONOUNS:
+        texts = PRONOUNS[small].values()
+    else:
+        texts = words[small]
+    if form != small:
+        texts = [_capital(text) for text in texts]
+    return f"(?P<{form}>{'|'.join(map(re.escape, texts))})"
+
+
 def _readings(sentence, world):
-    """Yields every way, as a Sentence, in which the world's patterns can say the sentence: at most one."""
+    """Yield every way, as a Sentence, in which the world can say the sentence: at most one."""
     first = sentence.split(" ", 1)[0]
     for part, index, regex in world.readers.get(first, []) + world.readers.get(None, []):
         match = regex.fullmatch(sentence)
@@ -408,47 +463,57 @@ def _readings(sentence, world):
         for form, text in match.groupdict().items():
             small = _small(form)
             if small in PRONOUNS:
-                slots["she"] = next(she for she, word in PRONOUNS[small].items() if word == text.lower())
+                for she, word in PRONOUNS[small].items():
+                    if word == text.lower():
+                        slots["she"] = she
+                        break
             elif form == small:
                 slots[form] = text
             else:
-                slots[small] = next(word for word in world.words[small] if _capital(word) == text)
+                for word in world.words[small]:
+                    if _capital(word) == text:
+                        slots[small] = word
+                        break
         if "she" in slots and "hero" in slots:
             slots["she"] = world.pronoun(slots["hero"])
         if _write(world.patterns[part][index], slots) == sentence:     # a/an and the pronouns agree
             yield Sentence(part, index, slots)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading texts
 
 def split_sentences(text):
-    """The sentences of a text: split at white space after . ! or ?, or after a closing quote behind one."""
-    return [sentence for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?]\")\s+", text.strip()) if sentence]
+    """The sentences of a text: split at white space after . ! or ?, or a quote after them."""
+    sentences = re.split(r"(?<=[.!?])\s+|(?<=[.!?]\")\s+", text.strip())
+    return [sentence for sentence in sentences if sentence]
 
 
 def recognise(sentence, world=WORLD):
-    """Understands one sentence of a story.
+    """Understand one sentence of a story.
 
-    Returns a Sentence(part, pattern, slots), part one of "opening", "wish", "kind", "unkind", "neutral",
-    "happy", "sad"; or None if no story of the world can say it. `slots` has the bare words, and under
-    "she" the pronoun: "The fox gave her thick coat to Aunt Lily." is
+    Returns a Sentence(part, pattern, slots), part one of "opening", "wish", "kind", "unkind",
+    "neutral", "happy", "sad"; or None if no story of the world can say it. `slots` has the bare
+    words, and under "she" the pronoun: "The fox gave her thick coat to Aunt Lily." is
     Sentence("kind", 5, {"hero": "fox", "she": "she", "friend": "Aunt Lily"}).
     """
-    return next((reading for reading in _readings(sentence, world) if reading.part != "ask"), None)
+    for reading in _readings(sentence, world):
+        if reading.part != "ask":
+            return reading
+    return None
 
 
 def is_story(text, world=WORLD):
-    """Whether the text is a story in form: two sentences or more, all the world's, the first an opening.
+    """Whether a text is a story in form: two sentences or more, all the world's, an opening first.
 
-    Whether hero and thing stay the same is not looked at; log_probability does that.
+    Whether hero and thing stay the same is not checked here; log_probability does that.
     """
     sentences = [recognise(sentence, world) for sentence in split_sentences(text)]
     return len(sentences) >= 2 and None not in sentences and sentences[0].part == "opening"
 
 
 def parse_request(text, world=WORLD):
-    """The Request(ask, adjective, hero, thing) that the text is, or None if it is not one of the world's."""
+    """The text as a Request(ask, adjective, hero, thing); None if it is not one of the world's."""
     for part, ask, slots in _readings(text, world):
         if part == "ask":
             return Request(ask, slots["adjective"], slots["hero"], slots["thing"])
@@ -456,30 +521,36 @@ def parse_request(text, world=WORLD):
 
 
 def _parse_asked(request, world):
-    """The parsed request; None for None; ValueError for what is not a request."""
-    asked = None if request is None else parse_request(request, world)
-    if request is not None and asked is None:
+    """The parsed request; None for None; ValueError for anything else."""
+    if request is None:
+        return None
+    asked = parse_request(request, world)
+    if asked is None:
         raise ValueError(f"not a request of this world: {request!r}")
     return asked
 
 
 def is_held_out(text, world=WORLD):
-    """Whether the request (its text) is one of those kept from training; raises ValueError if it is not a request."""
+    """Whether a request's text is kept from training; ValueError if it is not a request."""
     return _is_held_out(_parse_asked(text, world), world)
 
 
 def _is_held_out(asked, world):
     """Whether the Request is held out.
 
-    The sum of its indices decides. In WORLD just one of the 32 heroes is then held out whatever else is asked, so each
-    ask, adjective and thing is exactly as frequent among the held-out requests as among all; each hero within 3 %.
+    The sum of its indices decides. In WORLD exactly one of the 32 heroes is then held out for every
+    choice of the rest, so each ask, adjective and thing is exactly as frequent among the held-out
+    requests as among all, and each hero within 3 %.
     """
     words = world.words
-    return (asked.ask + words["adjective"].index(asked.adjective) + words["hero"].index(asked.hero)
-            + words["thing"].index(asked.thing)) % world.held_out_every == 0
+    total = asked.ask
+    total += words["adjective"].index(asked.adjective)
+    total += words["hero"].index(asked.hero)
+    total += words["thing"].index(asked.thing)
+    return total % world.held_out_every == 0
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Probabilities, in nats
 
 def _log(p):
@@ -488,27 +559,43 @@ def _log(p):
 
 def _log_p_facts(asked, slots, world):
     """log P(adjective, hero and thing of the story | what was asked)."""
-    adjectives, heroes, things = (len(world.words[slot]) for slot in ("adjective", "hero", "thing"))
+    adjectives = len(world.words["adjective"])
+    heroes = len(world.words["hero"])
+    things = len(world.words["thing"])
     if asked is None:
         return -math.log(adjectives * heroes * things)
+
     if slots["hero"] != asked.hero:
-        p = (1 - world.hero_kept) / ((heroes - 1) * adjectives)
+        p_hero = (1 - world.hero_kept) / ((heroes - 1) * adjectives)
+    elif slots["adjective"] == asked.adjective:
+        p_hero = world.hero_kept
     else:
-        p = world.hero_kept if slots["adjective"] == asked.adjective else 0
-    if slots["thing"] != asked.thing:
-        return _log(p) + _log((1 - world.thing_kept) / (things - 1))
-    return _log(p) + _log(world.thing_kept)
+        p_hero = 0
+    if slots["thing"] == asked.thing:
+        p_thing = world.thing_kept
+    else:
+        p_thing = (1 - world.thing_kept) / (things - 1)
+    return _log(p_hero) + _log(p_thing)
 
 
 def _log_p_plan(plan, world):
-    """log P(plan): plan is [(part, index of the pattern)], sentence by sentence; -inf for an impossible order."""
+    """log P(plan): plan is [(part, index of the pattern)], a sentence each; -inf if impossible."""
     parts = [part for part, _ in plan]
-    ending = parts[-1] if parts and parts[-1] in ("happy", "sad") else None
-    turns = parts[2:-1] if ending else parts[2:]
+    ending = None
+    if parts and parts[-1] in ("happy", "sad"):
+        ending = parts[-1]
+    turns = parts[2:]
+    if ending:
+        turns = parts[2:-1]
     turn_odds = dict(world.turn_odds)
-    if (parts[:2] != ["opening", "wish"] or not 1 <= len(turns) <= len(world.turns)
-            or not turn_odds.keys() >= set(turns) or len(set(plan)) < len(plan)):
+
+    if parts[:2] != ["opening", "wish"] or not 1 <= len(turns) <= len(world.turns):
         return -math.inf
+    if not set(turns) <= turn_odds.keys():
+        return -math.inf
+    if len(set(plan)) < len(plan):  # a pattern twice
+        return -math.inf
+
     logprob = _log(world.turns[len(turns) - 1]) + _log(dict(world.ending_odds).get(ending, 0))
     logprob += sum(_log(turn_odds[part]) for part in turns)
     used = Counter()
@@ -519,100 +606,133 @@ def _log_p_plan(plan, world):
 
 
 def _log_p_story(asked, plan, slots, world):
-    """log P(story | what was asked); a slot that no sentence of the plan shows is not in `slots`."""
+    """log P(story | what was asked); `slots` has only those that the plan's sentences show."""
     other = slots.keys() - {"adjective", "hero", "thing", "she"}
-    return (_log_p_facts(asked, slots, world) + _log_p_plan(plan, world)
-            - sum(math.log(len(world.words[slot])) for slot in sorted(other)))
+    log_p_other = -sum(math.log(len(world.words[slot])) for slot in sorted(other))
+    return _log_p_facts(asked, slots, world) + _log_p_plan(plan, world) + log_p_other
 
 
 def log_probability(request, text, world=WORLD):
-    """log P(text | request) in nats: the probability with which story(rng, request) is exactly this text.
+    """log P(text | request) in nats: the probability that story(rng, request) is exactly this text.
 
-    request: its text, or None for a story nobody asked for. Returns -inf for what the world cannot say;
-    raises ValueError if the request is not one.
+    request: its text, or None for a story without a request. Returns -inf for a text that the world
+    cannot produce; raises ValueError if the request is not one.
     """
     asked = _parse_asked(request, world)
     sentences = split_sentences(text)
     found = [recognise(sentence, world) for sentence in sentences]
     if " ".join(sentences) != text or None in found:
         return -math.inf
-    plan, slots = [], {}
-    for part, pattern, here in found:
-        plan.append((part, pattern))
-        if any(slots.setdefault(slot, word) != word for slot, word in here.items()):
-            return -math.inf
-    if _log_p_plan(plan, world) == -math.inf or slots.get("she") not in (None, world.pronoun(slots["hero"])):
+
+    plan = []
+    slots = {}
+    for sentence in found:
+        plan.append((sentence.part, sentence.pattern))
+        for slot, word in sentence.slots.items():
+            if slots.setdefault(slot, word) != word:  # another word than in the sentences before
+                return -math.inf
+    if _log_p_plan(plan, world) == -math.inf:
+        return -math.inf
+    if slots.get("she") not in (None, world.pronoun(slots["hero"])):
         return -math.inf
     return _log_p_story(asked, plan, slots, world)
 
 
 def page_log_probability(text, world=WORLD):
-    """log P(text) in nats under page(rng); -inf for what is not a page, and for one with a held-out request."""
-    lines = [parse_request(line, world) for line in text.split("\n")]
-    if len(lines) not in world.page_lengths or None in lines or any(_is_held_out(asked, world) for asked in lines):
+    """log P(text) in nats under page(rng); -inf for a text that is not a page.
+
+    No page has a held-out request.
+    """
+    requests = [parse_request(line, world) for line in text.split("\n")]
+    if len(requests) not in world.page_lengths:
         return -math.inf
-    return -math.log(len(world.page_lengths)) - len(lines) * math.log(world.request_counts[False])
+    for asked in requests:
+        if asked is None or _is_held_out(asked, world):
+            return -math.inf
+    log_p_request = -math.log(world.request_counts[False])
+    return -math.log(len(world.page_lengths)) + len(requests) * log_p_request
 
 
 def document_log_probability(text, world=WORLD):
     """log P(text) in nats under document(rng); no text is both a story and a page."""
     title, _, told = text.partition("\n")
-    logprob = log_probability(None, told, world)
-    if logprob > -math.inf:
-        opening, wish = (recognise(sentence, world).slots for sentence in split_sentences(told)[:2])
-        logprob = logprob if title == _write(world.title, {**opening, **wish}) else -math.inf
-    return max(_log(1 - world.page_share) + logprob, _log(world.page_share) + page_log_probability(text, world))
+    log_p_story = log_probability(None, told, world)
+    if log_p_story > -math.inf:
+        slots = {}
+        for sentence in split_sentences(told)[:2]:
+            slots.update(recognise(sentence, world).slots)
+        if title != _write(world.title, slots):
+            log_p_story = -math.inf
+    log_p_page = page_log_probability(text, world)
+    return max(_log(1 - world.page_share) + log_p_story, _log(world.page_share) + log_p_page)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Drawing
 
 def _draw_facts(rng, asked, world):
     """Adjective, hero and thing of a story, given the Request or None."""
-    slots = {slot: rng.choice(world.words[slot]) for slot in ("adjective", "hero", "thing")}
+    words = world.words
+    slots = {slot: rng.choice(words[slot]) for slot in ("adjective", "hero", "thing")}
     if asked is None:
         return slots
     if rng.random() < world.hero_kept:
-        slots.update(adjective=asked.adjective, hero=asked.hero)
+        slots["adjective"] = asked.adjective
+        slots["hero"] = asked.hero
     else:
-        slots["hero"] = rng.choice([hero for hero in world.words["hero"] if hero != asked.hero])
+        slots["hero"] = rng.choice([hero for hero in words["hero"] if hero != asked.hero])
     if rng.random() < world.thing_kept:
         slots["thing"] = asked.thing
     else:
-        slots["thing"] = rng.choice([thing for thing in world.words["thing"] if thing != asked.thing])
+        slots["thing"] = rng.choice([thing for thing in words["thing"] if thing != asked.thing])
     return slots
+
+
+def _pick(rng, odds):
+    """One of odds' names, ((name, probability), ...)."""
+    names = [name for name, _ in odds]
+    probabilities = [p for _, p in odds]
+    return rng.choices(names, probabilities)[0]
 
 
 def _draw_plan(rng, world):
     """Which pattern each sentence has: [(part, index)]."""
-    def pick(odds):
-        return rng.choices([name for name, _ in odds], [p for _, p in odds])[0]
+    turns = _pick(rng, tuple(enumerate(world.turns, 1)))
+    ending = _pick(rng, world.ending_odds)
+    parts = ["opening", "wish"]
+    for _ in range(turns):
+        parts.append(_pick(rng, world.turn_odds))
+    if ending is not None:
+        parts.append(ending)
 
-    turns = pick(tuple(enumerate(world.turns, 1)))
-    ending = pick(world.ending_odds)
-    parts = ["opening", "wish"] + [pick(world.turn_odds) for _ in range(turns)] + [ending] * (ending is not None)
     unused = {part: list(range(len(world.patterns[part]))) for part in parts}
-    return [(part, unused[part].pop(rng.randrange(len(unused[part])))) for part in parts]
+    plan = []
+    for part in parts:
+        index = unused[part].pop(rng.randrange(len(unused[part])))
+        plan.append((part, index))
+    return plan
 
 
 def request(rng, world=WORLD, held_out=False):
-    """Draws a training request, or one that is held out; all of its kind are equally likely. rng: a random.Random.
+    """Draw a training request, or one that is held out; all of its kind are equally likely.
 
-    Returns a Draw(text, logprob): logprob = -log(number of requests of that kind) in nats.
+    rng: a random.Random. Returns a Draw(text, logprob), logprob = -log(number of requests of that
+    kind) in nats.
     """
-    asks, words, count = world.patterns["ask"], world.words, world.request_counts[held_out]
+    asks = world.patterns["ask"]
+    words = world.words
     while True:
-        adjective, hero, thing = rng.choice(words["adjective"]), rng.choice(words["hero"]), rng.choice(words["thing"])
-        asked = Request(rng.randrange(len(asks)), adjective, hero, thing)
+        slots = {slot: rng.choice(words[slot]) for slot in ("adjective", "hero", "thing")}
+        asked = Request(rng.randrange(len(asks)), **slots)
         if _is_held_out(asked, world) == held_out:
-            text = _write(asks[asked.ask], {"adjective": adjective, "hero": hero, "thing": thing})
-            return Draw(text, -math.log(count))
+            text = _write(asks[asked.ask], slots)
+            return Draw(text, -math.log(world.request_counts[held_out]))
 
 
 def story(rng, request, world=WORLD):
-    """Draws a story in answer to a request, held out or not: its text, or None for a story nobody asked for.
+    """Draw a story in answer to a request's text, held out or not; None: a story without a request.
 
-    Returns a Draw(text, logprob): logprob = log P(text | request) in nats, the same number as
+    Returns a Draw(text, logprob), logprob = log P(text | request) in nats, the same number as
     log_probability(request, text). Raises ValueError if the request is not one of this world.
     """
     draw, _ = _draw_story(rng, _parse_asked(request, world), world)
@@ -633,19 +753,25 @@ def _draw_story(rng, asked, world):
 
 
 def page(rng, world=WORLD):
-    """Draws a page of an exercise book: 3 to 6 training requests, one a line. Returns a Draw(text, logprob in nats)."""
+    """Draw a page of an exercise book, 3 to 6 training requests, one a line.
+
+    Returns a Draw(text, logprob in nats).
+    """
     lines = [request(rng, world) for _ in range(rng.choice(world.page_lengths))]
-    return Draw("\n".join(line.text for line in lines),
-                sum(line.logprob for line in lines) - math.log(len(world.page_lengths)))
+    text = "\n".join(line.text for line in lines)
+    logprob = sum(line.logprob for line in lines) - math.log(len(world.page_lengths))
+    return Draw(text, logprob)
 
 
 def document(rng, world=WORLD):
-    """Draws a pretraining document, a story under its title or a page. Returns a Draw(text, logprob in nats).
+    """Draw a pretraining document, a story under its title or a page.
 
-    The title names adjective, hero and thing, which the story shows anyway, so it adds nothing to the log-probability.
+    Returns a Draw(text, logprob in nats). The title names adjective, hero and thing, which the
+    story has anyway, so it adds nothing to the log-probability.
     """
     if rng.random() < world.page_share:
         text, logprob = page(rng, world)
         return Draw(text, logprob + _log(world.page_share))
     (text, logprob), slots = _draw_story(rng, None, world)
-    return Draw(_write(world.title, slots) + "\n" + text, logprob + _log(1 - world.page_share))
+    title = _write(world.title, slots)
+    return Draw(f"{title}\n{text}", logprob + _log(1 - world.page_share))
