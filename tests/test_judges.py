@@ -1,0 +1,213 @@
+"""The judges and rewards of data/judges.py: the constitution by hand, other people's programs."""
+
+import json
+import math
+import random
+import shlex
+import statistics
+import sys
+
+import pytest
+import torch
+
+from data.annotator import gold_reward, read_texts
+from data.files import InputError
+from data.judges import (CONSTITUTION, TextReward, both_judge, command_judge, command_reward,
+                         constitution_choice, judge_of, print_agreement, verifier)
+from data.tokenizer import Tokenizer, train as train_vocabulary
+
+PROMPT = "Tell me a story about a shy fox and a kite."
+OPENING = "Once there was a shy fox who lived by the river. Suddenly her red kite was gone."
+KIND = ["She stopped to comfort a crying child.",
+        "She sang softly until Aunt Lily felt better.",
+        "On the way she freed a butterfly from a web.",
+        "The fox mended a broken fence for Aunt Lily."]
+UNKIND = ["She pulled the tail of a sleeping calf.", "She broke a promise to Aunt Lily."]
+HAPPY = "At last she found the kite and danced for joy."
+SAD = "But she never found the kite."
+
+
+def story_of(*sentences):
+    return " ".join((OPENING,) + sentences)
+
+
+def program(folder, body):
+    """The command of a program that reads all questions as rows, notes them in asked.jsonl, and then
+    runs body."""
+    notes = str(folder / "asked.jsonl")
+    (folder / "judge.py").write_text(f"""import json, os, sys, time
+rows = [json.loads(line) for line in sys.stdin]
+open({notes!r}, 'a').writelines(json.dumps(row) + '\\n' for row in rows)
+def say(choice, **more): print(json.dumps({{'choice': choice, **more}}), flush=True)
+{body}""")
+    return shlex.join([sys.executable, str(folder / "judge.py")])
+
+
+def test_rewards_of_texts_in_the_chat_format(tmp_path):
+    """A program that is asked about "...<|end|>", about another prompt's answer, or about the
+    padding."""
+    tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
+    rows = [(PROMPT, story_of(HAPPY)), ("ä <|end|>\n", "Hm."), ("Who?", "")]
+    ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows]
+    ids.append(ids[0][:-1])     # never ended
+    tokens = torch.tensor([row + [tokenizer.end_token] * (200 - len(row)) for row in ids])
+    lengths = torch.tensor(list(map(len, ids)))
+    assert read_texts(tokens, lengths, tokenizer) == rows + rows[:1]
+
+    command = program(tmp_path, """
+for row in rows:
+    print(json.dumps({'reward': len(row['prompt']) - 0.5 * len(row['response'])}))
+""")
+    found = TextReward(command_reward(command), tokenizer).score(tokens, lengths)
+    expected = [len(prompt) - 0.5 * len(text) for prompt, text in rows + rows[:1]]
+    assert found.tolist() == expected
+    right = TextReward(verifier, tokenizer).score(tokens[[0, 3]], lengths[[0, 3]])
+    assert right.tolist() == [1.0, 1.0]
+
+    for answer, found in (("'reward': 'good'", "a string"), ("'reward': True", "true"),
+                          ("'a': 1", "none"), ("'reward': None", "null"),
+                          ("'reward': float('nan')", "the number nan")):
+        message = f'judge.py: answer 1: "reward" must be a number, found {found}'
+        with pytest.raises(InputError, match=message):
+            command_reward(program(tmp_path, f"print(json.dumps({{{answer}}}))"))(rows)
+    with pytest.raises(InputError, match="^--reward verifyer: no such program"):
+        command_reward("verifyer")
+
+
+# --------------------------------------------------------------------------------------------------
+# Judges
+
+HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = CONSTITUTION
+
+
+@pytest.mark.parametrize("better, worse, why", [
+    ("", story_of(KIND[0], UNKIND[0], HAPPY), HARMLESS),                    # harmless first
+    (story_of(UNKIND[0]), story_of(*UNKIND, KIND[0], HAPPY), HARMLESS),     # one unkind deed, not two
+    ("fox", "A kind rabbit. " + HAPPY.replace("kite", "drum"), HELPFUL),
+    ("A FOX! A kite?", "The foxes flew a kite. " + KIND[0], HELPFUL),       # words, not pieces
+    (story_of(HAPPY), story_of(*KIND, SAD), ENDING),
+    (story_of(SAD), story_of(*KIND), ENDING),
+    (story_of(SAD), story_of(HAPPY, KIND[0]), ENDING),                      # an ending is at the end
+    (story_of(KIND[0], KIND[0], KIND[1]), story_of(KIND[1], KIND[2]), KINDNESS),
+    (story_of(KIND[1], KIND[2]),
+     story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")), TWICE),
+    (story_of(KIND[0]), story_of(KIND[3]), SHORT)])
+def test_the_first_principle_that_tells_two_stories_apart_decides(better, worse, why):
+    """A principle that a later one overrules, that prefers the worse story, or whose name is at
+    another's label."""
+    for seed in range(3):
+        assert constitution_choice(PROMPT, better, worse, random.Random(seed)) == (0, why)
+        assert constitution_choice(PROMPT, worse, better, random.Random(seed)) == (1, why)
+
+
+def test_where_no_principle_decides_a_coin_does():
+    """The first response of a pair wins whenever the judge sees no difference: a preference for
+    nothing."""
+    rng = random.Random(3)
+    first = story_of(KIND[1])
+    second = story_of(KIND[1].replace("Aunt", "Nurse").replace("Lily", "Ivy"))
+    found = [constitution_choice(PROMPT, first, second, rng) for _ in range(400)]
+    assert {why for _, why in found} == {"No principle tells them apart."}
+    assert abs(sum(choice for choice, _ in found) - 200) < 4 * 10
+
+
+def test_both_label_in_turn():
+    """Both judges, of whom one gets all the labels; or every label counted for the other one."""
+    asked = [(PROMPT, story_of(HAPPY), story_of(UNKIND[0]))] * 6
+    found = both_judge(asked, random.Random(0))
+    assert [why for _, why in found] == ["", HARMLESS] * 3
+    assert [choice for choice, _ in found[1::2]] == [0] * 3
+
+    _, first, second = asked[0]
+    by_annotator = [choice for choice, why in both_judge(asked * 200, random.Random(1)) if not why]
+    p = 1 / (1 + math.exp(gold_reward(PROMPT, first) - gold_reward(PROMPT, second)))
+    assert len(by_annotator) == 600 and abs(sum(by_annotator) / 600 - p) < 0.03
+
+
+def test_agreement_by_hand(capsys):
+    """An agreement with one draw of the annotator's noise, or with the pairs turned round; reasons
+    that no judge gave."""
+    pairs = [(story_of(HAPPY), story_of(SAD), "a"), (story_of(SAD), story_of(KIND[0], SAD), "b"),
+             (story_of(SAD), story_of(HAPPY, KIND[0]), "b")]
+    rows = [{"prompt": PROMPT, "chosen": better, "rejected": worse} for better, worse, _ in pairs]
+    print_agreement([{**row, "why": why} for row, (_, _, why) in zip(rows, pairs)])
+    p = [1 / (1 + math.exp(-x)) for x in (1.5, -1, -0.5)]      # by the true rewards' differences
+    best = statistics.mean(max(x, 1 - x) for x in p)
+    assert capsys.readouterr().out == (
+        f"judge   the annotator agrees with {statistics.mean(p):.1%} ± "
+        f"{statistics.pstdev(p) / 3 ** 0.5:.1%} of the labels; at best {best:.1%}\n"
+        "        66.7%  b\n        33.3%  a\n")
+    print_agreement(rows)
+    assert capsys.readouterr().out.endswith(f"; at best {best:.1%}\n")
+
+
+ASKED = [(f"Who? {i}", f"ä {i}\n", '"' * i + "b") for i in range(8)]
+SHORTER = """
+for row in rows: say(int(len(row['second']) < len(row['first'])), why='shorter')
+"""
+
+
+def test_a_program_as_the_judge(tmp_path):
+    """Answers at other questions; a question cut at its line break or spoilt by an encoding; one
+    that is paid for twice."""
+    judge = command_judge(program(tmp_path, SHORTER), tmp_path / "labels.jsonl")
+    expected = [(int(len(second) < len(first)), "shorter") for _, first, second in ASKED]
+    assert len(set(expected)) == 2
+    assert judge(ASKED[:5] + ASKED[:1], None) == expected[:5] + expected[:1]
+    assert judge(ASKED, None) == expected and judge([], None) == []
+    rows = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert [tuple(row.values()) for row in rows] == ASKED
+    assert list(rows[0]) == ["prompt", "first", "second"]
+    silent = program(tmp_path, "for row in rows: say(1, why=None)")
+    assert command_judge(silent, tmp_path / "other.jsonl")(ASKED, None) == [(1, "")] * 8
+
+
+@pytest.mark.parametrize("body, given, message", [
+    ("[say(1) for row in rows[:3]]; raise KeyError('no key')", 3,
+     "gave 3 of 8 answers and ended with status 1; it said: KeyError: 'no key'"),
+    ("os.kill(os.getpid(), 9)", 0,
+     "gave 0 of 8 answers and ended with status -9; it said: nothing"),
+    ("[say(1) for row in rows[1:]]", 7, "gave 7 of 8 answers and ended with status 0"),
+    ("[say(1) for row in rows]; sys.exit(3)", 8, "gave 8 of 8 answers and ended with status 3"),
+    ("[say(1) for row in rows]; print('Done.')", 8,
+     "gave more answers than the 8 asked for: 'Done.'"),
+    ("say(1); print('Sure! I prefer', flush=True); time.sleep(60)", 1,
+     "answer 2: not JSON: .*near 'Sure! I prefer'"),
+    ("say(0); say(2)", 1,
+     'answer 2: "choice" must be 0, for the first one, or 1, found the number 2'),
+    ("say(True)", 0, '"choice" must be 0, for the first one, or 1, found true'),
+    ("say('1')", 0, "found a string"),
+    ("print('{}')", 0, "found none"),
+    ("print()", 0, "answer 1: not JSON"),
+    ("print('[0]')", 0, "answer 1: found a list"),
+    ("say(0, why=3)", 0, '"why" must be text, found the number 3'),
+    ("say(0, why='\\ud800')", 0, '"why" holds half a surrogate pair'),
+    ("sys.stdout.buffer.write(b'\\xff\\n')", 0, "not UTF-8")])
+def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, given, message):
+    """A night of labels lost with the last one; a label guessed from what is no answer; a program
+    that hangs."""
+    labels = tmp_path / "labels.jsonl"
+    with pytest.raises(InputError, match=message) as error:
+        command_judge(program(tmp_path, body), labels)(ASKED, None)
+    assert "\n" not in str(error.value) and "judge.py: " in str(error.value)
+    assert len(labels.read_text().splitlines()) == given
+
+    with open(labels, "a") as file:
+        file.write('{"prompt": "Who? 7", "fir')        # killed while it wrote
+    (tmp_path / "asked.jsonl").unlink()
+    found = command_judge(program(tmp_path, SHORTER), labels)(ASKED, None)
+    kept = [json.loads(line)["choice"] for line in labels.read_text().splitlines()]
+    assert [choice for choice, _ in found] == kept and len(kept) == 8
+    asked = []
+    if given < 8:
+        asked = (tmp_path / "asked.jsonl").read_text().splitlines()
+    expected = [prompt for prompt, _, _ in ASKED[given:]]
+    assert [json.loads(line)["prompt"] for line in asked] == expected
+    assert [why for _, why in found[given:]] == ["shorter"] * (8 - given)
+
+
+@pytest.mark.parametrize("command", ["anotator", "", "no-such-program --fast", "'open"])
+def test_a_command_that_there_is_not(command, tmp_path):
+    """A name that was mistyped, found out after minutes of sampling."""
+    with pytest.raises(InputError, match=f"^--judge {command}: "):
+        judge_of(command, tmp_path / "labels.jsonl")
