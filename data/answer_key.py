@@ -250,7 +250,9 @@ def standard_error(x):
 def reward_model_figures(margin, gold_margin):
     """How far a reward model is from the best one, on pairs whose true rewards are known.
 
-    margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns a dict:
+    margin, gold_margin (N,): r(y_w) - r(y_l) of the model and of the annotator. Returns (figures,
+    calibration_table), figures a dict:
+
     accuracy                    share of labels that the model guesses
     expected_accuracy           its expectation over the annotator's noise, E P(the model's choice):
                                 the same thing with less variance, and what Bayes accuracy bounds
@@ -288,7 +290,7 @@ def reward_model_figures(margin, gold_margin):
     figures["annotator_loss"] = (torch.special.entr(p) + torch.special.entr(1 - p)).mean().item()
     figures["correlation"] = (product / norms.clamp(min=1e-9)).item()
     figures["slope"] = (product / (gold_margin @ gold_margin).clamp(min=1e-9)).item()
-    return figures
+    return figures, calibration_table(margin)
 
 
 def calibration_table(margin, bins=10):
@@ -308,7 +310,7 @@ def calibration_table(margin, bins=10):
 
 
 def print_answer_key(figures, table):
-    """Print reward_model_figures and the calibration_table."""
+    """Print what reward_model_figures found."""
     accuracy = cell(figures["expected_accuracy"], figures["expected_accuracy_error"])
     print(f"held-out accuracy {figures['accuracy']:.3f}, without the labels' noise {accuracy}; "
           f"Bayes {figures['bayes_accuracy']:.3f}")
