@@ -1,12 +1,14 @@
-"""assets/figures.py, and the README against the figures that it was written from."""
+"""assets/figures.py, and the READMEs against the figures, names and flags that they mention."""
 
 import builtins
+import importlib
 import importlib.util
 import json
 import math
 import re
 import statistics
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ import pytest
 from data.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
+READMES = [ROOT / name for name in
+           ("README.md", "assets/README.md", "tests/README.md", "data/README.md")]
+SCRIPTS = ("gpt", "sft", "reward_model", "ppo", "dpo", "best_of_n")
 
 
 @pytest.fixture(scope="module")
@@ -24,112 +29,257 @@ def figures():
     return module
 
 
-def test_the_readme_says_what_was_measured(figures):
-    """A table that was typed, or left behind when the figures were made anew."""
-    readme, data = (ROOT / "README.md").read_text(), json.loads((ROOT / "assets/figures.json").read_text())
-    for name, table in figures.tables(data).items():
-        assert table in readme, f"the table {name} of assets/figures.json is not in README.md"
+def text_of_all():
+    """The text of all READMEs."""
+    return "\n".join(path.read_text() for path in READMES)
 
 
-def test_every_picture_is_there(figures):
-    """A link to a picture that nobody has drawn, or a picture of older figures' names."""
-    readme = (ROOT / "README.md").read_text()
-    drawn = {path.name for path in (ROOT / "assets").glob("*.svg")}
-    assert drawn and all(f"(assets/{name})" in readme for name in drawn)
-    assert all((ROOT / part.split(")")[0]).exists() for part in readme.split("](")[1:] if part.startswith("assets/"))
+def modules():
+    """{name as the READMEs have it: module}: the scripts and the files of data/."""
+    found = {name: importlib.import_module(name) for name in SCRIPTS}
+    for path in (ROOT / "data").glob("*.py"):
+        found[path.stem] = importlib.import_module(f"data.{path.stem}")
+    return found
 
 
-def test_what_the_readme_names_is_there():
-    """A function that was renamed, a test that moved: a row of the lecture's table that leads nowhere."""
-    readme, tests = (ROOT / "README.md").read_text(), "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
-    modules = {name: importlib.import_module(name) for name in ("gpt", "sft", "reward_model", "ppo", "dpo", "best_of_n")}
-    modules.update({name: importlib.import_module(f"data.{name}") for name in ("annotator", "stories")})
-    named = re.findall(r"`(\w+)\.([A-Za-z_]\w*)`", readme)
-    missing = [f"{module}.{name}" for module, name in named
-               if module in modules and name != "py" and not hasattr(modules[module], name)]
-    missing += [name for name in re.findall(r"`(test_\w+)`", readme) if f"def {name}(" not in tests]
-    assert not missing and sum(module in modules and name != "py" for module, name in named) > 30
+# --------------------------------------------------------------------------------------------------
+# The READMEs
+
+
+def test_the_readmes_say_what_was_measured(figures):
+    """A table that was typed, or left behind when the figures were measured again."""
+    text = text_of_all()
+    tables = figures.tables(json.loads((ROOT / "assets/figures.json").read_text()))
+    for name, table in tables.items():
+        assert text.count(f"<!-- table: {name} -->\n{table}\n\n") == 1, f"the table {name}"
+    assert text.count("<!-- table: ") == len(tables) + text.count("`<!-- table: ")
+
+
+def test_only_the_table_below_its_mark_is_replaced(figures, tmp_path):
+    """Another table, or the text behind it, overwritten; a README without the mark touched."""
+    old = "a\n<!-- table: x -->\n| 1 |\n| 2 |\n\n| kept |\n<!-- table: y -->\n\nb\n"
+    readme = tmp_path / "README.md"
+    other = tmp_path / "other.md"
+    readme.write_text(old)
+    other.write_text("| 1 |\n")
+    figures.write_tables({"x": "| 3 |", "y": "| 4 |\n| 5 |"}, [readme, other, tmp_path / "none.md"])
+    assert readme.read_text() == ("a\n<!-- table: x -->\n| 3 |\n\n| kept |\n"
+                                  "<!-- table: y -->\n| 4 |\n| 5 |\n\nb\n")
+    assert other.read_text() == "| 1 |\n"
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_link_leads_somewhere():
+    """A link to a picture that was never drawn, to a file that moved, to a heading of another name;
+    a picture that is shown nowhere."""
+    shown = set()
+    for path in READMES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            linked = (path.parent / name).resolve() if name else path
+            assert linked.exists(), f"{path}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+                assert anchor in [slug(heading) for heading in headings], f"{path}: {target}"
+            shown.add(linked)
+    pictures = set((ROOT / "assets").resolve().glob("*.svg"))
+    assert pictures and pictures <= shown
+
+
+def test_what_the_readmes_name_exists():
+    """A function that was renamed, a test or a file that moved: a row of the lecture's table that
+    leads nowhere."""
+    text = text_of_all()
+    missing = []
+
+    found = modules()
+    named = [(module, name) for module, name in re.findall(r"`(\w+)\.([A-Za-z_]\w*)`", text)
+             if module in found and name not in ("py", "md")]
+    for module, name in named:
+        if not hasattr(found[module], name):
+            missing.append(f"{module}.{name}")
+
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    named_tests = re.findall(r"`(test_\w+)`", text)
+    for name in named_tests:
+        if f"def {name}(" not in tests:
+            missing.append(name)
+
+    for path in READMES:
+        for name in re.findall(r"`([\w/]+\.py)\b", path.read_text()):
+            if not (path.parent / name).exists() and not (ROOT / name).exists():
+                missing.append(f"{path}: {name}")
+    assert not missing and len(named) > 60 and len(named_tests) > 25
+
+
+def choices(module):
+    """{flag: its values, None where it takes any} of a script."""
+    found = {}
+    for name, kind in typing.get_type_hints(module.Config).items():
+        found[name] = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+    return found
+
+
+def test_the_flags_of_all_commands_exist():
+    """A flag that was renamed, a method that has another name: a command that is refused."""
+    found = modules()
+    flags = {name: choices(found[name]) for name in SCRIPTS}
+    flags["huggingface"] = choices(found["huggingface"])
+    every = set.union(*(set(names) for names in flags.values()))
+    checked = 0
+    wrong = []
+
+    paths = READMES + [ROOT / "assets/experiments.sh"] + sorted((ROOT / "assets/peers").glob("*.py"))
+    for path in paths:
+        text = path.read_text().replace("\\\n", " ")
+        for script, arguments in re.findall(r"\b(\w+)(?:\.py| load| export) ([^`\n#>]*)", text):
+            if script not in flags:
+                continue
+            for flag, value in re.findall(r"--(\w+)(?: ([\w.-]+))?", arguments):
+                values = flags[script].get(flag)
+                if flag not in flags[script] or values and value and value not in values:
+                    wrong.append(f"{path.name}: {script} --{flag} {value}")
+                checked += 1
+
+    for flag in re.findall(r"`--(\w+)", text_of_all()):  # beside no script
+        if flag not in every | {"help"}:
+            wrong.append(f"--{flag}")
+    assert not wrong and checked > 150
+
+
+def test_the_first_readme_stays_readable():
+    """A page that grows until its reader no longer finds the way, or folds half of it away."""
+    text = READMES[0].read_text()
+    assert len(text.splitlines()) <= 280 and "<details" not in text
+    for path in READMES:
+        in_code = False
+        for line in path.read_text().splitlines():
+            in_code ^= line.startswith("```")
+            if not in_code and not line.startswith(("|", "!", ">")):
+                assert len(line) <= 120, f"{path}: {line}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The figures
 
 
 def test_spreads(figures):
     """A population's deviation for a sample's, percent taken twice, "± 0.0" of a single seed."""
-    assert figures.spread([0.9, 0.92, 0.97], ".1%") == f"93.0 ± {100 * statistics.stdev([0.9, 0.92, 0.97]):.1f} %"
-    assert figures.spread([1.5], ".2f") == "1.50" and figures.spread([4, 4, 4], ".0f") == "4"
+    error = 100 * statistics.stdev([0.9, 0.92, 0.97])
+    assert figures.spread([0.9, 0.92, 0.97], ".1%") == f"93.0 ± {error:.1f} %"
+    assert figures.spread([1.5], ".2f") == "1.50"
+    assert figures.spread([4, 4, 4], ".0f") == "4"
     assert figures.spread([], ".1f") == "-"
 
 
 def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
-    """One seed's figure beside another's, the share under gold in the column of the reward model, the first rows of a run
-    for its last."""
+    """One seed's figure beside another's, the share under gold in the column of the reward model, the
+    first rows of a run for its last."""
     for seed in (1, 2):
         cpu = tmp_path / f"seed{seed}/cpu"
         for name in ("gpt", "ppo", "best_of_n-1"):
             (cpu / name).mkdir(parents=True)
-        write_jsonl(cpu / "gpt/metrics.jsonl", [dict(step=1, held_out=2.0), dict(step=2, held_out=1.0 + seed, entropy=0.5)])
+        write_jsonl(cpu / "gpt/metrics.jsonl", [dict(step=1, held_out=2.0),
+                                                dict(step=2, held_out=1.0 + seed, entropy=0.5)])
         keys = ("reward", "gold", "kl", "clip_fraction", "value_explained", "length")
-        write_jsonl(cpu / "ppo/metrics.jsonl", [dict(step=i, entropy=i + seed, seconds=i, **dict.fromkeys(keys, i))
-                                                for i in range(1, 21)])
-        row = dict(policy="ppo", reward=seed, gold=2, win_rate=0.6, kl=0.25 * seed, length=9, distinct_2=0.5, ended=1)
-        optimum = dict(J_star=1.0, J_star_kl=2.0, left_by_policy=0.7)
-        write_jsonl(cpu / "best_of_n-1/metrics.jsonl", [
-            row, *(dict(under=under, policy=name, share=share / seed, **optimum) for name, under, share in (
-                ("sft", "gold", 0), ("ppo", "gold", 0.5), ("sft", "reward model", 0), ("ppo", "reward model", 0.9))),
-            dict(under="gold", policy="frontier", beta=0.1, kl=3 + seed, reward=1, gold=2, effective_samples=50)])
+        rows = []
+        for i in range(1, 21):
+            rows.append(dict(step=i, entropy=i + seed, seconds=i, **dict.fromkeys(keys, i)))
+        write_jsonl(cpu / "ppo/metrics.jsonl", rows)
+
+        rows = [dict(policy="ppo", reward=seed, gold=2, win_rate=0.6, kl=0.25 * seed, length=9,
+                     distinct_2=0.5, ended=1)]
+        for name, under, share in (("sft", "gold", 0), ("ppo", "gold", 0.5),
+                                   ("sft", "reward model", 0), ("ppo", "reward model", 0.9)):
+            rows.append(dict(under=under, policy=name, share=share / seed, J_star=1.0, J_star_kl=2.0,
+                             left_by_policy=0.7))
+        rows.append(dict(under="gold", policy="frontier", beta=0.1, kl=3 + seed, reward=1, gold=2,
+                         effective_samples=50))
+        write_jsonl(cpu / "best_of_n-1/metrics.jsonl", rows)
         (cpu / "ppo.txt").write_text("models in memory: 4 (policy, …), 38 MB with gradients")
+
     data = figures.collect([tmp_path / "seed1", tmp_path / "seed2"])
     ppo = {name: list(by_seed.values()) for name, by_seed in data["policies"]["ppo"].items()}
-    assert ppo["share_gold"] == [0.5, 0.25] and ppo["share_reward"] == [0.9, 0.45] and ppo["kl"] == [0.25, 0.5]
-    assert ppo["entropy"] == [16.5, 17.5] and ppo["seconds"] == [20, 20] and ppo["models"] == [4, 4]
+    assert ppo["share_gold"] == [0.5, 0.25]
+    assert ppo["share_reward"] == [0.9, 0.45]
+    assert ppo["kl"] == [0.25, 0.5]
+    assert ppo["entropy"] == [16.5, 17.5]
+    assert ppo["seconds"] == [20, 20]
+    assert ppo["models"] == [4, 4]
     assert data["stages"]["gpt held_out"] == {"1": 2.0, "2": 3.0}
-    assert list(data["frontier"].values()) == [dict(kl={"1": 4, "2": 5}, reward={"1": 1, "2": 1}, gold={"1": 2, "2": 2},
-                                                    effective_samples={"1": 50, "2": 50})]
+    assert list(data["frontier"].values()) == [
+        dict(kl={"1": 4, "2": 5}, reward={"1": 1, "2": 1}, gold={"1": 2, "2": 2},
+             effective_samples={"1": 50, "2": 50})]
     assert data["runs"]["ppo"]["2"]["kl"] == list(range(1, 21))
     columns = [("share_reward", ".1%"), ("share_gold", ".1%"), ("seconds", ".0f")]
-    assert figures.policy_rows(data, figures.METHODS, columns) == [["PPO", "67.5 ± 31.8 %", "37.5 ± 17.7 %", "20"]]
+    rows = figures.policy_rows(data, figures.METHODS, columns)
+    assert rows == [["PPO", "67.5 ± 31.8 %", "37.5 ± 17.7 %", "20"]]
 
 
 def test_collect_reads_what_was_printed(figures, tmp_path):
-    """An error taken for the next figure, a share in per cent beside one of 1, a line of the description for a row."""
+    """An error taken for the next figure, a share in per cent beside one of 1, a line of the
+    description for a row."""
     cpu = tmp_path / "cpu"
     (cpu / "gpt-curated").mkdir(parents=True)
-    write_jsonl(cpu / "gpt-curated/metrics.jsonl", [dict(step=0, held_out=0.9, old_held_out=0.7, excess=0.2),
-                                                    dict(step=9, held_out=0.6, old_held_out=0.8, excess=0.1)])
+    write_jsonl(cpu / "gpt-curated/metrics.jsonl", [
+        dict(step=0, held_out=0.9, old_held_out=0.7, excess=0.2),
+        dict(step=9, held_out=0.6, old_held_out=0.8, excess=0.1)])
     (cpu / "sft_curve.txt").write_text(
-        "data    1,024 demonstrations\ndemonstrations  held out, nats a token  excess  answers with a story  with a flawless one"
-        "\n           512                   0.642   18.2%          97.5 ± 1.1 %          70.0 ± 3.2 %\n")
+        "data    1,024 demonstrations\n"
+        "demonstrations  held out, nats a token  excess  answers with a story  with a flawless one\n"
+        "           512                   0.642   18.2%          97.5 ± 1.1 %          70.0 ± 3.2 %\n")
     (cpu / "reward_model_curve.txt").write_text(
-        "pairs   pairs.jsonl\n        10,240 pairs, dropped 0\n   pairs  held-out accuracy  share of Bayes accuracy  above chance"
-        "\n  10,240      0.752 ± 0.007           94.8% ± 0.5%  86.0% ± 1.5%\n")
-    (cpu / "reward_model-both.txt").write_text("judge   the annotator agrees with 71.5% ± 0.2% of the labels; at best 79.5%\n")
-    (tmp_path / "variance.txt").write_text("in units of |∇J|²  variance    bias\n- mean of the 7 others          16.7    2.5%       "
-                                           "16.7   bias ± 3.7%: sampled\n1 passed in 9.00s\n")
+        "pairs   pairs.jsonl\n        10,240 pairs, dropped 0\n"
+        "   pairs  held-out accuracy  share of Bayes accuracy  above chance\n"
+        "  10,240      0.752 ± 0.007           94.8% ± 0.5%  86.0% ± 1.5%\n")
+    (cpu / "reward_model-both.txt").write_text(
+        "judge   the annotator agrees with 71.5% ± 0.2% of the labels; at best 79.5%\n")
+    (tmp_path / "variance.txt").write_text(
+        "in units of |∇J|²  variance    bias\n"
+        "- mean of the 7 others          16.7    2.5%       16.7   bias ± 3.7%: sampled\n"
+        "1 passed in 9.00s\n")
     data = figures.collect([tmp_path])
     assert data["curves"] == {
-        "sft": {"512": dict(held_out={"1": 0.642}, excess={"1": 0.182}, answers={"1": 0.975}, flawless={"1": 0.7})},
-        "reward_model": {"10,240": dict(accuracy={"1": 0.752}, share_of_bayes={"1": 0.948}, above_chance={"1": 0.86})}}
-    assert data["stages"]["reward_model-both agreement"] == {"1": 0.715} and data["stages"]["before held_out"] == {"1": 0.9}
+        "sft": {"512": dict(held_out={"1": 0.642}, excess={"1": 0.182}, answers={"1": 0.975},
+                            flawless={"1": 0.7})},
+        "reward_model": {"10,240": dict(accuracy={"1": 0.752}, share_of_bayes={"1": 0.948},
+                                        above_chance={"1": 0.86})}}
+    assert data["stages"]["reward_model-both agreement"] == {"1": 0.715}
+    assert data["stages"]["before held_out"] == {"1": 0.9}
     assert data["stages"]["gpt-curated old_held_out"] == {"1": 0.8}
     assert data["variance"] == [["- mean of the 7 others", 16.7, 0.025]]
 
 
 def test_the_laws_are_found_again(figures):
-    """α and β exchanged, KL taken for its root, a natural logarithm for another: points that follow the laws exactly."""
-    best = lambda d: 1.0 + d * (1.5 - 0.4 * d)
-    ladder = {f"best of {n}": dict(kl={"1": d * d}, gold={"1": best(d)}) for n, d in ((1, 0.0), (2, 0.3), (4, 1.0), (8, 5.0))}
-    d = [0.5, 1.0, 2.0, 3.0, 5.0]
-    run = dict(kl=[x * x for x in d], gold=[1.0 + x * (0.8 - 0.2 * math.log(x)) for x in d])
-    small = dict(best=[[0.0, 2.0]] + [[x * x, 2.0 + 2 * x] for x in d], run=[])
+    """α and β exchanged, KL taken for its root, a natural logarithm for another: points that follow
+    the laws exactly."""
+    ladder = {}
+    for n, d in ((1, 0.0), (2, 0.3), (4, 1.0), (8, 5.0)):
+        ladder[f"best of {n}"] = dict(kl={"1": d * d}, gold={"1": 1.0 + d * (1.5 - 0.4 * d)})
+    ds = [0.5, 1.0, 2.0, 3.0, 5.0]
+    run = dict(kl=[d * d for d in ds], gold=[1.0 + d * (0.8 - 0.2 * math.log(d)) for d in ds])
+    small = dict(best=[[0.0, 2.0]] + [[d * d, 2.0 + 2 * d] for d in ds], run=[])
     data = dict(frontier=ladder, runs={"ppo-beta0": {"1": run}}, laws={"256": small})
+
     rows = [line.strip("| ").split(" | ") for line in figures.laws(data).splitlines()[2:]]
     assert rows[0][2:5] == ["1.50", "0.40", "1.00"] and rows[0][7] != "1.00"
     assert rows[1][5:8] == ["0.80", "0.20", "1.00"] and rows[1][4] != "1.00"
-    assert rows[2][:2] == ["256 comparisons", "best-of-N, N to 64"] and rows[2][2] == rows[2][5] == "2.00" and len(rows) == 3
-    alpha, beta, fit = figures.fit_law([(x * x, 3 * (1 - math.exp(-x)) - 0.2 * x) for x in d], *list(figures.FORMS.values())[2])
-    assert (alpha, beta, fit) == pytest.approx((3, 0.2, 1))
+    assert rows[2][:2] == ["256 comparisons", "best-of-N, N to 64"]
+    assert rows[2][2] == rows[2][5] == "2.00" and len(rows) == 3
+
+    pairs = [(d * d, 3 * (1 - math.exp(-d)) - 0.2 * d) for d in ds]
+    third = list(figures.FORMS.values())[2]
+    assert figures.fit_law(pairs, *third) == pytest.approx((3, 0.2, 1))
 
 
 def test_gold_at_equal_kl(figures):
-    """Gold of another batch than the one with that KL; a seed that never came there counted as 0."""
+    """Gold of another batch than the one with that KL; a seed that never got there counted as 0."""
     runs = {"ppo-beta0": {"1": dict(kl=[0.4, 0.6, 1.1, 9.0], gold=[1.0, 3.0, 5.0, 7.0])},
             "ppo": {"1": dict(kl=[0.5, 2.0], gold=[1.0, 2.0]), "2": dict(kl=[0.5], gold=[2.0])}}
     assert figures.equal_kl(dict(runs=runs)).splitlines()[2:] == [
@@ -145,8 +295,10 @@ def test_without_matplotlib(figures, monkeypatch, capsys):
             raise ImportError(name)
         return plain(name, *rest)
 
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in list(sys.modules):
+        if name.startswith("matplotlib"):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     figures.draw({})
-    assert capsys.readouterr().err == "the pictures need matplotlib: pip install matplotlib\n"
+    message = "the pictures need matplotlib: pip install matplotlib\n"
+    assert capsys.readouterr().err == message
