@@ -1,65 +1,112 @@
-"""What the real transformers makes of exported folders, compared with what the checkpoints give. Not part of the suite:
+"""What the real transformers makes of exported folders, compared with what the checkpoints give.
+Not part of the test suite:
 
-    pip install transformers && python gpt.py --export FOLDER/NAME --stage NAME      for every stage, then
-    python -m tests.huggingface.check OUT/SIZE FOLDER [names]
+    pip install transformers
+    python -m data.huggingface export FOLDER/NAME --stage NAME      for every stage, then
+    python -m tests.huggingface.check OUT/SIZE FOLDER [NAME ...]
 
-Of every stage: ids of 10,000 texts, odd Unicode among them, with and without the chat format; logits; greedy text; of the
-reward model its scores, one by one and padded.
+Of every stage: ids of 10,000 texts, odd Unicode among them, with and without the chat format;
+logits; greedy text; of the reward model its scores, one by one and padded.
 """
 
 import random
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer)
 
-from gpt import load_checkpoint, pad, respond
+from gpt import GPT, load_checkpoint, pad, respond
 from reward_model import RewardModel
 from tests.huggingface.make import TEXT, texts
 
+SPELLED = ["<|end|>", "<|assistant|><|end|>", "<|pad|>"]
+ESCAPED = ["\ufdd0|", "<\ufdd0|end|>", "<<|end|>", "ÿ"]
+REQUEST = "Tell me a story about a shy fox and a kite."
+
 
 def check(path, stage, size, folder):
-    """Print the largest differences between a checkpoint and its exported folder; True if there are none that count."""
-    reward = stage == "reward_model"
-    model, tokenizer, _ = load_checkpoint(path, stage, size, model_class=RewardModel) if reward else load_checkpoint(
-        path, stage, size)
-    theirs = (AutoModelForSequenceClassification if reward else AutoModelForCausalLM).from_pretrained(folder).eval()
-    other, odd = AutoTokenizer.from_pretrained(folder), texts(random.Random(1), 10_000)
-    print(f"{stage}: ids of {len(odd)} texts", end="")
-    wrong = sum(tokenizer.encode(text) != other(text, add_special_tokens=False)["input_ids"] for text in odd)
-    odd = odd[:2000] + ["<|end|>", "<|assistant|><|end|>", "<|pad|>", "\ufdd0|", "<\ufdd0|end|>", "<<|end|>", "ÿ"]
-    for text in odd:
-        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-        prompt, both = tokenizer.prompt(text), tokenizer.prompt(text) + tokenizer.response(text)
-        wrong += prompt != other.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
-        wrong += both != other.apply_chat_template(chat, return_dict=False)
-    plain = sum(tokenizer.encode(text) != other(text, split_special_tokens=True)["input_ids"] for text in odd[-7:-4])
-    print(f", {len(odd)} chats: {wrong} differ; specials spelled in plain text, with split_special_tokens: {plain} differ")
+    """Print the largest differences between a checkpoint and its exported folder. True if there are
+    none that count."""
+    model_class = GPT
+    their_class = AutoModelForCausalLM
+    if stage == "reward_model":
+        model_class = RewardModel
+        their_class = AutoModelForSequenceClassification
+    model, tokenizer, _ = load_checkpoint(path, stage, size, model_class=model_class)
+    theirs = their_class.from_pretrained(folder).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    same_ids = check_ids(stage, tokenizer, their_tokenizer)
 
-    prompts = [tokenizer.prompt(text[:40]) for text in (TEXT, "Tell me a story about a shy fox and a kite.", "Hi", "12")]
-    tokens, lengths = pad([prompt + tokenizer.response("Once there was a fox"[:3 * i]) for i, prompt in enumerate(prompts)])
+    prompts = [tokenizer.prompt(text) for text in (TEXT[:40], REQUEST[:40], "Hi", "12")]
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        sequences.append(prompt + tokenizer.response("Once there was a fox"[:3 * i]))
+    tokens, lengths = pad(sequences)
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    padded = torch.where(mask, tokens, other.pad_token_id)
+    padded = torch.where(mask, tokens, their_tokenizer.pad_token_id)
     with torch.no_grad():
-        if reward:
-            gap = (model.score(tokens, lengths) - theirs(padded, attention_mask=mask).logits[:, 0]).abs().max().item()
-            one = [theirs(row[None, :length]).logits[0, 0] for row, length in zip(tokens, lengths)]
-            gap = max(gap, (model.score(tokens, lengths) - torch.stack(one)).abs().max().item())
+        their_logits = theirs(padded, attention_mask=mask).logits
+        if stage == "reward_model":
+            scores = model.score(tokens, lengths)
+            one_by_one = []
+            for row, length in zip(tokens, lengths):
+                one_by_one.append(theirs(row[None, :length]).logits[0, 0])
+            gap = (scores - their_logits[:, 0]).abs().max().item()
+            gap = max(gap, (scores - torch.stack(one_by_one)).abs().max().item())
             print(f"{stage}: scores differ by {gap:.1e} at most")
-            return not wrong and not plain and gap < 1e-4
-        gap = (model(tokens) - theirs(padded, attention_mask=mask).logits)[mask].abs().max().item()
-        room, unequal = min(64, model.config.block_size // 2), 0
+            return same_ids and gap < 1e-4
+
+        gap = (model(tokens) - their_logits)[mask].abs().max().item()
+        room = min(64, model.config.block_size // 2)
         ours, _ = respond(model, tokenizer, prompts, room, seed=1, top_k=1)
+        unequal = 0
         for prompt, text in zip(prompts, ours):
-            found = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=room)[0, len(prompt):]
-            unequal += text != other.decode(found, skip_special_tokens=True)
-    print(f"{stage}: logits differ by {gap:.1e} at most; {unequal} of {len(prompts)} greedy texts differ")
-    return not wrong and not plain and gap < 1e-4 and not unequal
+            row = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=room)[0]
+            found = their_tokenizer.decode(row[len(prompt):], skip_special_tokens=True)
+            unequal += text != found
+    print(f"{stage}: logits differ by {gap:.1e} at most; {unequal} of {len(prompts)} greedy texts "
+          "differ")
+    return same_ids and gap < 1e-4 and unequal == 0
+
+
+def check_ids(stage, tokenizer, theirs):
+    """Print how many of 10,000 texts, and of 2,000 chats, get other ids. True if none do."""
+    odd = texts(random.Random(1), 10_000)
+    wrong = 0
+    for text in odd:
+        wrong += tokenizer.encode(text) != theirs(text, add_special_tokens=False)["input_ids"]
+
+    chats = odd[:2000] + SPELLED + ESCAPED
+    for text in chats:
+        user = {"role": "user", "content": text}
+        assistant = {"role": "assistant", "content": text}
+        prompt = tokenizer.prompt(text)
+        both = prompt + tokenizer.response(text)
+        wrong += prompt != theirs.apply_chat_template([user], add_generation_prompt=True,
+                                                      return_dict=False)
+        wrong += both != theirs.apply_chat_template([user, assistant], return_dict=False)
+
+    plain = 0
+    for text in SPELLED:
+        plain += tokenizer.encode(text) != theirs(text, split_special_tokens=True)["input_ids"]
+    print(f"{stage}: ids of {len(odd)} texts, {len(chats)} chats: {wrong} differ; specials spelled "
+          f"in plain text, with split_special_tokens: {plain} differ")
+    return wrong == 0 and plain == 0
+
+
+def main():
+    out, folder, *names = sys.argv[1:]
+    size = out.split("/")[-1]
+    stages = ("reward_model", "gpt", "sft", "ppo", "dpo", "rsft")
+    failed = []
+    for name in names or stages[:-1]:
+        stage = next(stage for stage in stages if name.startswith(stage))
+        if not check(f"{out}/{name}/checkpoint.pt", stage, size, f"{folder}/{name}"):
+            failed.append(name)
+    if failed:
+        sys.exit(f"not the same: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    out, folder, *names = sys.argv[1:]
-    kinds = ("reward_model", "gpt", "sft", "ppo", "dpo")
-    found = [check(f"{out}/{name}/checkpoint.pt", next(kind for kind in kinds if name.startswith(kind)), out.split("/")[-1],
-                   f"{folder}/{name}") for name in names or kinds]
-    sys.exit(not all(found))
+    main()
