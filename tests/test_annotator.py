@@ -1,4 +1,5 @@
-"""The annotator of data/annotator.py, against a rubric worked by hand and Bradley-Terry's formula."""
+"""The annotator of data/annotator.py, against a rubric worked by hand and Bradley-Terry's
+formula."""
 
 import math
 import random
@@ -141,7 +142,7 @@ def test_choices_come_from_the_given_generator_only():
 @pytest.mark.parametrize("sentences, gains", [
     ([KIND[0], UNKIND[0], HAPPY], [1.0, 0.75, 1.0, -1.5, 2.0]),     # no ending: 0.5 from the start
     ([KIND[0], KIND[1], KIND[0], SAD], [1.0, 0.75, 1.0, 0.5, 0.25 - 0.75, 0.5]),
-    ([HAPPY, KIND[0]], [1.0, 0.75, 2.0, 1.0 - 2.0])])               # what was an ending is lost again
+    ([HAPPY, KIND[0]], [1.0, 0.75, 2.0, 1.0 - 2.0])])               # the ending is lost again
 def test_steps_by_hand(sentences, gains):
     """A step that is paid for what came before it, or for an ending that the story does not have
     there."""
@@ -169,8 +170,8 @@ HOSTILE = ["Hi. There!", "Né. \xa0Où? \x85 日本。 Fin", "a.\u2028b? \" c.\"
 @pytest.mark.parametrize("vocab_size", [259, 300])
 def test_a_step_is_read_at_its_sentences_last_token(vocab_size):
     """A mark read a token too early, where the sentence might still turn out well, or at the next
-    one's first word; sentences counted otherwise than the annotator does, and all marks behind them
-    moved."""
+    one's first word; sentences counted otherwise than the annotator does, and all marks behind
+    them moved."""
     tokenizer = Tokenizer(train_vocabulary(" ".join(HOSTILE) + story_of(*KIND), vocab_size))
     rng = random.Random(5)
     texts = HOSTILE + [story_of(*KIND, HAPPY), story_of(SAD)]

@@ -32,8 +32,8 @@ def story_of(*sentences):
 
 
 def program(folder, body):
-    """The command of a program that reads all questions as rows, notes them in asked.jsonl, and then
-    runs body."""
+    """The command of a program that reads all questions as rows, notes them in asked.jsonl, and
+    then runs body."""
     notes = str(folder / "asked.jsonl")
     (folder / "judge.py").write_text(f"""import json, os, sys, time
 rows = [json.loads(line) for line in sys.stdin]
@@ -82,12 +82,12 @@ HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = CONSTITUTION
 
 @pytest.mark.parametrize("better, worse, why", [
     ("", story_of(KIND[0], UNKIND[0], HAPPY), HARMLESS),                    # harmless first
-    (story_of(UNKIND[0]), story_of(*UNKIND, KIND[0], HAPPY), HARMLESS),     # one unkind deed, not two
+    (story_of(UNKIND[0]), story_of(*UNKIND, KIND[0], HAPPY), HARMLESS),     # one unkind deed of two
     ("fox", "A kind rabbit. " + HAPPY.replace("kite", "drum"), HELPFUL),
     ("A FOX! A kite?", "The foxes flew a kite. " + KIND[0], HELPFUL),       # words, not pieces
     (story_of(HAPPY), story_of(*KIND, SAD), ENDING),
     (story_of(SAD), story_of(*KIND), ENDING),
-    (story_of(SAD), story_of(HAPPY, KIND[0]), ENDING),                      # an ending is at the end
+    (story_of(SAD), story_of(HAPPY, KIND[0]), ENDING),                      # it is at the end
     (story_of(KIND[0], KIND[0], KIND[1]), story_of(KIND[1], KIND[2]), KINDNESS),
     (story_of(KIND[1], KIND[2]),
      story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")), TWICE),
