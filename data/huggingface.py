@@ -558,14 +558,17 @@ def export(config):
     from gpt import GPT, load_checkpoint
     from reward_model import RewardModel
 
-    stage = re.match("gpt|sft|reward_model|ppo|dpo|rsft", config.stage)
-    if not stage:
+    match = re.match("gpt|sft|reward_model|ppo|dpo|rsft", config.stage)
+    if not match:
         raise InputError(f"--stage {config.stage}: must be gpt, sft, reward_model, ppo, dpo or "
                          "rsft, or a --name that begins with one of them")
-    model_class = RewardModel if stage[0] == "reward_model" else GPT
+    stage = match[0]
+    model_class = GPT
+    if stage == "reward_model":
+        model_class = RewardModel
     path = stage_folder(config, config.stage) / "checkpoint.pt"
     complete(path.parent)
-    model, tokenizer, checkpoint = load_checkpoint(path, stage[0], config.size,
+    model, tokenizer, checkpoint = load_checkpoint(path, stage, config.size,
                                                    model_class=model_class)
     write_folder(config.folder, checkpoint["config"], model.state_dict(), tokenizer,
                  begins=not checkpoint.get("text"), temperature=checkpoint.get("temperature", 1.0))
@@ -590,10 +593,12 @@ def main(argv=None):
     export_parser.add_argument("--stage", required=True,
                                help="the checkpoint's folder in OUT/SIZE: any stage's or --name's")
 
-    for command in (load_parser, export_parser):
-        command.add_argument("--size", choices=("auto", "cpu", "gpu", "gpt2"), default="auto",
-                             help="auto takes gpu where there is one (default: auto)")
-        command.add_argument("--out", default="out", help="folder of all outputs (default: out)")
+    for command_parser in (load_parser, export_parser):
+        command_parser.add_argument("--size", choices=("auto", "cpu", "gpu", "gpt2"),
+                                    default="auto",
+                                    help="auto takes gpu where there is one (default: auto)")
+        command_parser.add_argument("--out", default="out",
+                                    help="folder of all outputs (default: out)")
 
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():

@@ -8,7 +8,8 @@ import pytest
 import regex
 
 from data.files import read_chunks
-from data.tokenizer import PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_file, merge, sample_text, train
+from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_file, encode_pairs,
+                            merge, sample_text, train)
 
 TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
 Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the wind was
@@ -189,6 +190,20 @@ def test_chat_format(tokenizer):
     assert (ids[0], ids[-1]) == (tokenizer.user_token, tokenizer.end_token)
     assert tokenizer.prompt("") == [tokenizer.user_token, tokenizer.assistant_token]
     assert tokenizer.response("") == [tokenizer.end_token]
+
+
+def test_pairs_are_whole(tokenizer):
+    """Chosen and rejected swapped, or a prompt's length off by one: a loss over the wrong tokens. A
+    pair cut to the context teaches never to end."""
+    rows = [{"prompt": "Tell me a story.", "chosen": "Once upon a time.", "rejected": "No."},
+            {"prompt": "A fox?", "chosen": "No.", "rejected": "No."},
+            {"prompt": "A kite?", "chosen": "No.", "rejected": "no " * 200}]
+    pairs, kept, dropped = encode_pairs(rows, tokenizer, block_size=40)
+    assert kept == rows[:1] and dropped == {"longer than the context": 1, "equal texts": 1}
+    prompt = tokenizer.prompt("Tell me a story.")
+    for ids, text in ((pairs[0].chosen, "Once upon a time."), (pairs[0].rejected, "No.")):
+        assert ids[:pairs[0].prompt_length] == prompt
+        assert ids[pairs[0].prompt_length:] == tokenizer.response(text)
 
 
 def test_every_id_is_a_token(tokenizer):
