@@ -514,7 +514,7 @@ def main(argv=None):
                    "that compares all policies.")
     config = parse_config(Config, GPU, argv, description, needs, PRESETS)
     if config.finetune != "no" and (config.process or config.verify):
-        raise InputError(f"--finetune {config.finetune}: goes without --process and --verify")
+        raise InputError(f"--finetune {config.finetune}: cannot be used with --process or --verify")
     if config.n != Config.n and config.finetune == "no" and not config.prompt:
         raise InputError(f"--n {config.n}: goes with --prompt or --finetune only")
     if config.prompt:

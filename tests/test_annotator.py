@@ -163,8 +163,8 @@ def test_steps_sum_to_the_true_reward():
         assert len(steps(prompt, text)) == len(split_sentences(text))
 
 
-HOSTILE = ["Hi. There!", "Né. \xa0Où? \x85 日本。 Fin", "a.\u2028b? \" c.\" d", " . ! ?", "..", "No end",
-           "x.\x1cy.\r\n\tz.", ""]
+HOSTILE = ["Hi. There!", "Né. \xa0Où? \x85 日本。 Fin", "a.\u2028b? \" c.\" d", " . ! ?", "..",
+           "No end", "x.\x1cy.\r\n\tz.", ""]
 
 
 @pytest.mark.parametrize("vocab_size", [259, 300])
