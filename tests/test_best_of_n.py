@@ -202,7 +202,7 @@ def test_yardstick(trained, capsys):
     """A table that changes from run to run, a policy left out, a stage written over, nan in the
     figures."""
     before = snapshot(trained)
-    flags = "--prompts 3 --samples 8 --sample_batch 5".split()  # a batch ends amid a prompt's samples
+    flags = "--prompts 3 --samples 8 --sample_batch 5".split()  # a batch ends within a prompt
     printed = run(trained, capsys, *flags)
     rows = metrics(trained / "cpu/best_of_n/metrics.jsonl")
     table = {row["policy"]: row for row in rows if "under" not in row}
