@@ -313,14 +313,16 @@ def load_policies(config, names, stage):
     for name in names:
         path = stage_folder(config, name) / "checkpoint.pt"
         complete(path.parent)
-        for kind in ("ppo", "dpo", "rsft"):
-            if name.startswith(kind):
-                kinds[name] = kind
-        if name not in kinds or not path.exists():
+        kind = ""
+        for prefix in ("ppo", "dpo", "rsft"):
+            if name.startswith(prefix):
+                kind = prefix
+        if not kind or not path.exists():
             if name not in ("ppo", "dpo"):
                 raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a "
                                  "finished run of them or RSFT")
             needed.append(name)
+        kinds[name] = kind
     train_missing(config, needed, stage)
 
     device = get_device()
