@@ -33,9 +33,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from data.annotator import gold_rewards
-from data.answer_key import (best_of_n_figures, best_of_n_win_rate, last_with, optimality_gap,
+from data.answer_key import (best_of_n_rows, compare_policies, last_with, optimality_gap,
                              print_selection, print_yardstick, process_scores,
-                             selection_figures, win_rate, with_errors)
+                             selection_figures)
 from data.corpus import draw_requests, encode_documents, held_out_documents, prompts_with_room
 from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
 from data.judges import verifier
@@ -399,16 +399,6 @@ def judge_steps(samples, process_model, tokenizer):
     return {rule: torch.cat(scores).view(shape) for rule, scores in parts.items()}
 
 
-def best_of_n(samples, n, judged):
-    """The figures of the best of n Samples by the scores judged (M, N), prompt by prompt: {figure:
-    (M,)}."""
-    figures = best_of_n_figures(samples.figures, samples.texts, n, judged)
-    figures["kl"] = torch.full((len(judged),), best_of_n_kl(n))
-    if "gold" in samples.figures:
-        figures["win_rate"] = best_of_n_win_rate(judged, samples.figures["gold"], n)
-    return figures
-
-
 def forgetting(metrics, policies, tokenizer):
     """Every policy's loss on the held-out pretraining text, nats a token, and the base model's own:
     what alignment forgets (CME 295, "catastrophic forgetting"; Ouyang et al. 2022). metrics: gpt's
@@ -462,43 +452,25 @@ def yardstick(config):
     # 3. log π_k/π_ref of every sample under every policy.
     log_ratios = log_ratios_of(drawn, policies)
 
-    # 4. Best-of-N picks among SFT's samples by the reward model; best of 1 is SFT.
+    # 4. Best-of-N picks among SFT's samples, by the reward model.
     sft = drawn["sft"]
-    judges = {}
+    judges = {"": sft.figures["reward"]}
     if config.process:
-        judges = judge_steps(sft, process_model, tokenizer)
+        judges.update(judge_steps(sft, process_model, tokenizer))
     sizes = {4, 16, 64}
-    sizes.update(policy.distils for policy in policies.values())
-    ladder = {}
-    for n in sorted({1, 2, 4, 8, 16, 32, 64} | sizes):
-        if n <= config.samples:
-            ladder[n] = best_of_n(sft, n, sft.figures["reward"])
-    per_prompt = {"sft": ladder[1]}
-    for n in ladder:
-        if n in sizes and n > 1:
-            per_prompt[f"best of {n}"] = ladder[n]
-            for rule, scores in judges.items():
-                per_prompt[f"best of {n}, {rule}"] = best_of_n(sft, n, scores)
+    sizes.update(policy.distils for policy in policies.values() if policy.distils > 1)
+    kls = {n: best_of_n_kl(n) for n in sorted(sizes) if n <= config.samples}
+    figures = {name: samples.figures for name, samples in drawn.items()}
+    texts = {name: samples.texts for name, samples in drawn.items()}
+    per_prompt = compare_policies(figures, texts, log_ratios, judges, kls)
 
-    # 5. The policies themselves.
-    for k, (name, samples) in enumerate(drawn.items()):
-        if name != "sft":
-            rewards = samples.figures["reward"]
-            figures = best_of_n_figures(samples.figures, samples.texts, 1, rewards)
-            figures["kl"] = log_ratios[name][:, :, k].mean(dim=1)
-            if gold:
-                wins = win_rate(samples.figures["gold"], sft.figures["gold"])
-                figures["win_rate"] = wins.mean(dim=1)
-            per_prompt[name] = figures
-
-    # 6. The tables.
+    # 5. The tables.
     losses = {}
     if gold and last_with(stages["gpt"], "entropy"):  # it was pretrained on the world's text
         losses = forgetting(stages["gpt"], policies, tokenizer)
-    figures = {name: samples.figures for name, samples in drawn.items()}
     rows = print_yardstick(per_prompt, figures, log_ratios, losses, stages, config.beta)
-    for n, figures in ladder.items():
-        rows.append({"under": "best of N", "policy": f"best of {n}", **with_errors(figures)})
+    powers = {n: best_of_n_kl(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.samples}
+    rows += best_of_n_rows(sft.figures, sft.texts, powers)
     folder = stage_folder(config, "best_of_n")
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "metrics.jsonl", rows)

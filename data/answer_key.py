@@ -571,6 +571,50 @@ def close_to_the_best(stages, rows):
         print_table(table, {"measured": ".3f", "possible": ".3f", "share": ".1%"})
 
 
+def compare_policies(figures, texts, log_ratios, judges, kls):
+    """Every policy's figures, prompt by prompt, in the order of the table: SFT, best-of-N among its
+    samples, the other policies. Returns per_prompt: {policy: {figure: (M,)}}.
+
+    figures, log_ratios: see pool_samples; texts: {policy: M·N texts, prompt by prompt}; judges:
+    {name: scores (M, N) of SFT's samples} by which best-of-N chooses, "" for the reward model; kls:
+    {N: KL of best-of-N}.
+    """
+    sft = figures["sft"]
+    per_prompt = {"sft": best_of_n_among(sft, texts["sft"], 1, sft["reward"], 0.0)}
+    for n, kl in kls.items():
+        for name, judged in judges.items():
+            policy = f"best of {n}, {name}" if name else f"best of {n}"
+            per_prompt[policy] = best_of_n_among(sft, texts["sft"], n, judged, kl)
+
+    for k, name in enumerate(figures):
+        if name != "sft":
+            means = best_of_n_figures(figures[name], texts[name], 1, figures[name]["reward"])
+            means["kl"] = log_ratios[name][:, :, k].mean(dim=1)
+            if "gold" in sft:
+                means["win_rate"] = win_rate(figures[name]["gold"], sft["gold"]).mean(dim=1)
+            per_prompt[name] = means
+    return per_prompt
+
+
+def best_of_n_among(figures, texts, n, judged, kl):
+    """best_of_n_figures, with best-of-n's KL and its win rate against the policy that it chooses
+    from."""
+    means = best_of_n_figures(figures, texts, n, judged)
+    means["kl"] = torch.full((len(judged),), kl)
+    if "gold" in figures:
+        means["win_rate"] = best_of_n_win_rate(judged, figures["gold"], n)
+    return means
+
+
+def best_of_n_rows(figures, texts, kls):
+    """Best-of-N by the reward model for every N of kls, {N: KL}: a list of rows, not printed."""
+    rows = []
+    for n, kl in kls.items():
+        means = best_of_n_among(figures, texts, n, figures["reward"], kl)
+        rows.append({"under": "best of N", "policy": f"best of {n}", **with_errors(means)})
+    return rows
+
+
 def print_yardstick(per_prompt, figures, log_ratios, losses, stages, beta):
     """Print the yardstick's tables. Returns all their rows, and the frontier's, which are not
     printed.
