@@ -33,9 +33,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from data.annotator import gold_rewards
-from data.answer_key import (best_of_n_rows, compare_policies, last_with, optimality_gap,
-                             print_selection, print_yardstick, process_scores,
-                             selection_figures)
+from data.answer_key import (best_of_n_rows, compare_policies, last_with, print_selection,
+                             print_yardstick, process_scores, selection_figures)
+from data.answer_key import optimality_gap  # so that it can be imported from here
 from data.corpus import draw_requests, encode_documents, held_out_documents, prompts_with_room
 from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
 from data.judges import verifier
@@ -55,15 +55,15 @@ class Config:
     missing_end_score: float = -5.0     # score of a response without <|end|>, as in ppo.py
 
     # sampling
-    n: int = 16                 # N: candidates for one prompt, for --prompt and for --finetune
+    n: int = 16                 # N: candidates for one prompt, with --prompt and --finetune
     max_new_tokens: int = 96    # the longest response
     sample_batch: int = 256     # responses in one batch of sampling or scoring
 
     # the yardstick
     policies: str = "ppo,dpo"   # the folders of the policies to compare, with commas between
     prompts: int = 32           # held-out prompts
-    samples: int = 64           # samples a prompt and policy, twice as many from SFT; best-of-N is
-                                # measured for N up to this
+    samples: int = 64           # samples per prompt and policy, twice as many from SFT; best-of-N
+                                # is measured for N up to this
     verify: bool = False        # the verifier's reward too: who is right how often, pass@16, J*
     process: bool = False       # best-of-N by the process reward model too: by a response's
                                 # smallest step, the steps' product, their sum
@@ -71,7 +71,7 @@ class Config:
     # rejection-sampling fine-tuning
     finetune: Literal["no", "per_prompt", "overall"] = "no"     # RSFT on the best response to each
                                 # prompt, or on the best of all
-    name: str = ""              # name of its policy's folder: rsft-… keeps an experiment apart
+    name: str = ""              # its policy's folder, OUT/SIZE/NAME; its name begins with rsft
     rounds: int = 1             # each starts from the policy of the round before
     rsft_prompts: int = 1024    # prompts to train on in a round; as many responses are kept
     epochs: int = 4             # passes over the responses that a round kept
@@ -238,12 +238,12 @@ def select(prompts, samples, how, tokenizer, block_size):
 
 def rsft(policy, reward_model, tokenizer, own, count, config, run):
     """The rounds of RSFT. Trains the policy in place. own: the user's prompts, [] for requests of
-    the little world; count: how many a round. Every round leaves what it kept, kept-N.jsonl, in
-    run.folder."""
+    the little world; count: how many of them in a round. Every round writes the responses it kept
+    to kept-N.jsonl in run.folder; a resumed run samples only the rounds that it has no row of."""
     block_size = policy.config.block_size
     for number in range(1, config.rounds + 1):
         path = run.folder / f"kept-{number}.jsonl"
-        sampled = [row.get("round") for row in run.rows]  # before the run was interrupted
+        sampled = [row.get("round") for row in run.rows]
         if number not in sampled:
             # 1. Select prompts.
             rng = random.Random(f"rsft {config.seed} round {number}")
