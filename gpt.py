@@ -548,18 +548,12 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def optimizer_step(optimizer, model, lr, loss, max_norm=1.0):
-    """Clip the gradient's norm, take a step with the learning rate lr, clear the gradient. Returns the
-    norm.
-
-    loss: the loss (a scalar) that the gradient belongs to. Raises FloatingPointError, and takes no
-    step, if it or the norm is not finite.
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    loss, norm = torch.stack([loss.detach().float(), norm]).tolist()  # one wait on a GPU
-    if not math.isfinite(norm + loss):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}: no step taken; lower the learning "
-                                 "rate")
+def optimizer_step(optimizer, model, lr, max_norm=1.0):
+    """Clip the gradient's norm, take a step with the learning rate lr, clear the gradient. Returns
+    the norm. Raises FloatingPointError, and takes no step, if it is not finite."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm {norm}: no step taken; lower the learning rate")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -648,12 +642,12 @@ def pretrain(model, corpus, old_documents, config, run):
         tokens, lengths = pad([sequences[i] for i in batches[step]], model.wte.weight.device)  # (B, T)
         mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding
 
-        loss = -masked_logprobs(model, tokens, mask).sum() / tokens_per_batch  # -Σ_t log p_θ(x_t|x_<t)
-        loss.backward()
+        loss = -masked_logprobs(model, tokens, mask).sum()  # -Σ_t log p_θ(x_t | x_<t)
+        (loss / tokens_per_batch).backward()
         lr = learning_rate(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(optimizer, model, lr, loss)
+        norm = optimizer_step(optimizer, model, lr)
 
-        run.log(step, loss=loss)
+        run.log(step, weight=mask.sum(), loss=loss / mask.sum())  # nats a token
         if run.due(step):
             run.log(step, **held_out_figures(model, corpus, old_documents), grad_norm=norm, lr=lr)
 

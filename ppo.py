@@ -1,108 +1,129 @@
 """
-ppo.py: RLHF with proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022;
-ECE 7115, 13. RLHF, "RLHF Training with PPO"; CS 224R, Lecture 9, ch. 7; CME 295, Lecture 5).
+ppo.py: RLHF with proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et
+al. 2022; ECE 7115, 13. RLHF; CS 224R, Lecture 9, ch. 7; CME 295, Lecture 5).
 
-    max_θ J(θ) = E_{x~D, y~π_θ} [ r_φ(x, y) ] - β · KL( π_θ(·|x) || π_ref(·|x) )
+    max_θ J(θ) = E_{x~D, y~π_θ} [ r_φ(x, y) ]  -  β · KL( π_θ(·|x) || π_ref(·|x) )
 
-Four models: the policy π_θ, the frozen reference π_ref (SFT), the frozen reward model r_φ, the value model V.
-    python ppo.py                       everything: a stage whose checkpoint is missing is trained first
-    python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on your own data
+Four models: the policy π_θ and the value model V, which are trained; the reference π_ref (the SFT
+model) and the reward model r_φ, which are frozen. One iteration is the loop of the slide "RLHF
+Training with PPO" (ECE 7115):
+
+    1. generate               sample responses from π_θ
+    2. score                  r_φ at the last token; log-probabilities under π_θ and π_ref
+    3. estimate advantages    GAE over the token-level rewards
+    4. update                 K epochs of clipped policy and value steps on the same rollouts
+    5. repeat                 with new rollouts
+
+    python ppo.py                       everything: a missing stage is trained first
+    python ppo.py --data FILE.jsonl     prompts of your own, after the stages before on your own data
     python ppo.py --prompt "…"          answer a prompt with the policy
-    python ppo.py --beta 1e-6 --name ppo-beta0                         over-optimization: reward rises, gold falls
-    python ppo.py --method grpo --name ppo-grpo                        the family, from REINFORCE to GRPO (PRESETS)
-    python ppo.py --reward verifier --name ppo-verifier                CS 224R, ch. 11; or process, or "COMMAND"
+    python ppo.py --beta 0 --name ppo-beta0     over-optimization: reward rises, gold falls
+    python ppo.py --reward verifier --name ppo-verifier     or process, or "COMMAND" (CS 224R, ch. 11)
+    python ppo.py --method grpo --name ppo-grpo             the family, at the end of the file
+
+Everything up to "The family" is the lecture's PPO and can be read top to bottom.
 
 Departures from the slides, on purpose:
-    The KL penalty stands in the rewards, token by token, as on the slide "Token-Level Returns" and in Ouyang et al. 2022,
-    not in the loss as on the slide "RLHF Training with PPO"; with both it would count twice.
-    For a negative advantage the clipped objective is (1-ε)A; the clipping slide prints 1+ε.
-    `returns`, what the value model is fitted to, are λ-returns, A_t + V(s_t); the slides' G_t is the sum of the rewards.
-    The advantages are whitened over the response tokens of a batch, and the value loss is clipped like the policy's
-    (both from Ziegler et al. 2019's code); neither is on the slides.
-    A response that hits the length limit never earned its score: it gets missing_end_score instead of the model's.
-    PPO-ptx takes as many documents as responses and one divisor for both: Ouyang et al.'s eq. 2, divided by a length.
+- The KL penalty is part of the token rewards (slide "Token-Level Returns"; Ouyang et al. 2022), not
+  of the loss (slide "RLHF Training with PPO"). In both it would count twice.
+- For a negative advantage the clipped objective is (1-ε)A; the clipping slide prints 1+ε.
+- V is fitted to λ-returns, A_t + V(s_t); the slides fit it to the plain sum of rewards, G_t.
+- Advantages are whitened, and the value loss is clipped (both from Ziegler et al. 2019's code).
+- A response that hits the length limit has not earned its score: it gets missing_end_score.
 """
 
 import random
-import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Callable, Literal, NamedTuple
 
 import torch
 
 import sft
-from data.annotator import gold_rewards, reward_of
+from data.annotator import gold_rewards
+from data.corpus import draw_requests, pretraining_text, prompts_with_room
 from data.files import InputError, run_script, split_prompts
-from data.run import (Run, announce, check_name, parse_config, peak_memory, restore, show_models, stage_folder,
+from data.judges import reward_of
+from data.run import (Run, announce, check_name, parse_config, show_models, stage_folder,
                       train_missing)
-from gpt import (autocast, exact_kl, generate, get_device, kl_estimators, load_checkpoint, log_distribution, make_optimizer,
-                 masked_logprobs, optimizer_step, pretraining_text, response_mask, save_checkpoint)
-from reward_model import REWARDS, load_reward_model, rewarder, stages_until, start_from
+from gpt import (autocast, generate, get_device, held_out_loss, load_checkpoint, make_optimizer,
+                 masked_logprobs, optimizer_step, pad, response_mask, save_checkpoint)
+from reward_model import load_reward_model, make_reward, start_from
 
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
-    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
-    name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
-    seed: int = 1               # fixes prompts, samples and minibatches
-    data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's requests
-    prompt: str = ""            # answer this prompt with the policy of --name, and stop
-    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens only; 0: from all
-    reward: str = "reward_model"    # what is maximized: of the reward_model, process, verifier, or a program: "COMMAND"
-    method: Literal["ppo", "ppo_penalty", "a2c", "reinforce", "reinforce_baseline", "grpo"] = "ppo"   # sets other flags
-    advantage: Literal["gae", "reward_to_go", "group"] = "gae"      # how A_t is estimated; gae alone has a value model
-    baseline: Literal["none", "batch", "leave_one_out", "moving"] = "none"      # what G_t is compared with
-    objective: Literal["clip", "penalty", "policy_gradient"] = "clip"           # what the update maximizes
-    kl: Literal["rewards", "loss"] = "rewards"      # where β KL(π_θ || π_ref) stands; in the loss: k3
-    mean: Literal["tokens", "responses"] = "tokens"     # of the policy's loss: over all tokens, or within responses first
-    scale: bool = True          # divide advantages by their standard deviation; gae's are whitened, their mean taken off
-    group: int = 1              # responses to the same prompt in a rollout batch
+    # the objective
+    method: Literal["ppo", "ppo_penalty", "a2c", "reinforce", "reinforce_baseline",
+                    "reinforce_moving", "rloo", "grpo", "grpo_no_division", "grpo_kl_in_rewards",
+                    "grpo_token_mean"] = "ppo"  # see "The family"
+    reward: str = "reward_model"    # what is maximized: reward_model, process, verifier, or a
+                                    # program: "COMMAND"
+    beta: float = 0.2           # price of one nat of KL to the reference, in reward units
+    kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats
+    missing_end_score: float = -5.0     # score of a response without <|end|>, in place of r_φ's
+    ptx: float = 0.0            # γ of PPO-ptx: price of a nat of pretraining text, in units of A_t
+
+    # optimization
     iterations: int = 100       # rollout batches
     rollouts: int = 64          # responses in a rollout batch
-    epochs: int = 1             # K: passes over each rollout batch; its samples are on-policy in the first only
-    minibatch: int = 16         # responses in an optimizer step; more than rollouts: all
-    micro_batch: int = 8        # responses in one forward pass; less memory and padding, the same gradient
-    lr: float = 3e-4            # the policy's learning rate, falling linearly to zero
+    epochs: int = 1             # K: passes over each rollout batch; only in the first on-policy
+    minibatch: int = 16         # responses in an optimizer step
+    micro_batch: int = 8        # responses in one forward pass; less memory, the same gradient
+    lr: float = 3e-4            # the policy's learning rate, decays linearly to zero
     value_lr: float = 5e-4      # the value model's, likewise
-    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; 0: no reference in memory
-    kl_target: float = 0.0      # > 0: adapt beta until the KL per response is this many nats (Ziegler et al. 2019)
     clip: float = 0.2           # ε of the policy's ratio
-    penalty: float = 1.0        # first coefficient of KL(π_old || π_θ), which adapts
-    penalty_target: float = 0.01    # the KL(π_old || π_θ) per token, in nats, that it adapts to
-    ptx: float = 0.0            # γ of PPO-ptx: price of a nat of a pretraining document, in the unit of the advantages
     value_clip: float = 0.5     # how far a value may move from the rollout's, in reward units
     gamma: float = 1.0          # discount: 1, the reward comes with the last token
     lam: float = 0.9            # λ of generalized advantage estimation
-    temperature: float = 1.0    # of the policy that samples, and so of every log-probability; with --prompt: times that
+    group: int = 1              # rloo, grpo: responses to the same prompt in a rollout batch
+    penalty: float = 1.0        # ppo_penalty: first coefficient of KL(π_old || π_θ), which adapts
+    penalty_target: float = 0.01    # the KL(π_old || π_θ) per token, in nats, that it adapts to
+
+    # sampling
+    data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's
     max_new_tokens: int = 96    # the longest response
-    missing_end_score: float = -5.0     # score of a response without <|end|>, in place of the reward model's
+    temperature: float = 1.0    # of the policy that samples and is scored; with --prompt: times that
+    prompt: str = ""            # answer this prompt with the policy of --name, and stop
+    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: all
+
+    # this run
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto: gpu if there is one; gpt2: see
+                                                            # data/huggingface.py
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
+    name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
+    seed: int = 1               # fixes prompts, samples and minibatches
     save: int = 10              # iterations between two saves of the state for --resume
-    resume: bool = False        # go on with the run that was interrupted in this folder
+    resume: bool = False        # continue the run that was interrupted in this folder
 
 
-GPU = dict(rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95, max_new_tokens=128)
+GPU = dict(rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, value_lr=1e-4, lam=0.95,
+           max_new_tokens=128)
+# Ziegler et al. 2019's code for GPT-2, 124M, stylistic tasks: lr 1e-5, 4 passes over 512 rollouts
+GPT2 = dict(rollouts=512, epochs=4, minibatch=512, micro_batch=8, lr=1e-5, value_lr=1e-5,
+            value_clip=0.2, lam=0.95, max_new_tokens=128)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The algorithm. Every tensor per token is (B, T-1), aligned with gpt.masked_logprobs: column t is the action
-# a_t = tokens[:, t+1] in the state s_t = tokens[:, :t+1]. mask is true where a_t belongs to the response.
+# --------------------------------------------------------------------------------------------------
+# The formulas. Every per-token tensor is (B, T-1): column t is the action a_t = tokens[:, t+1], taken
+# in the state s_t = tokens[:, :t+1]. mask is true where a_t is part of the response.
 
 
 def masked_mean(x, mask):
-    """The mean of x where mask is true; what stands elsewhere never counts, not even inf or nan.
+    """The mean of x where mask is true; what is elsewhere never counts, not even inf or nan.
 
-    >>> masked_mean(torch.tensor([[1.0, 3.0, float("inf")]]), torch.tensor([[True, True, False]])).item()
+    >>> x = torch.tensor([[1.0, 3.0, float("inf")]])
+    >>> masked_mean(x, torch.tensor([[True, True, False]])).item()
     2.0
     """
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
 def whiten(x, mask):
-    """Shift and scale x to mean 0 and variance 1 over the mask (Ziegler et al. 2019); 0 elsewhere, or if all are equal."""
+    """Shift and scale x to mean 0 and variance 1 over the mask (Ziegler et al. 2019); 0 elsewhere,
+    and everywhere if all are equal."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    equal = variance <= (1e-6 * mean) ** 2  # what is left is rounding, and must not be blown up
+    equal = variance <= (1e-6 * mean) ** 2  # only rounding is left, which must not be amplified
     return torch.where(mask & ~equal, (x - mean) * (variance + 1e-8).rsqrt(), 0.0)
 
 
@@ -112,337 +133,554 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
     scores (B,), the others (B, T-1) -> (B, T-1):
         KL_t = log π_θ(a_t|s_t) - log π_ref(a_t|s_t)
         r_t = -β KL_t, and at the last response token r_T = R(x, y) - β KL_T
-    The ratio has the sampling policy on top: only then is the expectation of Σ_t KL_t the KL divergence, never negative.
+    The ratio has the sampling policy on top: only then is the expectation of Σ_t KL_t the KL
+    divergence, which is never negative.
     """
-    rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)  # -β KL_t
-    rewards[mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))] += scores  # at the last response token of each
-    return rewards
+    kl = logprobs - ref_logprobs  # KL_t
+    last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))  # the last response token
+    return torch.where(mask, -beta * kl, 0.0) + torch.where(last, scores[:, None], 0.0)
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; ECE 7115, "Generalized Advantage Estimation").
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16; ECE 7115, "Generalized
+    Advantage Estimation").
 
-    rewards, values, mask (B, T-1) -> (advantages, returns), both (B, T-1), 0 outside the mask. values[:, t] = V(s_t); the
-    state after the last response token is terminal, V = 0: also for a response that hit the length limit.
-        δ_t = r_t + γ V(s_{t+1}) - V(s_t)          A_t = δ_t + γλ A_{t+1}          returns = A_t + V(s_t)
+    rewards, values, mask (B, T-1) -> (advantages, returns), both (B, T-1), 0 outside the mask.
+    values[:, t] = V(s_t); the state after the last response token is terminal, V = 0: also for a
+    response that hit the length limit.
+        δ_t = r_t + γ V(s_{t+1}) - V(s_t)      A_t = δ_t + γλ A_{t+1}      returns_t = A_t + V(s_t)
     """
     values = torch.where(mask, values, 0.0)  # V(terminal) = 0
     advantages = torch.zeros_like(rewards)
-    next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # δ_t
         advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)  # A_t
-        next_value, next_advantage = values[:, t], advantages[:, t]
+        next_value = values[:, t]
+        next_advantage = advantages[:, t]
     return advantages, advantages + values
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """PPO's clipped objective, negated (Schulman et al. 2017, eq. 7; ECE 7115, "PPO Clipped Objective").
+    """PPO's clipped objective, negated (Schulman et al. 2017, eq. 7; ECE 7115, "PPO Clipped
+    Objective").
 
-    All (B, T-1) -> (loss, clip_fraction), token means. clip_fraction is the share of tokens whose gradient the clipping
-    stops: ρ > 1+ε with A > 0, or ρ < 1-ε with A < 0.
+    All (B, T-1) -> (loss, clip_fraction), token means. clip_fraction is the share of tokens whose
+    gradient the clipping stops: ρ > 1+ε with A > 0, or ρ < 1-ε with A < 0.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -masked_mean(torch.min(unclipped, clipped), mask)  # L^CLIP = E_t[min(ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t)]
+    loss = -masked_mean(torch.min(unclipped, clipped), mask)  # -E_t[min(ρ_t A_t, clip(ρ_t) A_t)]
     return loss, masked_mean((clipped < unclipped).float(), mask)
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip):
-    """½ (V(s_t) - G_t)², the worse of the plain and the clipped one (ECE 7115, "Value Function"; Ziegler et al. 2019): all
-    (B, T-1) -> scalar, a token mean."""
+    """½ (V(s_t) - G_t)², the worse of the plain and the clipped one (ECE 7115, "Value Function";
+    Ziegler et al. 2019): all (B, T-1) -> scalar, a token mean."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def adapt_beta(beta, kl, kl_target):
-    """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2), β ← β(1 + 0.1 e)."""
-    return beta * (1 + 0.1 * min(max(kl / kl_target - 1, -0.2), 0.2))
+    """The adaptive KL controller (Ziegler et al. 2019, section 2.2): e = clip(KL/target - 1, ±0.2),
+    β ← β(1 + 0.1 e)."""
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return beta * (1 + 0.1 * error)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The family: what other methods have in the place of GAE, of the clipped objective and of the KL penalty in the rewards.
+# --------------------------------------------------------------------------------------------------
+# The loop
 
-ONE_PASS = dict(objective="policy_gradient", epochs=1)  # over a batch: then it is another policy's
-PRESETS = {"size": {  # Ziegler et al. 2019's code for GPT-2, 124M, stylistic tasks: lr 1e-5, 4 passes over 512 rollouts
-    "gpt2": dict(rollouts=512, epochs=4, minibatch=512, micro_batch=8, lr=1e-5, value_lr=1e-5, value_clip=0.2, lam=0.95,
-                 max_new_tokens=128)}, "method": {
-    "ppo": {},
-    "ppo_penalty": dict(objective="penalty"),
-    "a2c": ONE_PASS,
-    "reinforce": dict(ONE_PASS, advantage="reward_to_go"),
-    "reinforce_baseline": dict(ONE_PASS, advantage="reward_to_go", baseline="batch"),
-    "grpo": dict(advantage="group", group=8, kl="loss", mean="responses")},
-    "reward": {"verifier": dict(missing_end_score=0.0)}}
-NEEDS = {  # flags that mean nothing without another one's value
-    **dict.fromkeys(("lam", "value_lr", "value_clip"), ("advantage", "gae")), "gamma": ("advantage", "gae", "reward_to_go"),
-    "baseline": ("advantage", "reward_to_go"), "scale": ("advantage", "gae", "group"), "clip": ("objective", "clip"),
-    **dict.fromkeys(("penalty", "penalty_target"), ("objective", "penalty")), "kl": ("beta",), "kl_target": ("beta",),
-    "top_k": ("prompt",)}
+
+class Task(NamedTuple):
+    """What the policy is asked, and what its answers earn."""
+    draw_prompts: Callable      # (count, rng) -> lists of ids
+    reward: Callable            # rollout -> (scores (B,), token_rewards (B, T-1)), see make_reward
+    end_token: int
+    gold: Callable = None       # rollout -> (B,), the annotator's true reward: for the log only
+    draw_documents: Callable = None     # PPO-ptx: (count, rng) -> lists of ids
+
+
+class Rollouts(NamedTuple):
+    """A batch of responses. tokens (B, T); lengths, ended, scores (B,); all others (B, T-1)."""
+    tokens: torch.Tensor
+    lengths: torch.Tensor           # prompt + response
+    mask: torch.Tensor
+    ended: torch.Tensor             # whether the response has its <|end|>
+    scores: torch.Tensor            # R(x, y)
+    token_rewards: torch.Tensor     # rewards of single actions; 0 where r_φ judges the whole response
+    old_logprobs: torch.Tensor      # log π_old(a_t|s_t), of the policy that sampled
+    ref_logprobs: torch.Tensor      # log π_ref(a_t|s_t)
+    old_values: torch.Tensor        # V(s_t), of the value model at that time; 0 without one
+    advantages: torch.Tensor = None
+    returns: torch.Tensor = None
+
+    def pick(self, rows):
+        """These rows only, cut to the longest of them: what is cut off is padding."""
+        T = int(self.lengths[rows].max())
+        picked = {}
+        for name, x in self._asdict().items():
+            picked[name] = x[rows]
+            if name == "tokens":
+                picked[name] = x[rows, :T]
+            elif x.dim() == 2:
+                picked[name] = x[rows, :T - 1]
+        return Rollouts(**picked)
+
+
+def sample(policy, reference, value_model, task, prompts, config, rng, run):
+    """Steps 1 and 2: a response to each prompt, scored. value_model: None for methods without V."""
+    # 1. Generate completions with π_θ, from its full distribution.
+    device = policy.wte.weight.device
+    with autocast(device):
+        rollout = generate(policy, prompts, config.max_new_tokens, task.end_token,
+                           config.temperature, seed=rng.getrandbits(48))
+    run.time("rollout_s")
+
+    # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref.
+    mask = response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
+    ended = rollout.ended(task.end_token)
+    scores, token_rewards = task.reward(rollout)
+    scores = torch.where(ended, scores, config.missing_end_score)
+    token_rewards = torch.where(ended[:, None], token_rewards, 0.0)
+
+    old_logprobs = torch.zeros(mask.shape, device=device)
+    ref_logprobs = torch.zeros_like(old_logprobs)
+    old_values = torch.zeros_like(old_logprobs)
+    with torch.inference_mode():
+        for rows in rollout.lengths.argsort().split(config.micro_batch):  # by length: little padding
+            T = int(rollout.lengths[rows].max())
+            tokens = rollout.tokens[rows, :T]
+            part = mask[rows, :T - 1]
+            old_logprobs[rows, :T - 1] = masked_logprobs(policy, tokens, part, config.temperature)
+            ref_logprobs[rows, :T - 1] = masked_logprobs(reference, tokens, part, config.temperature)
+            if value_model:
+                values = value_model(tokens)[:, :-1]  # column t: V(s_t)
+                old_values[rows, :T - 1] = torch.where(part, values, 0.0)
+    run.time("scoring_s")
+    return Rollouts(rollout.tokens, rollout.lengths, mask, ended, scores, token_rewards, old_logprobs,
+                    ref_logprobs, old_values)
+
+
+def minibatches(count, epochs, size, rng):
+    """The rows of every optimizer step: `epochs` passes over `count` rows, each in a new order."""
+    batches = []
+    for epoch in range(epochs):
+        order = torch.tensor(rng.sample(range(count), count))
+        batches += order.split(size)
+    return batches
+
+
+def log_rollouts(run, iteration, rollouts, rewards, beta, task, gamma):
+    """Log what a batch of rollouts says of the policy and of V."""
+    R = rollouts.scores + rollouts.token_rewards.sum(dim=1)  # R(x, y)
+    kl = (rollouts.old_logprobs - rollouts.ref_logprobs).sum(dim=1)  # log π_θ(y|x) / π_ref(y|x)
+    if task.gold:
+        run.log(iteration, gold=task.gold(rollouts).mean())
+    run.log(iteration, reward=R.mean(), kl=kl.mean(), J=(R - beta * kl).mean(), beta=beta,
+            entropy=-masked_mean(rollouts.old_logprobs, rollouts.mask),
+            length=rollouts.mask.sum(dim=1).float().mean(),
+            no_end=1 - rollouts.ended.float().mean())
+
+    G = returns_to_go(rewards, rollouts.mask, gamma)[rollouts.mask]
+    V = rollouts.old_values[rollouts.mask]
+    if V.any() and G.var() > 1e-8:
+        run.log(iteration, value_explained=1 - (G - V).var(correction=0) / G.var(correction=0))
+
+
+def ptx_backward(policy, documents, tokens_in_batch, config):
+    """PPO-ptx: accumulate the gradient of -γ E[log π_θ(x)] (Ouyang et al. 2022, eq. 2) over as many
+    documents, lists of ids, as responses, with the divisor of their loss."""
+    for start in range(0, len(documents), config.micro_batch):
+        tokens, lengths = pad(documents[start:start + config.micro_batch], tokens_in_batch.device)
+        mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])
+        loss = -masked_logprobs(policy, tokens, mask).sum() / (tokens_in_batch / config.ptx)
+        loss.backward()
+
+
+def ppo(policy, reference, value_model, task, config, run):
+    """The lecture's PPO. Trains policy and value_model in place."""
+    policy_optimizer = make_optimizer(policy, weight_decay=0.0)
+    value_optimizer = make_optimizer(value_model, weight_decay=0.0)
+    adaptive = {"beta": config.beta}  # changes only with --kl_target
+
+    for iteration in run.steps(config.iterations, policy=policy, value_model=value_model,
+                               policy_optimizer=policy_optimizer,
+                               value_optimizer=value_optimizer, adaptive=adaptive):
+        rng = random.Random(f"ppo {config.seed} {iteration}")
+        beta = adaptive["beta"]
+        # Near the optimum advantages are mostly noise, and whitening amplifies it: decay.
+        decay = 1 - iteration / config.iterations
+
+        # 1. Generate.  2. Score.
+        prompts = task.draw_prompts(config.rollouts, rng)
+        rollouts = sample(policy, reference, value_model, task, prompts, config, rng, run)
+        mask = rollouts.mask
+
+        # 3. Estimate advantages.
+        rewards = shaped_rewards(
+            rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, mask, beta)
+        rewards = rewards + rollouts.token_rewards
+        advantages, returns = gae(rewards, rollouts.old_values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask)
+        rollouts = rollouts._replace(advantages=advantages, returns=returns)
+        log_rollouts(run, iteration, rollouts, rewards, beta, task, config.gamma)
+
+        # 4. Update: K epochs of minibatches on the same rollouts.
+        for rows in minibatches(config.rollouts, config.epochs, config.minibatch, rng):
+            tokens_in_batch = mask[rows].sum()
+            for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):
+                batch = rollouts.pick(part)
+                weight = batch.mask.sum() / tokens_in_batch  # the parts add up to a token mean
+
+                logprobs = masked_logprobs(policy, batch.tokens, batch.mask, config.temperature)
+                policy_loss, clip_fraction = clipped_policy_loss(
+                    logprobs, batch.old_logprobs, batch.advantages, batch.mask, config.clip)
+
+                values = value_model(batch.tokens)[:, :-1]  # column t: V(s_t)
+                value_loss = clipped_value_loss(
+                    values, batch.old_values, batch.returns, batch.mask, config.value_clip)
+
+                # Two models without a shared parameter: the sum needs no coefficient.
+                (weight * (policy_loss + value_loss)).backward()
+                _, _, k3 = kl_estimators((batch.old_logprobs - logprobs).detach())
+                run.log(iteration, weight, clip_fraction=clip_fraction, value_loss=value_loss,
+                        approx_kl=masked_mean(k3, batch.mask))  # KL(π_old || π_θ) per token
+
+            if task.draw_documents:
+                documents = task.draw_documents(len(rows), rng)
+                ptx_backward(policy, documents, tokens_in_batch, config)
+            optimizer_step(policy_optimizer, policy, decay * config.lr)
+            optimizer_step(value_optimizer, value_model, decay * config.value_lr)
+        run.time("update_s")
+
+        # 5. Repeat with new rollouts, from the updated policy.
+        if config.kl_target:
+            kl = (rollouts.old_logprobs - rollouts.ref_logprobs).sum(dim=1).mean().item()
+            adaptive["beta"] = adapt_beta(beta, kl, config.kl_target)
+
+
+# --------------------------------------------------------------------------------------------------
+# The family: what other methods have in the place of the value model, of the clipped objective and
+# of the KL penalty in the rewards. A student of PPO can close the file here.
+
+# Without a ratio a batch may be used for one step only: then it is another policy's (ECE 7115, "Two
+# Old Policies").
+ONE_STEP = ("a2c", "reinforce", "reinforce_baseline", "reinforce_moving", "rloo")
+GRPO = ("grpo", "grpo_no_division", "grpo_kl_in_rewards", "grpo_token_mean")
 
 
 def returns_to_go(rewards, mask, gamma):
-    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1), 0 outside the mask."""
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[1]  # δ_t = r_t where V = 0
+    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1),
+    0 outside the mask."""
+    returns = torch.zeros_like(rewards)
+    G = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        G = torch.where(mask[:, t], rewards[:, t] + gamma * G, 0.0)
+        returns[:, t] = G
+    return returns
+
+
+def leave_one_out(returns, group):
+    """RLOO's baseline (Kool et al. 2019; Ahmadian et al. 2024): the mean return of the other responses
+    to the same prompt, which is not a function of the response's own actions. (B,) -> (B,).
+
+    >>> leave_one_out(torch.tensor([1.0, 3.0, 8.0]), group=3).tolist()
+    [5.5, 4.5, 2.0]
+    """
+    total = returns.view(-1, group).sum(dim=1).repeat_interleave(group)
+    return (total - returns) / (group - 1)
 
 
 def group_advantages(scores, group, scale=True):
-    """GRPO's Â = (R - mean)/std over the responses to one prompt (Shao et al. 2024, section 4.1.2): (B,) -> (B,).
+    """GRPO's Â = (R - mean)/std over the responses to one prompt (Shao et al. 2024, section 4.1.2):
+    (B,) -> (B,).
 
-    Rows i·group to (i+1)·group - 1 belong to one prompt. Without scale only the mean goes. Equal scores give 0.
+    Rows i·group to (i+1)·group - 1 belong to one prompt. Without scale only the mean is subtracted.
+    Equal scores give 0.
     >>> group_advantages(torch.tensor([1.0, 3.0, 7.0, 7.0]), group=2).tolist()
     [-1.0, 1.0, 0.0, 0.0]
     """
     rows = scores.view(-1, group)
+    advantages = rows - rows.mean(dim=1, keepdim=True)
+    if scale:
+        variance = rows.var(dim=1, keepdim=True, correction=0)
+        advantages = advantages / (variance + 1e-8).sqrt()  # 1e-8: rounding is not amplified
     equal = (rows == rows[:, :1]).all(dim=1, keepdim=True)  # their mean may be rounded
-    spread = (rows.var(dim=1, keepdim=True, correction=0) + 1e-8).sqrt() if scale else 1.0  # 1e-8: rounding isn't blown up
-    return torch.where(equal, 0.0, (rows - rows.mean(dim=1, keepdim=True)) / spread).flatten()
+    return torch.where(equal, 0.0, advantages).flatten()
 
 
 def policy_gradient_loss(logprobs, advantages, mask):
-    """REINFORCE and A2C, -E_t[A_t log π_θ(a_t|s_t)], a token mean (ECE 7115, "Policy Gradient"): all (B, T-1) -> scalar."""
+    """REINFORCE and A2C, -E_t[A_t log π_θ(a_t|s_t)], a token mean (ECE 7115, "REINFORCE"): all
+    (B, T-1) -> scalar."""
     return -masked_mean(advantages * torch.where(mask, logprobs, 0.0), mask)
 
 
 def penalty_policy_loss(logprobs, old_logprobs, advantages, kl, mask, coefficient):
-    """PPO without clipping, -E_t[ρ_t A_t - c KL(π_old(·|s_t) || π_θ(·|s_t))] (Schulman et al. 2017, eq. 8), a token mean:
-    all (B, T-1), kl that divergence, exact -> scalar."""
+    """PPO without clipping, -E_t[ρ_t A_t - c KL(π_old(·|s_t) || π_θ(·|s_t))] (Schulman et al. 2017,
+    eq. 8), a token mean: all (B, T-1), kl that divergence or an estimate of it -> scalar."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t
     return -masked_mean(ratio * advantages - coefficient * kl, mask)
 
 
 def adapt_penalty(coefficient, kl, target):
-    """c ← 2c after an update of more than 1.5 times the target, c/2 below 1/1.5 of it (Schulman et al. 2017, section 4)."""
-    return coefficient * 2 if kl > 1.5 * target else coefficient / 2 if kl < target / 1.5 else coefficient
+    """c ← 2c after an update of more than 1.5 times the target, c/2 below 1/1.5 of it (Schulman et
+    al. 2017, section 4)."""
+    if kl > 1.5 * target:
+        return coefficient * 2
+    if kl < target / 1.5:
+        return coefficient / 2
+    return coefficient
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The steps of the loop
+def kl_estimators(log_ratio):
+    """Three estimates of KL(p || q) from samples of p (Schulman 2020, "Approximating KL Divergence").
+
+    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2
+    is not; k2 and k3 are never negative. The shaped rewards need k1: its sum is the log-ratio of the
+    whole response, which is in the objective.
+    """
+    k1 = log_ratio
+    k2 = log_ratio ** 2 / 2
+    k3 = (-log_ratio).exp() - 1 + log_ratio
+    return k1, k2, k3
 
 
-class Experience(NamedTuple):
-    """What the update needs of a rollout batch: tokens (B, T), lengths (B,), all others (B, T-1), or None if unused."""
-    tokens: torch.Tensor
-    lengths: torch.Tensor
-    mask: torch.Tensor
-    old_logprobs: torch.Tensor
-    advantages: torch.Tensor
-    old_values: torch.Tensor = None
-    returns: torch.Tensor = None
-    ref_logprobs: torch.Tensor = None
-    old_distribution: torch.Tensor = None   # (B, T-1, V): log π_old(·|s_t)
+def estimate_advantages(rewards, rollouts, mean, config):
+    """Step 3 of the other methods: (advantages, returns), both (B, T-1).
 
-    def pick(self, rows):
-        """The Experience of some rows only, cut to the longest of them: what is cut off is padding."""
-        tokens, lengths, *others = (None if tensor is None else tensor[rows] for tensor in self)
-        T = int(lengths.max())
-        return Experience(tokens[:, :T], lengths, *(None if tensor is None else tensor[:, :T - 1] for tensor in others))
-
-
-@torch.inference_mode()
-def score(policy, reference, reward_model, value_model, rollout, mask, config):
-    """Step 2. What the models say of a Rollout: (logprobs, ref_logprobs, values), each (B, T-1) and 0 where the mask is
-    false or the model is None, and the reward model's scores (B,)."""
-    logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=mask.device)
-    scores = torch.zeros(len(mask), device=mask.device)
-    for rows in rollout.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
-        T = int(rollout.lengths[rows].max())
-        tokens, part = rollout.tokens[rows, :T], mask[rows, :T - 1]
-        logprobs[rows, :T - 1] = masked_logprobs(policy, tokens, part, config.temperature)
-        if reward_model:
-            scores[rows] = reward_model.score(tokens, rollout.lengths[rows])
-        if reference:
-            ref_logprobs[rows, :T - 1] = masked_logprobs(reference, tokens, part, config.temperature)
-        if value_model:
-            values[rows, :T - 1] = torch.where(part, value_model(tokens)[:, :-1], 0.0)  # column t: V(s_t)
-    return logprobs, ref_logprobs, values, scores
-
-
-def estimate_advantages(rewards, values, mask, config, moving=0.0):
-    """Step 3. (advantages, returns), each (B, T-1): what pushes the policy, and what the value model is fitted to.
-    moving: the mean return of the batches before, a baseline."""
-    if config.advantage == "gae":
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        return whiten(advantages, mask) if config.scale else advantages, returns
+    mean: reinforce_moving's baseline, the mean return of the batches before.
+    """
+    mask = rollouts.mask
     returns = returns_to_go(rewards, mask, config.gamma)
-    whole = returns.gather(1, mask.int().argmax(dim=1, keepdim=True))  # (B, 1): G_0, of the whole response
-    if config.advantage == "group":  # every token of a response has its advantage
-        advantages = group_advantages(whole[:, 0], config.group, config.scale)[:, None]
-    elif config.baseline == "leave_one_out":  # the mean G_0 of the prompt's other responses: not a function of the action
-        others = whole.view(-1, config.group).sum(dim=1).repeat_interleave(config.group)[:, None] - whole
-        advantages = returns - others / (config.group - 1)
-    else:
-        advantages = returns - dict(none=0.0, batch=masked_mean(returns, mask), moving=moving)[config.baseline]
+    whole = returns.gather(1, mask.int().argmax(dim=1, keepdim=True))  # (B, 1): G_0
+    if config.method in ("ppo_penalty", "a2c"):
+        advantages, returns = gae(rewards, rollouts.old_values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask)
+    elif config.method == "reinforce":
+        advantages = returns
+    elif config.method == "reinforce_baseline":
+        advantages = returns - masked_mean(returns, mask)
+    elif config.method == "reinforce_moving":
+        advantages = returns - mean
+    elif config.method == "rloo":
+        advantages = returns - leave_one_out(whole[:, 0], config.group)[:, None]
+    else:  # GRPO: every token has its response's
+        divide = config.method == "grpo"
+        advantages = group_advantages(whole[:, 0], config.group, divide)[:, None]
     return torch.where(mask, advantages, 0.0), returns
 
 
-def backward(policy, value_model, batch, config, documents=()):
-    """Step 4. Accumulate the gradient of all losses over one minibatch (an Experience), config.micro_batch rows at a time,
-    each counting by its share of the response tokens: the gradient is the minibatch's token mean, however it is cut.
-    documents: as many lists of ids as responses (PPO-ptx). Returns (policy_loss, value_loss, clip_fraction, approx_kl)."""
-    total, count, sizes = torch.zeros(4, device=batch.mask.device), batch.mask.sum(), batch.mask.sum(dim=1, keepdim=True)
-    # In the token mean a response's tokens weigh 1, or N/(B |y_i|): 1/N Σ_i Σ_t N/(B |y_i|) = 1/B Σ_i 1/|y_i| Σ_t.
-    weight = count / (len(sizes) * sizes) if config.mean == "responses" else torch.ones_like(sizes)
-    batch = batch._replace(advantages=weight * batch.advantages)
-    for rows in batch.lengths.argsort().split(config.micro_batch):  # rows of one length together: little padding
-        part, w = batch.pick(rows), weight[rows]
-        value_loss, clip_fraction = torch.zeros(2, device=total.device)
-        if config.objective == "penalty":
-            new = log_distribution(policy, part.tokens, part.mask, config.temperature)  # (B, T-1, V)
-            logprobs, step_kl = new.gather(2, part.tokens[:, 1:, None]).squeeze(2), exact_kl(part.old_distribution, new)
-            loss = penalty_policy_loss(logprobs, part.old_logprobs, part.advantages, w * step_kl, part.mask, config.penalty)
-        else:
-            logprobs = masked_logprobs(policy, part.tokens, part.mask, config.temperature)
-            _, _, step_kl = kl_estimators((part.old_logprobs - logprobs).detach())  # k3: the samples are π_old's
-        if config.objective == "clip":
-            loss, clip_fraction = clipped_policy_loss(logprobs, part.old_logprobs, part.advantages, part.mask, config.clip)
-        elif config.objective == "policy_gradient":
-            loss = policy_gradient_loss(logprobs, part.advantages, part.mask)
-        if config.kl == "loss" and config.beta:  # β k3 of KL(π_θ || π_ref)   (Shao et al. 2024, eq. 4)
-            loss = loss + config.beta * masked_mean(w * kl_estimators(logprobs - part.ref_logprobs)[2], part.mask)
-        if value_model:
-            values = value_model(part.tokens)[:, :-1]  # column t: V(s_t)
-            value_loss = clipped_value_loss(values, part.old_values, part.returns, part.mask, config.value_clip)
-        share = part.mask.sum() / count
-        (share * (loss + value_loss)).backward()  # two models, no shared parameter: the sum needs no coefficient
-        total += share * torch.stack([loss, value_loss, clip_fraction, masked_mean(step_kl, part.mask)]).detach()
-    if documents:  # PPO-ptx: -γ E[log π_θ(x)]   (Ouyang et al. 2022, eq. 2)
-        total[0] += sft.backward(policy, documents, [1] * len(documents), count / config.ptx, config.micro_batch)
-    return total
+def policy_gradients(policy, reference, value_model, task, config, run):
+    """PPO with a KL penalty, A2C, REINFORCE and its baselines, RLOO, GRPO: the same five steps.
 
+    value_model: of ppo_penalty and a2c, None for the others. The three variants of GRPO leave off
+    its departures from PPO one after the other: no division by the group's spread; also the KL in
+    the rewards, not in the loss; also a mean over tokens, not within each response first.
+    """
+    method = config.method
+    kl_in_loss = method in ("grpo", "grpo_no_division")
+    epochs = config.epochs
+    size = config.minibatch
+    if method in ONE_STEP:
+        epochs = 1
+        size = config.rollouts
+    trained = {"policy": policy, "policy_optimizer": make_optimizer(policy, weight_decay=0.0)}
+    if value_model:
+        trained["value_model"] = value_model
+        trained["value_optimizer"] = make_optimizer(value_model, weight_decay=0.0)
+    adaptive = {"penalty": config.penalty, "mean": 0.0}
 
-def optimize(policy, reference, reward_model, value_model, draw_prompts, end_token, config, saved=None,
-             draw_documents=None, token_rewards=None):
-    """The loop. Trains policy and value_model in place; a generator, after every iteration: (rollout, figures, state).
+    for iteration in run.steps(config.iterations, **trained, adaptive=adaptive):
+        rng = random.Random(f"ppo {config.seed} {iteration}")
+        decay = 1 - iteration / config.iterations
 
-    reference, value_model: never called, may be None, where config has no use for them; reward_model: anything with
-    score(tokens, lengths) -> (B,), or None and in its place token_rewards(rollout) -> (B, T-1), see reward_model.rewarder;
-    draw_prompts(count, rng), draw_documents(count, rng) (PPO-ptx): lists of ids; figures: name -> number, without the
-    annotator's; state: what a later call needs as `saved`, with its "step", to go on."""
-    device, saved, penalized = policy.wte.weight.device, saved or {"step": 0}, config.objective == "penalty"
-    distribution = torch.no_grad()(log_distribution)
-    reference, value_model = reference if config.beta else None, value_model if config.advantage == "gae" else None
-    models = dict(policy=policy, value_model=value_model) if value_model else dict(policy=policy)
-    optimizers = {f"{name}_optimizer": make_optimizer(model, weight_decay=0.0) for name, model in models.items()}
-    state = dict(**models, **optimizers, beta=config.beta, penalty=config.penalty, moving=0.0)
-    state.update(restore(saved, config.iterations, **state))
-    for iteration in range(saved["step"], config.iterations):
-        started, rng = time.perf_counter(), random.Random(f"ppo {config.seed} {iteration}")
-        config = replace(config, beta=state["beta"], penalty=state["penalty"])
-
-        # 1. Generate: sample prompts, generate completions with π_θ, from its full distribution.
-        prompts = [prompt for prompt in draw_prompts(config.rollouts // config.group, rng) for _ in range(config.group)]
-        with autocast(device):
-            rollout = generate(policy, prompts, config.max_new_tokens, end_token, config.temperature,
-                               seed=rng.getrandbits(48))
-        tokens, lengths, ended = rollout.tokens, rollout.lengths, rollout.ended(end_token)
-        mask = response_mask(rollout.prompt_lengths, lengths, tokens.shape[1])
-        generated = time.perf_counter()
-
-        # 2. Score: the reward model at the last token; log-probabilities under π_θ and π_ref for the KL penalty.
-        #    π_old ← π_θ: the policy that has sampled stays, as its log-probabilities, while π_θ moves on.
-        old_logprobs, ref_logprobs, values, scores = score(policy, reference, reward_model, value_model, rollout, mask,
-                                                           config)
-        scores = torch.where(ended, scores, config.missing_end_score)
-        rewards = shaped_rewards(scores, old_logprobs, ref_logprobs, mask, config.beta if config.kl == "rewards" else 0.0)
-        if token_rewards:  # a response that never ended has earned none
-            earned = torch.where(ended[:, None], token_rewards(rollout), 0.0)
-            rewards, scores = rewards + earned, scores + earned.sum(dim=1)
-        scored = time.perf_counter()
+        # 1. Generate `group` responses to every prompt.  2. Score.
+        prompts = []
+        for prompt in task.draw_prompts(config.rollouts // config.group, rng):
+            prompts += [prompt] * config.group
+        rollouts = sample(policy, reference, value_model, task, prompts, config, rng, run)
+        mask = rollouts.mask
 
         # 3. Estimate advantages.
-        advantages, returns = estimate_advantages(rewards, values, mask, config, state["moving"])
-        old_distribution = distribution(policy, tokens, mask, config.temperature) if penalized else None
-        experience = Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=advantages, old_values=values,
-                                returns=returns, ref_logprobs=ref_logprobs, old_distribution=old_distribution)
+        beta = 0.0 if kl_in_loss else config.beta
+        rewards = shaped_rewards(
+            rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, mask, beta)
+        rewards = rewards + rollouts.token_rewards
+        advantages, returns = estimate_advantages(rewards, rollouts, adaptive["mean"], config)
+        rollouts = rollouts._replace(advantages=advantages, returns=returns)
+        log_rollouts(run, iteration, rollouts, rewards, config.beta, task, config.gamma)
 
-        # 4. Update: K epochs of minibatches on the same rollouts.
-        falling = 1 - iteration / config.iterations  # near the optimum the advantages are noise, which whitening blows up
-        rates, losses = (falling * config.lr, falling * config.value_lr), []
-        for epoch in range(config.epochs):
-            for rows in torch.tensor(rng.sample(range(len(mask)), len(mask)), device=device).split(config.minibatch):
-                documents = draw_documents(len(rows), rng) if draw_documents else ()
-                losses.append(backward(policy, value_model, experience.pick(rows), config, documents))
-                for model, optimizer, lr, loss in zip(models.values(), optimizers.values(), rates, losses[-1]):
-                    optimizer_step(optimizer, model, lr, loss)
-        _, value_loss, clip_fraction, approx_kl = torch.stack(losses).mean(dim=0).tolist()
-        if penalized:  # how far the whole update went
-            step_kl = exact_kl(old_distribution, distribution(policy, tokens, mask, config.temperature))
-            approx_kl = masked_mean(step_kl, mask).item()
-            state["penalty"] = adapt_penalty(config.penalty, approx_kl, config.penalty_target)
-        updated = time.perf_counter()
+        # 4. Update.
+        for rows in minibatches(config.rollouts, epochs, size, rng):
+            tokens_in_batch = mask[rows].sum()
+            for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):
+                batch = rollouts.pick(part)
+                weight = batch.mask.sum() / tokens_in_batch
+                logprobs = masked_logprobs(policy, batch.tokens, batch.mask, config.temperature)
+                _, _, k3 = kl_estimators(batch.old_logprobs - logprobs)  # ρ - 1 - log ρ
 
-        # 5. Repeat with a new batch: the next rollouts come from the updated policy.
-        kl = (old_logprobs - ref_logprobs).sum(dim=1)  # (B,): log π_θ(y|x) / π_ref(y|x), both 0 outside the mask
-        G = returns_to_go(rewards, mask, config.gamma)[mask]  # the slides' G_t: V plays no part
-        spread, unexplained = G.var(correction=0), (G - values[mask]).var(correction=0)
-        figures = dict(
-            reward=scores.mean().item(), kl=kl.mean().item(), J=(scores - config.beta * kl).mean().item(), beta=config.beta,
-            entropy=-masked_mean(old_logprobs, mask).item(), clip_fraction=clip_fraction, approx_kl=approx_kl,
-            penalty=config.penalty, value_explained=1 - (unexplained / spread).item() if spread > 1e-8 else 0.0,
-            value_loss=value_loss, length=mask.sum(dim=1).float().mean().item(), no_end=1 - ended.float().mean().item(),
-            **peak_memory(device), rollout_s=generated - started, scoring_s=scored - generated, update_s=updated - scored)
-        known = dict(kl=reference, J=reference, value_explained=value_model, value_loss=value_model, penalty=penalized,
-                     clip_fraction=config.objective == "clip")
-        state["beta"] = adapt_beta(config.beta, kl.mean().item(), config.kl_target) if config.kl_target else config.beta
-        state["moving"] += (0.1 if iteration else 1.0) * (G.mean().item() - state["moving"])
-        yield rollout, {name: x for name, x in figures.items() if known.get(name, True)}, state
+                if method in ONE_STEP:
+                    loss = policy_gradient_loss(logprobs, batch.advantages, batch.mask)
+                elif method == "ppo_penalty":
+                    loss = penalty_policy_loss(logprobs, batch.old_logprobs, batch.advantages, k3,
+                                               batch.mask, adaptive["penalty"])
+                else:
+                    # 1/B Σ_i 1/|y_i| Σ_t = 1/N Σ_i Σ_t N/(B |y_i|), of N tokens: a factor for each
+                    # response, which is positive and may stand inside the minimum.
+                    factor = tokens_in_batch / (len(rows) * batch.mask.sum(dim=1, keepdim=True))
+                    if method == "grpo_token_mean":
+                        factor = torch.ones_like(factor)
+                    loss, clip_fraction = clipped_policy_loss(
+                        logprobs, batch.old_logprobs, factor * batch.advantages, batch.mask,
+                        config.clip)
+                    run.log(iteration, weight, clip_fraction=clip_fraction)
+                    if kl_in_loss:  # β KL(π_θ || π_ref) by its k3 (Shao et al. 2024, eq. 4)
+                        _, _, ref_k3 = kl_estimators(logprobs - batch.ref_logprobs)
+                        loss = loss + config.beta * masked_mean(factor * ref_k3, batch.mask)
+                if value_model:
+                    values = value_model(batch.tokens)[:, :-1]
+                    value_loss = clipped_value_loss(
+                        values, batch.old_values, batch.returns, batch.mask, config.value_clip)
+                    run.log(iteration, weight, value_loss=value_loss)
+                    loss = loss + value_loss
+                (weight * loss).backward()
+                run.log(iteration, weight, approx_kl=masked_mean(k3, batch.mask))
+
+            optimizer_step(trained["policy_optimizer"], policy, decay * config.lr)
+            if value_model:
+                optimizer_step(trained["value_optimizer"], value_model, decay * config.value_lr)
+        run.time("update_s")
+
+        # 5. Repeat.
+        if method == "ppo_penalty":
+            kl = update_kl(policy, rollouts, config)
+            run.log(iteration, update_kl=kl, penalty=adaptive["penalty"])
+            adaptive["penalty"] = adapt_penalty(adaptive["penalty"], kl, config.penalty_target)
+        if method == "reinforce_moving":
+            rate = 0.1 if iteration else 1.0
+            adaptive["mean"] += rate * (masked_mean(returns, mask).item() - adaptive["mean"])
 
 
-def load_models(config, device):
-    """({name: model, None where the method or the reward has no use for it}, tokenizer, the files they come from)."""
-    path = stage_folder(config, "sft") / "checkpoint.pt"
-    policy, tokenizer, _ = load_checkpoint(path, "sft", config.size, device)  # π_θ, trained
-    reward_model, found = load_reward_model(config, tokenizer)
-    # V starts as r_φ, or where there is none as the policy with a new head, 0.
-    value_model = (deepcopy(reward_model) or start_from(policy)) if config.advantage == "gae" else None
-    return dict(policy=policy, reference=deepcopy(policy) if config.beta else None, reward_model=reward_model,
-                value_model=value_model), tokenizer, [path, *found]
+@torch.inference_mode()
+def update_kl(policy, rollouts, config):
+    """KL(π_old || π_θ) per token, in nats: how far a whole update went, from π_old's samples."""
+    total = 0.0
+    for rows in rollouts.lengths.argsort().split(config.micro_batch):
+        batch = rollouts.pick(rows)
+        logprobs = masked_logprobs(policy, batch.tokens, batch.mask, config.temperature)
+        _, _, k3 = kl_estimators(batch.old_logprobs - logprobs)
+        total += torch.where(batch.mask, k3, 0.0).sum().item()
+    return total / rollouts.mask.sum().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# The stage
 
 
 def train(config):
-    """Optimize the SFT policy against the reward model and save it to OUT/SIZE/NAME/checkpoint.pt."""
+    """Optimize the SFT policy against the reward and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "ppo")
-    least = 2 if config.advantage == "group" or config.baseline == "leave_one_out" else 1
+    least = 2 if config.method in ("rloo", *GRPO) else 1
     if config.group < least or config.rollouts % config.group:
-        raise InputError(f"--group {config.group}: must be at least {least} and divide --rollouts {config.rollouts}")
+        raise InputError(f"--group {config.group}: must be at least {least} and divide --rollouts "
+                         f"{config.rollouts}")
     reward_of(config.reward, config.data)  # refused before minutes of training
-    own, held_out = split_prompts(config.data, config.seed) if config.data else (None, None)
-    train_missing(config, stages_until(REWARDS.get(config.reward, "sft")), config.name)
-    folder, device = stage_folder(config, config.name), get_device()
-    models, tokenizer, sources = load_models(config, device)
-    policy, reference, reward_model, value_model = models.values()
-    scorer, token_rewards = rewarder(config.reward, reward_model, tokenizer)
-    fitting, data = sft.prompts_with_room(own, tokenizer, config, policy.config.block_size)
-    announce(config.name, config, device, data + f"; reward: {config.reward}" * (config.reward != "reward_model"), policy)
-    show_models(trained=("policy", "value_model"), **models)
-    draw_prompts = lambda count, rng: [tokenizer.prompt(text) for text in sft.sample_prompts(fitting, count, rng)]
-    draw_documents, documents, texts = pretraining_text(config, tokenizer, policy) if config.ptx else (None, [], [])
-    unprinted = ("beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s")
-    with Run(config.name, folder, config, config.save, sources + texts, unprinted) as run:
-        run.total, state = config.iterations, run.saved
-        loop = optimize(policy, reference, None if token_rewards else scorer, value_model, draw_prompts,
-                        tokenizer.end_token, config, run.saved, draw_documents, token_rewards)
-        for iteration, (rollout, figures, state) in enumerate(loop, start=run.saved["step"] + 1):
-            gold = {} if config.data else dict(gold=gold_rewards(rollout, tokenizer).mean().item())
-            run(iteration, **gold, **figures)
-            run.end_step(iteration, **state)
+    own = None
+    held_out = None
+    if config.data:
+        own, held_out = split_prompts(config.data, config.seed)
+    needed = ["gpt", "sft"]
+    if config.reward in ("reward_model", "process"):
+        needed.append("reward_model")
+    if config.reward == "process":
+        needed.append("process_model")
+    train_missing(config, needed, config.name)
+
+    # The four models. V starts as r_φ or, if there is none, as the policy with a new head.
+    device = get_device()
+    sources = [stage_folder(config, "sft") / "checkpoint.pt"]
+    policy, tokenizer, _ = load_checkpoint(sources[0], "sft", config.size, device)
+    reference = deepcopy(policy)
+    reward_model = None
+    if "reward_model" in needed:
+        reward_model, path = load_reward_model(config, tokenizer)
+        sources.append(path)
+    value_model = None
+    if config.method in ("ppo", "ppo_penalty", "a2c"):
+        value_model = deepcopy(reward_model) or start_from(policy)
+
+    data = "fresh requests of the little world"
+    if own:
+        own, data = prompts_with_room(own, config.data, tokenizer, config.max_new_tokens,
+                                      policy.config.block_size)
+    if config.reward != "reward_model":
+        data += f"; reward: {config.reward}"
+    announce(config.name, config, device, data, policy)
+    show_models(("policy", "value_model"), policy=policy, reference=reference,
+                reward_model=reward_model, value_model=value_model)
+
+    def draw_prompts(count, rng):
+        texts = rng.choices(own, k=count) if own else draw_requests(count, rng)
+        return [tokenizer.prompt(text) for text in texts]
+
+    def gold(rollouts):
+        return gold_rewards(rollouts, tokenizer)
+
+    documents = []
+    draw_documents = None
+    if config.ptx:
+        path = stage_folder(config, "gpt") / "checkpoint.pt"
+        _, _, base = load_checkpoint(path, "gpt", config.size)
+        draw_documents, documents, files = pretraining_text(base, path, tokenizer,
+                                                            policy.config.block_size)
+        sources += files
+    task = Task(draw_prompts,
+                make_reward(config.reward, reward_model, tokenizer, config.micro_batch),
+                tokenizer.end_token, None if own else gold, draw_documents)
+
+    folder = stage_folder(config, config.name)
+    unprinted = ("beta", "approx_kl", "value_loss", "rollout_s", "scoring_s", "update_s")
+    with Run(config.name, folder, config, 1, sources, save=config.save, unprinted=unprinted) as run:
+        loop = ppo if config.method == "ppo" else policy_gradients
+        loop(policy, reference, value_model, task, config, run)
         save_checkpoint(run.folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer,
-                        beta=state.get("beta", config.beta), temperature=config.temperature,
+                        beta=run.rows[-1]["beta"], temperature=config.temperature,
                         missing_end_score=config.missing_end_score, metrics=run.figures())
         run.finish()
 
-    reference = reference or load_checkpoint(sources[0], "sft", config.size, device)[0]
-    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, scorer, config.temperature, documents)
-    print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py", flush=True)
+    if documents:
+        print(f"pretraining loss {held_out_loss(reference, documents, 1):.3f} → "
+              f"{held_out_loss(policy, documents, 1):.3f} nats per token")
+    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, task.reward,
+                              config.temperature)
+    print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py",
+          flush=True)
 
 
 def main(argv=None):
-    config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model with PPO.", NEEDS, PRESETS)
+    with_values = ("method", "ppo", "ppo_penalty", "a2c")
+    with_ratio = ("method", "ppo", "ppo_penalty", *GRPO)
+    penalty = ("method", "ppo_penalty")
+    needs = {"top_k": ("prompt",), "kl_target": ("method", "ppo"), "ptx": ("method", "ppo"),
+             "clip": ("method", "ppo", *GRPO), "group": ("method", "rloo", *GRPO),
+             "lam": with_values, "value_lr": with_values, "value_clip": with_values,
+             "epochs": with_ratio, "minibatch": with_ratio,
+             "penalty": penalty, "penalty_target": penalty,
+             "gamma": ("method", "ppo", "ppo_penalty", *ONE_STEP)}
+    methods = {"rloo": dict(group=4)}
+    for method in GRPO:
+        methods[method] = dict(group=8)
+    presets = {"size": {"gpt2": GPT2}, "method": methods,
+               "reward": {"verifier": dict(missing_end_score=0.0)}}
+    config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model.",
+                          needs, presets)
     if config.prompt:
-        return sft.answer(config, "ppo", config.name)
-    train(config)
+        sft.answer(config, "ppo", config.name)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

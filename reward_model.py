@@ -230,21 +230,18 @@ def fit(model, pairs, held_out, config, rng, run):
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [pairs[i] for i in batches[step]]
-        loss = 0.0
         for start in range(0, len(batch), config.micro_batch):
             part = batch[start:start + config.micro_batch]
             sequences = [pair.chosen for pair in part] + [pair.rejected for pair in part]
             tokens, lengths = pad(sequences, device)
             chosen_rewards, rejected_rewards = model.score(tokens, lengths).chunk(2)
 
-            part_loss = bradley_terry_loss(chosen_rewards, rejected_rewards)
-            part_loss = part_loss * len(part) / len(batch)
-            part_loss.backward()
-            loss = loss + part_loss.detach()
+            loss = bradley_terry_loss(chosen_rewards, rejected_rewards)
+            (loss * len(part) / len(batch)).backward()
+            run.log(step, weight=len(part), loss=loss)
 
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
-        optimizer_step(optimizer, model, lr, loss)
-        run.log(step, loss=loss)
+        optimizer_step(optimizer, model, lr)
         if run.due(step):
             margin = held_out_margins(model, held_out)
             run.log(step, held_out_loss=-F.logsigmoid(margin).mean(),
@@ -428,17 +425,15 @@ def fit_process(model, responses, held_out, config, rng, run):
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [responses[i] for i in batches[step]]
         steps_in_batch = sum(len(response.marks) for response in batch)
-        loss = 0.0
         for start in range(0, len(batch), 2 * config.micro_batch):
             part = batch[start:start + 2 * config.micro_batch]
             r, good = rewards_at_steps(model, part)
-            part_loss = F.binary_cross_entropy_with_logits(r, good, reduction="sum") / steps_in_batch
-            part_loss.backward()
-            loss = loss + part_loss.detach()
+            loss = F.binary_cross_entropy_with_logits(r, good)  # -log P(mark), a mean over steps
+            (loss * len(r) / steps_in_batch).backward()
+            run.log(step, weight=len(r), loss=loss)
 
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
-        optimizer_step(optimizer, model, lr, loss)
-        run.log(step, loss=loss)
+        optimizer_step(optimizer, model, lr)
         if run.due(step):
             margin = step_margins(model, held_out)
             run.log(step, held_out_loss=-F.logsigmoid(margin).mean(),

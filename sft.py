@@ -125,21 +125,18 @@ def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [demonstrations[i] for i in batches[step]]
-        loss = 0.0
         for start in range(0, len(batch), config.micro_batch):
             part = batch[start:start + config.micro_batch]
             tokens, lengths = pad([one.ids for one in part], device)  # (B, T)
             prompt_lengths = torch.tensor([one.prompt_length for one in part], device=device)
             mask = response_mask(prompt_lengths, lengths, tokens.shape[1])  # (B, T-1)
 
-            logprobs = masked_logprobs(model, tokens, mask)  # log π_θ(y_t | x, y_<t)
-            part_loss = -logprobs.sum() / tokens_per_batch
-            part_loss.backward()
-            loss = loss + part_loss.detach()
+            loss = -masked_logprobs(model, tokens, mask).sum()  # -Σ_t log π_θ(y_t | x, y_<t)
+            (loss / tokens_per_batch).backward()
+            run.log(step, weight=mask.sum(), loss=loss / mask.sum())  # nats a token
 
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
-        norm = optimizer_step(optimizer, model, lr, loss)
-        run.log(step, loss=loss)
+        norm = optimizer_step(optimizer, model, lr)
         if run.due(step):
             if held_out:
                 run.log(step, **held_out_figures(model, held_out, entropy))
@@ -308,13 +305,12 @@ def answer(config, stage, name):
     print(texts[0])
 
 
-def show_before_and_after(prompts, before, after, tokenizer, config, reward_model=None,
-                          temperature=1.0):
+def show_before_and_after(prompts, before, after, tokenizer, config, reward=None, temperature=1.0):
     """Two policies answer the same prompts (None: 33 held-out requests of the world) with one seed,
     the second one at the temperature at which it was trained. Prints the mean scores of both, and
     both texts for the prompt with the median gain, in gold if it is known, else in reward.
 
-    reward_model: anything with score(tokens, lengths) -> (B,), or None.
+    reward: a function of a rollout, see reward_model.make_reward, or None.
     """
     if prompts is None:
         prompts = draw_requests(33, random.Random("before and after"), held_out=True)
@@ -324,8 +320,8 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
     if not prompts:
         return
     world = all(stories.parse_request(prompt) for prompt in prompts)
-    old = scored_answers(prompts, before, tokenizer, config, reward_model, 1.0, world)
-    new = scored_answers(prompts, after, tokenizer, config, reward_model, temperature, world)
+    old = scored_answers(prompts, before, tokenizer, config, reward, 1.0, world)
+    new = scored_answers(prompts, after, tokenizer, config, reward, temperature, world)
 
     means = []
     gains = torch.zeros(len(prompts))
@@ -341,20 +337,21 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward_mode
     median = gains.argsort(stable=True)[len(gains) // 2].item()
     show(("prompt", prompts[median]))
     for label, found in (("before", old), ("after", new)):
-        reward = found["reward"][median] if reward_model else None
-        show((label, scored(prompts[median], found["texts"][median], reward)))
+        score = found["reward"][median] if reward else None
+        show((label, scored(prompts[median], found["texts"][median], score)))
 
 
-def scored_answers(prompts, policy, tokenizer, config, reward_model, temperature, world):
-    """{"texts": a policy's answers, "reward": (N,) if there is a reward model, "gold": (N,) if the
-    prompts are the world's}."""
+def scored_answers(prompts, policy, tokenizer, config, reward, temperature, world):
+    """{"texts": a policy's answers, "reward": (N,) if there is one, "gold": (N,) if the prompts are
+    the world's}."""
     ids = [tokenizer.prompt(prompt) for prompt in prompts]
     found = {}
-    with autocast(get_device()), torch.inference_mode():
+    with autocast(get_device()):
         rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, temperature,
                            seed=config.seed)
-        if reward_model:
-            found["reward"] = reward_model.score(rollout.tokens, rollout.lengths).cpu()
+    if reward:
+        scores, token_rewards = reward(rollout)
+        found["reward"] = (scores + token_rewards.sum(dim=1)).cpu()
     found["texts"] = response_texts(rollout, tokenizer)
     if world:
         found["gold"] = gold_rewards(rollout, tokenizer)

@@ -4,6 +4,7 @@ somebody's file. Everything is a list of ids or of texts; nothing here knows wha
 
 import random
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 from data import stories
@@ -119,6 +120,30 @@ def held_out_documents(world=stories.WORLD):
     """The 500 documents of the little world that every run holds out."""
     rng = random.Random("held-out documents")
     return [stories.document(rng, world) for _ in range(500)]
+
+
+def pretraining_text(checkpoint, path, tokenizer, block_size):
+    """What a base model was trained on, for later stages.
+
+    checkpoint: the model's, a dict, from the file path. Returns (draw(count, rng) -> lists of ids,
+    held-out lists of ids, the files that they depend on).
+    """
+    text = checkpoint["text"]
+    if checkpoint.get("loaded"):
+        raise InputError(f"{path}: came from {checkpoint['loaded']}; what that was trained on is "
+                         "not known")
+    if text:
+        tokens, held_out, _ = split_text(text, tokenizer, block_size, path.parent)
+
+        def draw(count, rng):
+            return draw_windows(tokens, count, block_size, rng)
+
+        return draw, held_out, [path, Path(text)]
+
+    def draw(count, rng):
+        return encode_documents([stories.document(rng) for _ in range(count)], tokenizer)
+
+    return draw, encode_documents(held_out_documents(), tokenizer), [path]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -369,7 +369,7 @@ class SilentRun:
         self.last = 0       # the step at which this loop ends
         self.step = 0       # steps done
         self.rows = []
-        self.pending = {}   # name -> figures since the last report: numbers, or tensors not yet read
+        self.pending = {}   # name -> [(figure, weight)] since the last row: numbers, or tensors
         self.start = time.perf_counter()
         self.since = self.start
 
@@ -399,13 +399,17 @@ class SilentRun:
     def end_step(self, state):
         """A Run saves here."""
 
-    def log(self, step, **figures):
-        """Keep the figures of a step, numbers or scalar tensors. A row has their mean over the steps
-        since the last one. Tensors are read only then: a GPU need not be waited for at every step."""
+    def log(self, step, weight=1.0, **figures):
+        """Keep figures, numbers or scalar tensors; a row has their mean since the last row.
+
+        weight: what they count for in that mean, a number or a scalar tensor: a micro-batch's share
+        of its batch, or its tokens. Tensors are read only when a row is made: a GPU need not be
+        waited for at every step.
+        """
         for name, value in figures.items():
             if torch.is_tensor(value):
                 value = value.detach()
-            self.pending.setdefault(name, []).append(value)
+            self.pending.setdefault(name, []).append((value, weight))
 
     def due(self, step):
         """Whether a row is made after this step: every `report` steps, and at the end of a loop."""
@@ -415,15 +419,15 @@ class SilentRun:
     def time(self, name):
         """Log the seconds since the step began, or since the last call."""
         now = time.perf_counter()
-        self.pending.setdefault(name, []).append(now - self.since)
+        self.pending.setdefault(name, []).append((now - self.since, 1.0))
         self.since = now
 
     def averages(self):
-        """The mean of every figure since the last report, which it ends."""
+        """The weighted mean of every figure since the last row."""
         row = {}
-        for name, values in self.pending.items():
-            numbers = [float(value) for value in values]
-            row[name] = sum(numbers) / len(numbers)
+        for name, values in read_numbers(self.pending).items():
+            total = sum(value * weight for value, weight in values)
+            row[name] = total / sum(weight for _, weight in values)
         self.pending = {}
         return row
 
@@ -542,7 +546,8 @@ class Run(SilentRun):
             for row in found["rows"]:
                 check_numbers("rows", row.values())
             for values in found["pending"].values():
-                check_numbers("figures", values)
+                for value, weight in values:
+                    check_numbers("figures", [value, weight])
         return found
 
     def __exit__(self, kind, error, traceback):
@@ -591,9 +596,7 @@ class Run(SilentRun):
             found = {}
             for name, x in state.items():
                 found[name] = x.state_dict() if hasattr(x, "state_dict") else x
-            pending = {}
-            for name, values in self.pending.items():
-                pending[name] = [float(value) for value in values]
+            pending = read_numbers(self.pending)
             seconds = time.perf_counter() - self.start
             write_torch(self.path, {**self.saved, "state": found, "step": self.step, "rows": self.rows,
                                     "pending": pending, "seconds": seconds})
@@ -646,6 +649,14 @@ class Run(SilentRun):
         """Write all rows so far, atomically: a killed run leaves no half line, a resumed one repeats
         none."""
         write_jsonl(self.folder / "metrics.jsonl", self.rows)
+
+
+def read_numbers(pending):
+    """Pending figures as numbers: {name: [(figure, weight)]}."""
+    numbers = {}
+    for name, values in pending.items():
+        numbers[name] = [(float(value), float(weight)) for value, weight in values]
+    return numbers
 
 
 def check_numbers(name, values):
