@@ -1,4 +1,5 @@
-"""Reading people's files: thousands of damaged ones, each of which must end in one line that says where and why."""
+"""Reading people's files: thousands of damaged ones, each of which must end in one line that says
+where and why."""
 
 import gzip
 import io
@@ -11,8 +12,9 @@ import sys
 import pytest
 
 from data import files
-from data.files import (InputError, hold_out, lock_folder, read_chunks, read_demonstrations, read_jsonl, read_labels,
-                        read_pairs, read_prompts, split_prompts, write_atomic, write_jsonl)
+from data.files import (InputError, hold_out, lock_folder, read_chunks, read_demonstrations,
+                        read_jsonl, read_labels, read_pairs, read_prompts, split_prompts,
+                        write_atomic, write_jsonl)
 
 FORMATS = {
     read_demonstrations: ("prompt", "completion"),
@@ -31,7 +33,8 @@ readers = pytest.mark.parametrize("reader", FORMATS, ids=lambda reader: reader._
 
 
 def random_value(rng):
-    """A text that a reader must take as it is: quotes, escapes, line ends inside, other scripts, U+2028, U+FEFF."""
+    """A text that a reader must take as it is: quotes, escapes, line ends inside, other scripts,
+    U+2028, U+FEFF."""
     pieces = ["fox", " ", "a kite", '"', "\\", "\n", "\r\n", "\t", "é", "日本", "🦊", "\u2028", "\x85",
               "\ufeff", "{", "},"]
     return "x" + "".join(rng.choices(pieces, k=rng.randint(0, 8)))
@@ -49,7 +52,8 @@ def as_line(rng, row):
 
 
 def as_file(rng, lines):
-    """Lines in a file as editors leave them: BOM, CRLF, blank lines. Returns (bytes, the number of each line)."""
+    """Lines in a file as editors leave them: BOM, CRLF, blank lines. Returns (bytes, the number of
+    each line)."""
     end = rng.choice([b"\n", b"\r\n"])
     data, numbers, number = rng.choice([b"", BOM]), [], 0
     for line in lines:
@@ -67,25 +71,28 @@ def damaged_lines(rng, row):
     field = rng.choice(list(row))
     good = json.dumps(row, ensure_ascii=False).encode()
     nest = rng.choice([500, 5_000, 50_000])
-    values = [3, -1.5, 10 ** 30, True, False, None, [], ["fox"], {}, {"role": "user"}, float("nan"),    # not text
-              "", " ", "\n\t ", "\u3000", "\0", "a\0b", "\ud83e", "a\udd8a", "\udd8a\ud83e"]
+    values = [3, -1.5, 10 ** 30, True, False, None, [], ["fox"], {}, {"role": "user"},  # not text
+              float("nan"), "", " ", "\n\t ", "\u3000", "\0", "a\0b", "\ud83e", "a\udd8a",
+              "\udd8a\ud83e"]
     return [json.dumps(row | {field: value}).encode() for value in values] + [
         json.dumps({key: value for key, value in row.items() if key != field}).encode(),
         json.dumps({key.upper(): value for key, value in row.items()}).encode(),
         good[:rng.randint(1, len(good) - 1)],                                           # cut off
         good[rng.randint(1, len(good) - 1):],
         good.replace(b'"', b"", 1), good.replace(b'"', b"'"), good[:-2] + b"}",          # quotes
-        good + good, good + b",", b"[" + good + b"]", b"foo", b"3", b"null", b'"fox"', b"[]", b"{}", b"NaN",
-        good[:-1] + b', "%s": "again"}' % field.encode(),                                # keys that stand twice
+        good + good, good + b",", b"[" + good + b"]", b"foo", b"3", b"null", b'"fox"', b"[]", b"{}",
+        b"NaN",
+        good[:-1] + b', "%s": "again"}' % field.encode(),               # keys that occur twice
         good[:-1] + b', "\\u0070rompt": "again"}',
         good[:-1] + b', "x": 1, "x": 2}',
-        good[:-1] + b', "x": ' + b"9" * 5000 + b"}",                                     # what hurts json.loads
+        good[:-1] + b', "x": ' + b"9" * 5000 + b"}",                    # what hurts json.loads
         good[:-1] + b', "x": ' + b"[" * 50_000 + b"}",
         good[:-1] + b', "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
         b'{"prompt": ' + b'{"a":' * nest + b"1" + b"}" * nest + b"}",
         good[:-1] + b"\xff}", good[:-2] + b'\xc3"}',                        # not UTF-8
         good[:-2] + b'\xed\xa0\x80"}', good[:-2] + b'\xc0\x80"}',
-        good[:-2] + b'\0"}', good + b"\0", b"\0" * 10, good[:-2] + b'\x07"}',            # raw control characters
+        good[:-2] + b'\0"}', good + b"\0", b"\0" * 10,                  # raw control characters
+        good[:-2] + b'\x07"}',
         good.decode().encode("utf-16-le"), b"\xff\xfe" + good.decode().encode("utf-16-le"),
         good[:-2] + b'\\x"}', good[:-2] + b'\\u12"}', good[:-2] + b'\\', BOM + BOM + good,
     ]
@@ -103,7 +110,8 @@ def put(path, data):
 
 @readers
 def test_good_files_are_read_exactly(reader, tmp_path):
-    """A reader that strips, normalises, or splits at U+2028 trains on another text than the user's."""
+    """A reader that strips, normalises, or splits at U+2028 trains on another text than the
+    user's."""
     rng = random.Random(3)
     for _ in range(300):
         rows = random_rows(rng, FORMATS[reader])
@@ -113,7 +121,8 @@ def test_good_files_are_read_exactly(reader, tmp_path):
 
 @readers
 def test_every_wrong_line_is_named(reader, tmp_path):
-    """A traceback, the wrong line number, or a bad row let through: the user can mend a file only if told where."""
+    """A traceback, the wrong line number, or a bad row let through: the user can mend a file only
+    if told where."""
     rng = random.Random(4)
     for _ in range(10):
         rows = random_rows(rng, FORMATS[reader])
@@ -134,7 +143,8 @@ def test_every_wrong_line_is_named(reader, tmp_path):
 
 @readers
 def test_truncated_files(reader, tmp_path):
-    """A copy that stopped half way must not pass for a shorter file, unless it stopped between two rows."""
+    """A copy that stopped half way must not pass for a shorter file, unless it stopped between two
+    rows."""
     rng = random.Random(5)
     for _ in range(600):
         rows = random_rows(rng, FORMATS[reader])
@@ -148,19 +158,22 @@ def test_truncated_files(reader, tmp_path):
         else:
             with pytest.raises(InputError) as error:
                 reader(path)
-            assert str(error.value).startswith(f"{path}:{data.count(bytes([10])) + 1}: " if data else f"{path}: ")
+            where = f"{path}:{data.count(bytes([10])) + 1}" if data else f"{path}"
+            assert str(error.value).startswith(f"{where}: ")
 
 
 @readers
 def test_flipped_and_random_bytes(reader, tmp_path):
-    """Whatever the bytes, only InputError may come out, or exactly what Python's own json reads there."""
+    """Whatever the bytes, only InputError may come out, or exactly what Python's own json reads
+    there."""
     rng = random.Random(6)
     read = 0
     for n in range(1200):
         data, _ = as_file(rng, [as_line(rng, row) for row in random_rows(rng, FORMATS[reader])])
         data = bytearray(data if n % 4 else rng.randbytes(rng.randint(0, 60)))
         for _ in range(rng.randint(1, 3) if data else 0):
-            data[rng.randrange(len(data))] = rng.choice([rng.randrange(256), *b'{}[]":,\\\n\r\0 0u'])
+            byte = rng.choice([rng.randrange(256), *b'{}[]":,\\\n\r\0 0u'])
+            data[rng.randrange(len(data))] = byte
         path = put(tmp_path / "noise.jsonl", bytes(data))
         try:
             result = reader(path)
@@ -170,42 +183,52 @@ def test_flipped_and_random_bytes(reader, tmp_path):
             lines = [line for line in bytes(data).decode("utf-8-sig").split("\n") if line.strip()]
             rows = [{field: json.loads(line)[field] for field in FORMATS[reader]} for line in lines]
             assert result == expected(reader, rows)
-            assert all(isinstance(value, str) and value.strip() for row in rows for value in row.values())
+            for row in rows:
+                assert all(isinstance(value, str) and value.strip() for value in row.values())
             read += 1
     assert 50 < read < 900      # the test sees both outcomes
 
 
 def test_the_message_says_what_to_do(tmp_path):
     """ "KeyError: 'completion'" helps nobody: line, field, what stands there, what should."""
-    path = put(tmp_path / "d.jsonl", b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", "completion": 3}\n')
+    path = put(tmp_path / "d.jsonl", b'{"prompt": "a", "completion": "b"}\n\n'
+                                     b'{"prompt": "a", "completion": 3}\n')
     with pytest.raises(InputError) as error:
         read_demonstrations(path)
-    assert str(error.value) == f'{path}:3: "completion" must be text, found the number 3; put it in quotes'
+    reason = '"completion" must be text, found the number 3; put it in quotes'
+    assert str(error.value) == f"{path}:3: {reason}"
     put(path, b'{"prompt": "a", "answer": "b"}')
     with pytest.raises(InputError) as error:
         read_demonstrations(path)
-    assert str(error.value) == f"{path}:1: the field \"completion\" is missing; found 'prompt', 'answer'"
+    reason = "the field \"completion\" is missing; found 'prompt', 'answer'"
+    assert str(error.value) == f"{path}:1: {reason}"
 
 
 def test_pairs_serve_as_demonstrations(tmp_path):
-    """Whoever has only pairs can still fine-tune: on the chosen answer, never on the rejected one."""
+    """Whoever has only pairs can still fine-tune: on the chosen answer, never on the rejected
+    one."""
     rows = [{"prompt": "p", "chosen": "good", "rejected": "bad"},
             {"prompt": "q", "completion": "c", "rejected": "bad"},
             {"prompt": "r", "completion": "c", "chosen": "good"}]
     write_jsonl(tmp_path / "mixed.jsonl", rows)
     assert read_demonstrations(tmp_path / "mixed.jsonl") == [
-        {"prompt": "p", "completion": "good"}, {"prompt": "q", "completion": "c"}, {"prompt": "r", "completion": "c"}]
+        {"prompt": "p", "completion": "good"}, {"prompt": "q", "completion": "c"},
+        {"prompt": "r", "completion": "c"}]
 
 
 def test_labels_and_pairs_as_two_labels(tmp_path):
-    """A label that is turned round or always true; a rejected answer that is lost; a label beside a pair overruled."""
+    """A label that is turned round or always true; a rejected answer that is lost; a label beside a
+    pair overruled."""
     rows = [{"prompt": "p", "completion": " c\n", "label": True},
-            {"label": False, "completion": "d", "prompt": "q", "n": 1}, {"prompt": "r", "chosen": "good", "rejected": "bad"},
+            {"label": False, "completion": "d", "prompt": "q", "n": 1},
+            {"prompt": "r", "chosen": "good", "rejected": "bad"},
             {"prompt": "s", "completion": "e", "label": False, "chosen": "good", "rejected": "bad"}]
     write_jsonl(tmp_path / "labels.jsonl", rows)
     assert read_labels(tmp_path / "labels.jsonl") == [
-        {"prompt": "p", "completion": " c\n", "label": True}, {"prompt": "q", "completion": "d", "label": False},
-        {"prompt": "r", "completion": "good", "label": True}, {"prompt": "r", "completion": "bad", "label": False},
+        {"prompt": "p", "completion": " c\n", "label": True},
+        {"prompt": "q", "completion": "d", "label": False},
+        {"prompt": "r", "completion": "good", "label": True},
+        {"prompt": "r", "completion": "bad", "label": False},
         {"prompt": "s", "completion": "e", "label": False}]
 
 
@@ -213,15 +236,20 @@ def test_labels_and_pairs_as_two_labels(tmp_path):
     ({"completion": "b", "label": 1}, '"label" must be true or false, found the number 1'),
     ({"completion": "b", "label": "true"}, '"label" must be true or false, found a string'),
     ({"completion": "b", "label": None}, '"label" must be true or false, found null'),
-    ({"chosen": "b", "rejected": "c", "label": 0}, '"label" must be true or false, found the number 0'),
-    ({"completion": "b"}, 'the field "label" is missing; true for a good completion, false for a bad one'),
+    ({"chosen": "b", "rejected": "c", "label": 0},
+     '"label" must be true or false, found the number 0'),
+    ({"completion": "b"},
+     'the field "label" is missing; true for a good completion, false for a bad one'),
     ({"label": True}, "the field \"completion\" is missing; found 'prompt', 'label'"),
-    ({"completion": " ", "label": True}, '"completion" is blank; give it a text or remove the line'),
+    ({"completion": " ", "label": True},
+     '"completion" is blank; give it a text or remove the line'),
     ({"chosen": "b"}, "the field \"rejected\" is missing; found 'prompt', 'chosen'"),
-    ({"chosen": "b", "rejected": 3}, '"rejected" must be text, found the number 3; put it in quotes')])
+    ({"chosen": "b", "rejected": 3},
+     '"rejected" must be text, found the number 3; put it in quotes')])
 def test_wrong_labels_are_named(tmp_path, row, reason):
     """A 0 or a "false" that is taken for true, as every text is; a KeyError that names no line."""
-    write_jsonl(tmp_path / "l.jsonl", [{"prompt": "a", "completion": "b", "label": False}, {"prompt": "a", **row}])
+    good = {"prompt": "a", "completion": "b", "label": False}
+    write_jsonl(tmp_path / "l.jsonl", [good, {"prompt": "a", **row}])
     with pytest.raises(InputError) as error:
         read_labels(tmp_path / "l.jsonl")
     assert str(error.value) == f"{tmp_path / 'l.jsonl'}:2: {reason}"
@@ -229,24 +257,28 @@ def test_wrong_labels_are_named(tmp_path, row, reason):
 
 def test_prompts_are_distinct_and_in_order(tmp_path):
     """A set would shuffle them anew in every run, and one seed would no longer reproduce it."""
-    write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in ["b", "a", "b", "c", "a", "a "]])
+    rows = [{"prompt": prompt} for prompt in ["b", "a", "b", "c", "a", "a "]]
+    write_jsonl(tmp_path / "p.jsonl", rows)
     assert read_prompts(tmp_path / "p.jsonl") == ["b", "a", "c", "a "]
 
 
 def test_no_prompt_on_both_sides_of_the_split():
-    """Two pairs of one prompt share a text: held-out accuracy then measures what was learnt by heart."""
+    """Two pairs of one prompt share a text: held-out accuracy then measures what was learnt by
+    heart."""
     rng = random.Random(8)
-    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": ""} for i in range(300)]
+    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": ""}
+            for i in range(300)]
     train, held_out = hold_out(rows, 1)
     prompts = [{row["prompt"] for row in part} for part in (train, held_out)]
     assert not prompts[0] & prompts[1] and len(prompts[1]) == len(prompts[0] | prompts[1]) // 10
-    for part in (train, held_out):      # rows as they were, in the file's order, none lost and none twice
+    for part in (train, held_out):  # rows as they were, in the file's order, none lost, none twice
         assert part == [row for row in rows if row in part]
     assert sorted(int(row["chosen"]) for row in train + held_out) == list(range(300))
 
 
-def test_what_is_held_out_hangs_on_the_prompts_and_the_seed_alone():
-    """A stage that sees the rows in another order, once or twice, or without their answers, holds out other prompts."""
+def test_what_is_held_out_depends_on_the_prompts_and_the_seed_alone():
+    """A stage that sees the rows in another order, once or twice, or without their answers, holds
+    out other prompts."""
     rng = random.Random(9)
     rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}"} for i in range(300)]
 
@@ -257,15 +289,18 @@ def test_what_is_held_out_hangs_on_the_prompts_and_the_seed_alone():
     for _ in range(5):
         random.seed()
         assert prompts(rng.sample(rows, 300)) == expected
-    assert prompts([{"prompt": prompt} for prompt in {row["prompt"]: 0 for row in rows}]) == expected
+    distinct = {row["prompt"] for row in rows}
+    assert prompts([{"prompt": prompt} for prompt in distinct]) == expected
     assert prompts(rows + rows[:7]) == expected
     assert len({frozenset(prompts(rows, seed)) for seed in range(20)}) > 10     # every seed its own
 
 
 def test_prompts_are_split_as_the_rows_are(tmp_path):
-    """PPO trained on the prompts that the reward model's stage held out of the same file; a prompt counted twice."""
+    """PPO trained on the prompts that the reward model's stage held out of the same file; a prompt
+    counted twice."""
     rng = random.Random(10)
-    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": "no"} for i in range(300)]
+    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": "no"}
+            for i in range(300)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     for found, part in zip(split_prompts(tmp_path / "pairs.jsonl", 3), hold_out(rows, 3)):
         assert found == list(dict.fromkeys(row["prompt"] for row in part))
@@ -273,7 +308,8 @@ def test_prompts_are_split_as_the_rows_are(tmp_path):
 
 @pytest.mark.parametrize("count, expected", [(2, 1), (3, 1), (19, 1), (20, 2), (105, 10)])
 def test_a_tenth_of_the_prompts_but_one_at_least(count, expected):
-    """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to train on."""
+    """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to
+    train on."""
     train, held_out = hold_out([{"prompt": f"{i}"} for i in range(count) for _ in range(3)], 1)
     assert (len(train), len(held_out)) == (3 * (count - expected), 3 * expected)
 
@@ -288,57 +324,76 @@ def test_a_single_prompt_cannot_be_held_out(rows):
 
 def conversation(*turns):
     """Messages of the user and the assistant in turn."""
-    return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
+    roles = ["user", "assistant"] * len(turns)
+    return [{"role": role, "content": text} for role, text in zip(roles, turns)]
 
 
 def test_the_forms_of_trl(tmp_path):
-    """Somebody's preference file for TRL: refused, or its prompt trained on as a part of the answer."""
+    """Somebody's preference file for TRL: refused, or its prompt trained on as a part of the
+    answer."""
     chosen, rejected = "a fox", "a\nkite"
     pair = {"prompt": "q", "chosen": chosen, "rejected": rejected}
-    asked, answers = conversation("q"), {name: conversation("q", pair[name])[1:] for name in ("chosen", "rejected")}
-    for row in ({"prompt": asked, **answers},
-                {"chosen": asked + answers["chosen"], "rejected": asked + answers["rejected"]},
-                {"prompt": "q", "chosen": asked + answers["chosen"], "rejected": asked + answers["rejected"],
-                 "messages": asked + answers["rejected"]}, {**pair, "messages": None}):
+    asked = conversation("q")
+    good = conversation("q", chosen)
+    bad = conversation("q", rejected)
+    for row in ({"prompt": asked, "chosen": good[1:], "rejected": bad[1:]},
+                {"chosen": good, "rejected": bad},
+                {"prompt": "q", "chosen": good, "rejected": bad, "messages": bad},
+                {**pair, "messages": None}):
         path = put(tmp_path / "trl.jsonl", as_line(random.Random(0), row))
         assert read_pairs(path) == [pair] and read_prompts(path) == ["q"]
         assert read_demonstrations(path) == [{"prompt": "q", "completion": chosen}]
-    for row in ({"messages": asked + answers["chosen"]}, {"prompt": asked, "completion": answers["chosen"], "label": True}):
+    for row in ({"messages": good}, {"prompt": asked, "completion": good[1:], "label": True}):
         path = put(tmp_path / "trl.jsonl", as_line(random.Random(0), row))
-        assert read_demonstrations(path) == [{"prompt": "q", "completion": chosen}] and read_prompts(path) == ["q"]
+        assert read_demonstrations(path) == [{"prompt": "q", "completion": chosen}]
+        assert read_prompts(path) == ["q"]
     assert read_labels(path) == [{"prompt": "q", "completion": chosen, "label": True}]
 
 
 def test_more_turns_than_one_are_refused(tmp_path):
-    """A dialogue cut to its last turn, or a system's message left out, trains on something that nobody wrote."""
-    long, system = conversation("q", "a", "b", "c"), [{"role": "system", "content": "be kind"}]
-    pair = {"prompt": conversation("q"), "chosen": conversation("q", "a")[1:], "rejected": conversation("q", "b")[1:]}
+    """A dialogue cut to its last turn, or a system's message left out, trains on something that
+    nobody wrote."""
+    long = conversation("q", "a", "b", "c")
+    system = [{"role": "system", "content": "be kind"}]
+    pair = {"prompt": conversation("q"), "chosen": conversation("q", "a")[1:],
+            "rejected": conversation("q", "b")[1:]}
     for reader, row, match in (
-            (read_demonstrations, {"messages": long}, "completion.*user, assistant, user, assistant"),
-            (read_demonstrations, {"messages": system + conversation("q", "a")}, "system, user, assistant"),
-            (read_demonstrations, {"messages": conversation("q")}, '"completion" has the turns .user.'),
-            (read_pairs, {**pair, "prompt": system + pair["prompt"]}, '"prompt" has the turns .system, user.'),
+            (read_demonstrations, {"messages": long},
+             "completion.*user, assistant, user, assistant"),
+            (read_demonstrations, {"messages": system + conversation("q", "a")},
+             "system, user, assistant"),
+            (read_demonstrations, {"messages": conversation("q")},
+             '"completion" has the turns .user.'),
+            (read_pairs, {**pair, "prompt": system + pair["prompt"]},
+             '"prompt" has the turns .system, user.'),
             (read_pairs, {**pair, "chosen": long}, '"chosen" has the turns'),
             (read_pairs, {**pair, "prompt": long[:3]}, '"prompt" has the turns'),
-            (read_pairs, {**pair, "rejected": conversation("another", "b")}, "begins with another prompt"),
-            (read_pairs, {**pair, "chosen": [{"role": "assistant", "content": 3}]}, "must be text, found the number 3"),
+            (read_pairs, {**pair, "rejected": conversation("another", "b")},
+             "begins with another prompt"),
+            (read_pairs, {**pair, "chosen": [{"role": "assistant", "content": 3}]},
+             "must be text, found the number 3"),
             (read_pairs, {**pair, "chosen": [{"role": "assistant", "content": " "}]}, "blank"),
-            (read_pairs, {**pair, "chosen": [{"from": "gpt", "value": "a"}]}, "must be text, found a list")):
+            (read_pairs, {**pair, "chosen": [{"from": "gpt", "value": "a"}]},
+             "must be text, found a list")):
         with pytest.raises(InputError, match=match) as error:
             reader(put(tmp_path / "trl.jsonl", json.dumps(row).encode()))
-        assert str(error.value).startswith(f"{tmp_path / 'trl.jsonl'}:1: ") and "\n" not in str(error.value)
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path / 'trl.jsonl'}:1: ") and "\n" not in message
 
 
 def test_packed_files(tmp_path):
-    """A .jsonl.gz whose download broke off is not a shorter file; Parquet's bytes are no wrong UTF-8, but another format."""
+    """A .jsonl.gz whose download broke off is not a shorter file; Parquet's bytes are no wrong
+    UTF-8, but another format."""
     rows = random_rows(random.Random(0), FORMATS[read_pairs]) * 20
     whole = gzip.compress(b"\n".join(as_line(random.Random(0), row) for row in rows))
     path = put(tmp_path / "pairs.jsonl.gz", whole)
     assert read_pairs(path) == rows
-    for data in (whole[:-1], whole[:len(whole) // 2], whole[:3], whole[:-8] + bytes(8), whole + b"x"):
+    for data in (whole[:-1], whole[:len(whole) // 2], whole[:3], whole[:-8] + bytes(8),
+                 whole + b"x"):
         with pytest.raises(InputError, match="pairs.jsonl.gz: not a whole gzip file"):
             read_pairs(put(path, data))
-    with pytest.raises(InputError, match=r"read_parquet\('.*pairs.parquet'\).to_json\('.*pairs.jsonl', orient") as error:
+    command = r"read_parquet\('.*pairs.parquet'\).to_json\('.*pairs.jsonl', orient"
+    with pytest.raises(InputError, match=command) as error:
         read_pairs(put(tmp_path / "pairs.parquet", b"PAR1" + bytes(100) + b"PAR1"))
     assert "\n" not in str(error.value)
 
@@ -347,14 +402,17 @@ def test_huge_line(tmp_path):
     """A line of many megabytes is a line."""
     rows = [{"prompt": "x" * 5_000_000, "note": 1}, {"prompt": "y", "note": 2}]
     write_jsonl(tmp_path / "huge.jsonl", rows)
-    assert read_jsonl(tmp_path / "huge.jsonl", ["prompt"]) == [{"prompt": row["prompt"]} for row in rows]
+    found = read_jsonl(tmp_path / "huge.jsonl", ["prompt"])
+    assert found == [{"prompt": row["prompt"]} for row in rows]
 
 
 @pytest.mark.parametrize("reader", [read_text, *FORMATS], ids=lambda reader: reader.__name__)
 def test_files_that_are_not_there(reader, tmp_path):
-    """Missing, a folder, empty, blank: the commonest mistakes of all, each one line that names the file."""
-    cases = [tmp_path / "missing", tmp_path, put(tmp_path / "a", b""), put(tmp_path / "b", b" \r\n\n\t"),
-             put(tmp_path / "c", BOM), put(tmp_path / "d", b"") / "below"]
+    """Missing, a folder, empty, blank: the commonest mistakes of all, each one line that names the
+    file."""
+    cases = [tmp_path / "missing", tmp_path, put(tmp_path / "a", b""),
+             put(tmp_path / "b", b" \r\n\n\t"), put(tmp_path / "c", BOM),
+             put(tmp_path / "d", b"") / "below"]
     for path in cases:
         for given in (path, str(path)):
             with pytest.raises(InputError) as error:
@@ -363,19 +421,23 @@ def test_files_that_are_not_there(reader, tmp_path):
 
 
 def test_text_is_read_or_refused(tmp_path):
-    """Random bytes and cut characters: InputError that names the first wrong byte or NUL, or what Python decodes."""
+    """Random bytes and cut characters: InputError that names the first wrong byte or NUL, or what
+    Python decodes."""
     rng = random.Random(7)
     path = tmp_path / "corpus.txt"
     refused = nuls = 0
     for n in range(1500):
-        data = rng.choice([b"", BOM]) + rng.choice([random_value(rng) * 3, "fox\r\nkite\rhen\n"]).encode()
+        data = rng.choice([b"", BOM])
+        data += rng.choice([random_value(rng) * 3, "fox\r\nkite\rhen\n"]).encode()
         if n % 3 == 0:
             data = rng.randbytes(rng.randint(0, 8))
         elif n % 3 == 1:
-            data = data[:rng.randint(0, len(data))] + rng.choice([b"", b"\xff", b"\xed\xa0\x80", b"\xc0\x80"])
+            data = data[:rng.randint(0, len(data))]
+            data += rng.choice([b"", b"\xff", b"\xed\xa0\x80", b"\xc0\x80"])
         put(path, data)
         try:
-            good = io.StringIO(data.decode("utf-8-sig"), newline=None).read()      # Python's own line ends
+            # newline=None: Python's own treatment of line ends.
+            good = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
         except UnicodeDecodeError:
             with pytest.raises(InputError) as error:
                 read_text(path, rng.randint(1, 20))
@@ -390,7 +452,8 @@ def test_text_is_read_or_refused(tmp_path):
             assert str(error.value).startswith(f"{path}: not UTF-8: byte 0x{data[offset]:02x} ")
         else:
             if "\0" in good:
-                with pytest.raises(InputError, match=f": holds a NUL at character {good.index(chr(0)) + 1};"):
+                place = good.index("\0") + 1
+                with pytest.raises(InputError, match=f": holds a NUL at character {place};"):
                     read_text(path, rng.randint(1, 20))
                 nuls += 1
             elif good.strip():
@@ -402,7 +465,8 @@ def test_text_is_read_or_refused(tmp_path):
 
 
 def test_written_rows_come_back(tmp_path):
-    """What a stage writes, the next one reads: escapes, other scripts and line ends included, and legibly."""
+    """What a stage writes, the next one reads: escapes, other scripts and line ends included, and
+    legibly."""
     rng = random.Random(8)
     rows = [row for _ in range(100) for row in random_rows(rng, ("prompt", "chosen", "rejected"))]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -411,7 +475,8 @@ def test_written_rows_come_back(tmp_path):
 
 
 def test_write_replaces_and_leaves_nothing_behind(tmp_path):
-    """Bytes and text go in unchanged (no CRLF on Windows), and a link goes on pointing to the file."""
+    """Bytes and text go in unchanged (no CRLF on Windows), and a link goes on pointing to the
+    file."""
     path, link = tmp_path / "model.pt", tmp_path / "latest.pt"
     for data in (b"\0\xff\r\n", "é\r\n🦊\n", b""):
         write_atomic(path, data)
@@ -441,7 +506,8 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step, error):
 
 
 def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path):
-    """The same when the data is at fault: a row that fails, an object JSON can't hold, half a surrogate pair."""
+    """The same when the data is at fault: a row that fails, an object JSON can't hold, half a
+    surrogate pair."""
     path = put(tmp_path / "rows.jsonl", b"old")
 
     def rows():
@@ -457,7 +523,8 @@ def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path):
 
 
 def test_a_lock_is_held_until_it_is_closed(tmp_path):
-    """Two runs in one folder; a folder that stays locked; what a killed run left half written, there for ever."""
+    """Two runs in one folder; a folder that stays locked; what a killed run left half written,
+    there for ever."""
     (tmp_path / "unfinished").mkdir()
     for path in (tmp_path / "a.7.tmp", tmp_path / "unfinished/b.8.tmp"):
         path.write_bytes(b"half")
@@ -489,10 +556,12 @@ lock_folder(sys.argv[1])
 
 
 def test_windows_locks_too(tmp_path):
-    """Where there is no fcntl: an ImportError in every script, or two runs in one folder that never see each other."""
+    """Where there is no fcntl: an ImportError in every script, or two runs in one folder that never
+    see each other."""
     done = subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], capture_output=True, text=True)
     refused = f"{tmp_path}: another run is using this folder; wait for it, or choose another one"
-    assert done.stderr == "" and done.stdout.splitlines() == ["locking 2 1", "locking 2 1", refused, "locking 2 1"]
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["locking 2 1", "locking 2 1", refused, "locking 2 1"]
 
 
 def run(body, tmp_path, shell="{}"):
@@ -516,24 +585,27 @@ run_script(main)
     ("raise InputError('two\\nlines')", 1, "script.py: two lines\n"),
     ("open('/no/such/file')", 1, "script.py: /no/such/file: No such file or directory\n"),
     ("raise OSError('disk')", 1, "script.py: disk\n"),
-    ("raise FloatingPointError('gradient norm nan: no step')", 1, "script.py: gradient norm nan: no step\n"),
+    ("raise FloatingPointError('norm nan: no step')", 1, "script.py: norm nan: no step\n"),
     ("raise KeyboardInterrupt", 130, "script.py: interrupted\n"),
-    ("raise KeyboardInterrupt('saved; --resume continues')", 130, "script.py: saved; --resume continues\n"),
+    ("raise KeyboardInterrupt('saved; --resume')", 130, "script.py: saved; --resume\n"),
     ("sys.exit(2)", 2, ""),
 ])
 def test_script_ends_in_one_line(tmp_path, body, status, message):
-    """A user's mistake is a line and a status that a shell script can test, not twenty lines of our code."""
+    """A user's mistake is a line and a status that a shell script can test, not twenty lines of our
+    code."""
     assert run(body, tmp_path)[::2] == (status, message)
 
 
 def test_our_bugs_keep_their_traceback(tmp_path):
-    """InputError is a ValueError, but a ValueError of torch or of ours must not pass for the user's mistake."""
+    """InputError is a ValueError, but a ValueError of torch or of ours must not pass for the user's
+    mistake."""
     status, _, stderr = run("raise ValueError('a bug')", tmp_path)
     assert status == 1 and stderr.startswith("Traceback") and stderr.endswith("ValueError: a bug\n")
 
 
 def test_closed_pipe(tmp_path):
-    """`python ppo.py | head -1` ends in one line, not in Python's complaint about flushing at exit."""
+    """`python ppo.py | head -1` ends in one line, not in Python's complaint about flushing at
+    exit."""
     _, stdout, stderr = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
     assert stdout == "step 0\n" and stderr == "script.py: no one reads the output any more\n"
     # A short output stays in the buffer until the end, and meets the closed pipe only there.

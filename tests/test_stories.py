@@ -15,12 +15,14 @@ from data.stories import WORLD, log_probability, parse_request, recognise, split
 
 STORY_PARTS = ("opening", "wish", "kind", "unkind", "neutral", "happy", "sad")
 
-# A world small enough to enumerate. Some slots are shown by some sentences only, one pattern shows the
-# hero under two forms, one hero is a "he", and one adjective takes "an". Of its 8 requests 2 are held out.
+# A world small enough to enumerate. Some slots are shown by some sentences only, one pattern shows
+# the hero under two forms, one hero is a "he", and one adjective takes "an". Of its 8 requests 2
+# are held out.
 TINY = dataclasses.replace(
     WORLD,
     words={"adjective": ("shy", "odd"), "hero": ("fox", "bear"), "thing": ("kite", "umbrella"),
-           "friend": ("little Anna", "the postman"), "place": ("by the sea", "on the hill", "in the park")},
+           "friend": ("little Anna", "the postman"),
+           "place": ("by the sea", "on the hill", "in the park")},
     patterns={"ask": ("Tell me about {a_hero} and {a_thing}.",),
               "opening": ("Once there was {a_hero}.", "{A_hero} knew {friend}."),
               "wish": ("{She} wanted {a_thing}.",),
@@ -50,27 +52,43 @@ def render(pattern, slots):
 
 
 def all_stories(world, titled=False):
-    """The set of all stories of a small world, by brute force; titled: with a line above, as in a book."""
-    patterns, texts = world.patterns, set()
+    """The set of all stories of a small world, by brute force; titled: with a line above, as in a
+    book."""
+    patterns = world.patterns
     turns = patterns["kind"] + patterns["unkind"] + patterns["neutral"]
-    middles = [middle for n in range(1, len(world.turns) + 1) for middle in itertools.permutations(turns, n)]
+    middles = []
+    for n in range(1, len(world.turns) + 1):
+        middles += itertools.permutations(turns, n)
+    endings = [()]
+    for pattern in patterns["happy"] + patterns["sad"]:
+        endings.append((pattern,))
+
+    texts = set()
     for words in itertools.product(*world.words.values()):
         slots = dict(zip(world.words, words))
-        title = f"The {slots['adjective']} {slots['hero']} and the {slots['thing']}\n" if titled else ""
-        endings = [(), *zip(patterns["happy"] + patterns["sad"])]
+        title = ""
+        if titled:
+            title = f"The {slots['adjective']} {slots['hero']} and the {slots['thing']}\n"
         for opening, wish, middle, ending in itertools.product(
                 patterns["opening"], patterns["wish"], middles, endings):
-            texts.add(title + " ".join(render(pattern, slots) for pattern in (opening, wish, *middle, *ending)))
+            plan = (opening, wish) + middle + ending
+            texts.add(title + " ".join(render(pattern, slots) for pattern in plan))
     return texts
+
+
+def request_lists(world):
+    """What a request is chosen from: patterns, adjectives, heroes, things."""
+    words = world.words
+    return world.patterns["ask"], words["adjective"], words["hero"], words["thing"]
 
 
 def all_requests(world):
     """{request: whether it is held out}, by brute force."""
-    lists = world.patterns["ask"], world.words["adjective"], world.words["hero"], world.words["thing"]
+    lists = request_lists(world)
     requests = {}
-    for (a, pattern), (b, adjective), (c, hero), (d, thing) in itertools.product(*map(enumerate, lists)):
-        text = render(pattern, {"adjective": adjective, "hero": hero, "thing": thing, "friend": "-"})
-        requests[text] = (a + b + c + d) % world.held_out_every == 0
+    for a, b, c, d in itertools.product(*(range(len(choices)) for choices in lists)):
+        slots = {"adjective": lists[1][b], "hero": lists[2][c], "thing": lists[3][d], "friend": "-"}
+        requests[render(lists[0][a], slots)] = (a + b + c + d) % world.held_out_every == 0
     return requests
 
 
@@ -80,15 +98,18 @@ def random_slots(rng, world=WORLD):
 
 
 def longest_slots(world=WORLD):
-    words = {slot: max(words, key=lambda word: len(word.split())) for slot, words in world.words.items()}
-    return {**words, "she": "she"}
+    slots = {"she": "she"}
+    for slot, words in world.words.items():
+        slots[slot] = max(words, key=lambda word: len(word.split()))
+    return slots
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Probabilities
 
 def test_story_probabilities_sum_to_one():
-    """A log-probability that forgets a choice, counts one twice, or forgets that turns aren't repeated."""
+    """A log-probability that forgets a choice, counts one twice, or forgets that turns aren't
+    repeated."""
     texts = all_stories(TINY)
     for request in [None] + sorted(all_requests(TINY))[::3]:
         total = math.fsum(math.exp(log_probability(request, text, TINY)) for text in texts)
@@ -96,10 +117,14 @@ def test_story_probabilities_sum_to_one():
 
 
 def test_page_and_document_probabilities_sum_to_one():
-    """A page whose length costs nothing, or with a held-out request; a document that forgets which of the two it is."""
+    """A page whose length costs nothing, or with a held-out request; a document that forgets which
+    of the two it is."""
     requests = all_requests(TINIEST)
     assert len(requests) == 8 and sum(requests.values()) == 2
-    pages = {"\n".join(lines) for n in TINIEST.page_lengths for lines in itertools.product(requests, repeat=n)}
+    pages = set()
+    for n in TINIEST.page_lengths:
+        for lines in itertools.product(requests, repeat=n):
+            pages.add("\n".join(lines))
     total = math.fsum(math.exp(stories.page_log_probability(text, TINIEST)) for text in pages)
     assert total == pytest.approx(1, abs=1e-9)
     for text in pages:
@@ -129,44 +154,52 @@ def test_samples_are_as_frequent_as_their_probability(request_):
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_requests_are_as_frequent_as_their_probability(held_out):
-    """A way past the held-out requests that favors their neighbors, or a log-probability of the other kind."""
+    """A way past the held-out requests that favors their neighbors, or a log-probability of the
+    other kind."""
     rng, n = random.Random(6), 12_000
     counts = Counter(stories.request(rng, TINIEST, held_out) for _ in range(n))
-    assert {text for text, _ in counts} == {text for text, kept in all_requests(TINIEST).items() if kept == held_out}
+    expected = {text for text, kept in all_requests(TINIEST).items() if kept == held_out}
+    assert {text for text, _ in counts} == expected
     for (_, logprob), count in counts.items():
         assert logprob == pytest.approx(-math.log(len(counts)))
         assert abs(count - n / len(counts)) < 5 * math.sqrt(n / len(counts))
 
 
 def test_documents_are_as_frequent_as_their_probability():
-    """A page drawn from all requests whose log-probability is of the training requests, or the other way round."""
+    """A page drawn from all requests whose log-probability is of the training requests, or the
+    other way round."""
     rng, n = random.Random(7), 12_000
     counts = Counter(stories.document(rng, TINIEST).text for _ in range(n))
-    pages = Counter({text: count for text, count in counts.items() if text in all_requests(TINIEST)})
-    p = {text: math.exp(stories.document_log_probability(text, TINIEST)) for text in all_requests(TINIEST)}
-    assert math.fsum(p.values()) == pytest.approx(0.3 / 3)      # the pages of one line
-    assert all(abs(pages[text] - n * p[text]) <= 5 * math.sqrt(n * p[text]) for text in p)
+    p = {}  # of the pages of one line
+    for text in all_requests(TINIEST):
+        p[text] = math.exp(stories.document_log_probability(text, TINIEST))
+        assert abs(counts[text] - n * p[text]) <= 5 * math.sqrt(n * p[text])
+    assert math.fsum(p.values()) == pytest.approx(0.3 / 3)
 
 
 def test_turns_are_drawn_without_replacement_at_the_stated_odds():
-    """Two turns of a sort: the second is one of those left over, not of all; here, then, certain."""
-    text = "Once there was a shy fox. She wanted a kite. She helped little Anna. The fox shared her supper."
-    facts = 0.9 * 0.8                           # hero and thing are the request's
-    plan = 0.3 * 0.4 * 0.4 * 0.15 / 2 / 1 / 2 / 1      # two turns, kind, kind, no ending; the patterns
-    expected = math.log(facts * plan / 2)       # and one friend of two
-    assert log_probability("Tell me about a shy fox and a kite.", text, TINY) == pytest.approx(expected)
+    """Two turns of a sort: the second is one of those left over, not of all; here, then,
+    certain."""
+    text = ("Once there was a shy fox. She wanted a kite. She helped little Anna. "
+            "The fox shared her supper.")
+    facts = 0.9 * 0.8                                   # hero and thing are the request's
+    plan = 0.3 * 0.4 * 0.4 * 0.15 / 2 / 1 / 2 / 1       # two turns, kind, kind, no ending; patterns
+    expected = math.log(facts * plan / 2)               # and one friend of two
+    found = log_probability("Tell me about a shy fox and a kite.", text, TINY)
+    assert found == pytest.approx(expected)
 
 
 def test_facts_given_a_request():
-    """A hero or thing that isn't the request's must be drawn from all the others, the adjective from all."""
-    ending = "She wanted a kite. It rained."
-    opening = "Once there was a shy fox."
-    base = log_probability("Tell me about a shy fox and a kite.", f"{opening} {ending}", TINY)
-    other_thing = log_probability("Tell me about a shy fox and an umbrella.", f"{opening} {ending}", TINY)
-    other_hero = log_probability("Tell me about a shy bear and a kite.", f"{opening} {ending}", TINY)
+    """A hero or thing that isn't the request's must be drawn from all the others, the adjective
+    from all."""
+    text = "Once there was a shy fox. She wanted a kite. It rained."
+    base = log_probability("Tell me about a shy fox and a kite.", text, TINY)
+    other_thing = log_probability("Tell me about a shy fox and an umbrella.", text, TINY)
+    other_hero = log_probability("Tell me about a shy bear and a kite.", text, TINY)
+    other_adjective = log_probability("Tell me about an odd fox and a kite.", text, TINY)
     assert other_thing - base == pytest.approx(math.log(0.2 / 0.8))
-    assert other_hero - base == pytest.approx(math.log(0.1 / 2 / 0.9))      # one other hero, two adjectives
-    assert log_probability("Tell me about an odd fox and a kite.", f"{opening} {ending}", TINY) == -math.inf
+    assert other_hero - base == pytest.approx(math.log(0.1 / 2 / 0.9))  # one other, two adjectives
+    assert other_adjective == -math.inf
 
 
 def test_draws_carry_their_exact_log_probability():
@@ -191,8 +224,10 @@ def test_draws_carry_their_exact_log_probability():
 def test_changed_stories_have_another_probability():
     """A reader that skips over what it doesn't understand: hero, order, repetition, white space."""
     request = "Tell me a story about a shy fox and a kite."
-    first, wish = "Once there was a shy fox who lived by the sea.", "Somebody had taken her kite in the night."
-    turn, other = "She broke a promise to Uncle Tom.", "She called Uncle Tom nasty names."
+    first = "Once there was a shy fox who lived by the sea."
+    wish = "Somebody had taken her kite in the night."
+    turn = "She broke a promise to Uncle Tom."
+    other = "She called Uncle Tom nasty names."
     end = "But she never found the kite."
     good = log_probability(request, f"{first} {wish} {turn} {other} {end}")
     assert math.isfinite(good)
@@ -200,34 +235,41 @@ def test_changed_stories_have_another_probability():
     for bad in (
             "", first, f"{first} {wish}", f"{first} {wish} {end}",         # no turn
             f"{first} {wish} {turn} {turn} {end}",                         # a pattern twice
-            f"{first} {wish} {turn} {other.replace('Tom', 'Joe')}",        # nobody's name
+            f"{first} {wish} {turn} {other.replace('Tom', 'Joe')}",        # no one's name
             f"{first} {wish} {turn} {other.replace('Uncle Tom', 'the postman')}",   # another friend
             f"{first} {wish} {turn} {end.replace('kite', 'drum')}",        # another thing
             f"{first} {wish} {turn.replace('She', 'He')}",                 # another pronoun
-            f"{first} Somebody had taken his kite in the night. He broke a promise to Uncle Tom.",     # the wrong one
+            f"{first} {wish.replace('her', 'his')} {turn.replace('She', 'He')}",    # the wrong one
             f"{first} {turn} {wish}", f"{wish} {first} {turn}", f"{first} {wish} {end} {turn}",
-            f"{first} {wish}  {turn}", f"{first} {wish} {turn} ", f"{first} {wish} {turn} The end."):
+            f"{first} {wish}  {turn}", f"{first} {wish} {turn} ",
+            f"{first} {wish} {turn} The end."):
         assert log_probability(request, bad) == -math.inf, bad
     changed = f"{first} {wish.replace('kite', 'drum')} {turn} {other} {end.replace('kite', 'drum')}"
     assert log_probability(request, changed) == pytest.approx(good + math.log(0.2 / 35 / 0.8))
 
 
 def test_a_wrong_request_is_named():
-    """A typing error in a prompt that silently becomes "nobody asked"."""
-    for call in (lambda: stories.story(random.Random(0), "Sing a song."), lambda: log_probability("Sing a song.", ""),
-                 lambda: stories.is_held_out("Sing a song.")):
-        with pytest.raises(ValueError, match="Sing a song"):
-            call()
+    """A typing error in a prompt that silently becomes a story without a request."""
+    with pytest.raises(ValueError, match="Sing a song"):
+        stories.story(random.Random(0), "Sing a song.")
+    with pytest.raises(ValueError, match="Sing a song"):
+        log_probability("Sing a song.", "")
+    with pytest.raises(ValueError, match="Sing a song"):
+        stories.is_held_out("Sing a song.")
 
 
 def test_a_seed_fixes_the_text_and_the_global_generator_is_left_alone():
-    """Iteration over a set of strings, whose order changes from process to process; random.choice by mistake."""
+    """Iteration over a set of strings, whose order changes from process to process; random.choice
+    by mistake."""
     state = random.getstate()
-    texts = [[stories.document(rng).text for _ in range(20)] for rng in (random.Random(3), random.Random(3))]
-    assert texts[0] == texts[1] and random.getstate() == state
+    rng = random.Random(3)
+    other = random.Random(3)
+    for _ in range(20):
+        assert stories.document(rng) == stories.document(other)
+    assert random.getstate() == state
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Held-out requests
 
 def test_no_draw_is_of_the_other_kind():
@@ -241,30 +283,42 @@ def test_no_draw_is_of_the_other_kind():
 
 
 def test_held_out_requests_of_the_world():
-    """A logprob that is not of the number of requests, and held-out requests that prefer a word to the others."""
-    lists = WORLD.patterns["ask"], WORLD.words["adjective"], WORLD.words["hero"], WORLD.words["thing"]
-    held_out = [asked for asked in itertools.product(range(12), *lists[1:])
-                if stories._is_held_out(stories.Request(*asked), WORLD)]
-    assert WORLD.request_counts == {True: len(held_out), False: math.prod(map(len, lists)) - len(held_out)}
+    """A logprob that is not of the number of requests, and held-out requests that prefer a word to
+    the others."""
+    asks, adjectives, heroes, things = request_lists(WORLD)
+    held_out = []
+    for values in itertools.product(range(12), adjectives, heroes, things):
+        asked = stories.Request(*values)
+        if stories._is_held_out(asked, WORLD):
+            held_out.append(asked)
+    total = len(held_out)
+    assert WORLD.request_counts == {True: total, False: 12 * 28 * 32 * 36 - total}
     for kind, count in WORLD.request_counts.items():
-        assert stories.request(random.Random(0), held_out=kind).logprob == pytest.approx(-math.log(count))
-    asks, adjectives, heroes, things = ([counts.count(word) for word in words] for words, counts in zip(
-        (range(12), *lists[1:]), map(list, zip(*held_out))))
-    assert set(asks) == {len(held_out) / 12} and set(adjectives) == {len(held_out) / 28}
-    assert set(things) == {len(held_out) / 36}
-    assert all(abs(count - len(held_out) / 32) < 0.03 * len(held_out) / 32 for count in heroes)
+        logprob = stories.request(random.Random(0), held_out=kind).logprob
+        assert logprob == pytest.approx(-math.log(count))
+
+    ask_counts = Counter(asked.ask for asked in held_out)
+    adjective_counts = Counter(asked.adjective for asked in held_out)
+    hero_counts = Counter(asked.hero for asked in held_out)
+    thing_counts = Counter(asked.thing for asked in held_out)
+    assert {ask_counts[ask] for ask in range(len(asks))} == {total / 12}
+    assert {adjective_counts[adjective] for adjective in adjectives} == {total / 28}
+    assert {thing_counts[thing] for thing in things} == {total / 36}
+    for hero in heroes:
+        assert abs(hero_counts[hero] - total / 32) < 0.03 * total / 32
 
 
 @pytest.mark.parametrize("every", [2, 3, 4, 5, 32])
 def test_requests_are_counted_in_any_world(every):
     """A count that is right only where held_out_every divides the number of requests."""
-    world = dataclasses.replace(TINY, held_out_every=every, words={**TINY.words, "hero": ("fox", "bear", "owl")})
+    words = {**TINY.words, "hero": ("fox", "bear", "owl")}
+    world = dataclasses.replace(TINY, held_out_every=every, words=words)
     requests = all_requests(world)
     assert world.request_counts == Counter(requests.values())
     assert {text: stories.is_held_out(text, world) for text in requests} == requests
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 def test_every_filling_of_every_pattern_is_read_back_one_way():
@@ -283,7 +337,8 @@ def test_every_filling_of_every_pattern_is_read_back_one_way():
 
 
 def test_recognise_and_parse_request_by_hand():
-    """A slot put under the wrong name, or in its written form ("The old miller") in place of the bare one."""
+    """A slot put under the wrong name, or in its written form ("The old miller") in place of the
+    bare one."""
     assert recognise("The fox gave her thick coat to Aunt Lily.") == (
         "kind", 5, {"hero": "fox", "she": "she", "friend": "Aunt Lily"})
     assert recognise("The old miller hugged him, and all was well again.").slots == {
@@ -292,37 +347,46 @@ def test_recognise_and_parse_request_by_hand():
         "tree": "oak", "home": "by the sea", "adjective": "odd", "hero": "king"}
     assert parse_request("Do you know a story about an umbrella and an honest cat?") == (
         10, "honest", "cat", "umbrella")
-    for bad in ("", "The fox gave his thick coat to Aunt Lily.", "The fox gave her thick coat to Aunt Lily",
-                "Under the oak tree by the sea lived a odd king.", "Tell me a story about a shy fox and a kite."):
+    for bad in ("", "The fox gave his thick coat to Aunt Lily.",
+                "The fox gave her thick coat to Aunt Lily",
+                "Under the oak tree by the sea lived a odd king.",
+                "Tell me a story about a shy fox and a kite."):
         assert recognise(bad) is None, bad
-    for bad in ("", "Tell me a story about a odd fox and a kite.", "Tell me a story about a shy fox and a kite. ",
-                "She wept."):
+    for bad in ("", "Tell me a story about a odd fox and a kite.",
+                "Tell me a story about a shy fox and a kite. ", "She wept."):
         assert parse_request(bad) is None, bad
 
 
 def test_is_story():
-    """A list of more requests, which is what the base model answers, must not count as a story; nor half a one."""
-    opening, turn = "Once there was a shy fox who lived by the sea.", "She stopped to comfort a crying child."
+    """A list of more requests, which is what the base model answers, must not count as a story; nor
+    half a one."""
+    opening = "Once there was a shy fox who lived by the sea."
+    turn = "She stopped to comfort a crying child."
     assert stories.is_story(f"{opening} {turn}")
-    for text in ("", opening, f"{turn} {opening}", f"{opening} {turn} She sto", f"{opening} Tell me a story.",
-                 "Tell me a story about a shy fox and a kite.\nTell me a story about a shy cat and a map."):
+    for text in ("", opening, f"{turn} {opening}", f"{opening} {turn} She sto",
+                 f"{opening} Tell me a story.",
+                 "Tell me a story about a shy fox and a kite.\n"
+                 "Tell me a story about a shy cat and a map."):
         assert not stories.is_story(text), text
 
 
 def test_split_sentences():
-    """A closing quote that stays with the next sentence, or a text without an end that gets lost."""
+    """A closing quote that stays with the next sentence, or a text without an end that gets
+    lost."""
     assert split_sentences('He asked, "Where can the kite be?" He wept. "Go away," the fox') == [
         'He asked, "Where can the kite be?"', "He wept.", '"Go away," the fox']
     assert split_sentences(" \n") == []
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Language and size
 
 def test_articles():
     """"a honest owl", "a umbrella"."""
-    assert [stories.article(word) for word in ("honest", "eager", "odd", "umbrella", "shy", "young", "hedgehog")] == [
-        "an", "an", "an", "an", "a", "a", "a"]
+    for word in ("honest", "eager", "odd", "umbrella"):
+        assert stories.article(word) == "an"
+    for word in ("shy", "young", "hedgehog"):
+        assert stories.article(word) == "a"
     rng = random.Random(4)
     for _ in range(500):
         text = stories.document(rng).text.lower()
@@ -335,8 +399,9 @@ def test_each_pattern_is_one_sentence_with_known_slots():
         for pattern in patterns:
             assert re.fullmatch(r"[^.!?]+[.!?]\"?", pattern), pattern
             assert WORLD.slots[pattern] <= WORLD.words.keys() | {"she"}, pattern
-            assert re.match(r"\"?({?[A-Z])", pattern), pattern     # begins with a capital, or a capital form
-            assert not re.search(r" {[A-Z]", pattern), pattern      # and has none inside
+            # It begins with a capital, or a capital form, and has none inside.
+            assert re.match(r"\"?({?[A-Z])", pattern), pattern
+            assert not re.search(r" {[A-Z]", pattern), pattern
 
 
 def test_heroes_things_and_adjectives_occur_only_as_such():
@@ -352,35 +417,43 @@ def test_heroes_things_and_adjectives_occur_only_as_such():
 
 def test_size_of_the_world():
     """A world too small to have to be learned, or too large for a small model."""
-    literals = [literal for patterns in WORLD.patterns.values() for pattern in patterns
-                for literal, _, _, _ in Formatter().parse(pattern)]
-    pronouns = [word for by_gender in stories.PRONOUNS.values() for word in by_gender.values()]
-    everything = " ".join(literals + pronouns + ["a an"] + [word for words in WORLD.words.values() for word in words])
+    texts = ["a an"]
+    for patterns in WORLD.patterns.values():
+        for pattern in patterns:
+            texts += [literal for literal, _, _, _ in Formatter().parse(pattern)]
+    for by_gender in stories.PRONOUNS.values():
+        texts += by_gender.values()
+    for words in WORLD.words.values():
+        texts += words
+    everything = " ".join(texts)
     assert 500 <= len(set(re.findall("[a-z]+", everything.lower()))) <= 580
     sizes = {part: len(WORLD.patterns[part]) for part in STORY_PARTS}
     assert sum(sizes.values()) >= 100
-    turns = sizes["kind"] + sizes["unkind"] + sizes["neutral"]      # a bound: other slots not counted
+    turns = sizes["kind"] + sizes["unkind"] + sizes["neutral"]
+    # A lower bound: the other slots are not counted.
     assert (28 * 32 * 36 * sizes["opening"] * sizes["wish"] * math.perm(turns, 4)
             * (1 + sizes["happy"] + sizes["sad"])) >= 10 ** 12
 
 
 def test_the_longest_story_fits():
-    """A story cut off by the context has no end to learn. Tokens: 1.1 a word and one per run of punctuation."""
-    slots = longest_slots()
-    longest = {part: sorted((stories._write(pattern, slots) for pattern in patterns),
-                            key=lambda text: -len(text.split())) for part, patterns in WORLD.patterns.items()}
-    turns = sorted(longest["kind"] + longest["unkind"] + longest["neutral"], key=lambda text: -len(text.split()))
-    ending = max(longest["happy"][0], longest["sad"][0], key=lambda text: len(text.split()))
-    worst = " ".join([longest["opening"][0], longest["wish"][0], *turns[:4], ending])
-    assert len(worst.split()) <= 78
+    """A story cut off by the context has no end to learn. Tokens: 1.1 a word and one per run of
+    punctuation."""
+    def words(text):
+        return len(text.split())
 
     def tokens(text):
-        return 1.1 * len(text.split()) + len(re.findall(r"[.,!?\"]+", text))
-    by_tokens = {part: sorted((tokens(text) for text in texts), reverse=True) for part, texts in longest.items()}
-    turns = sorted(by_tokens["kind"] + by_tokens["unkind"] + by_tokens["neutral"], reverse=True)
-    assert (by_tokens["opening"][0] + by_tokens["wish"][0] + sum(turns[:4])
-            + max(by_tokens["happy"][0], by_tokens["sad"][0])) <= 95
-    assert by_tokens["ask"][0] <= 20
+        return 1.1 * words(text) + len(re.findall(r"[.,!?\"]+", text))
+
+    slots = longest_slots()
+    for length, limit in ((words, 78), (tokens, 95)):
+        lengths = {}  # part -> of its sentences, the longest first
+        for part, patterns in WORLD.patterns.items():
+            lengths[part] = sorted((length(stories._write(pattern, slots)) for pattern in patterns),
+                                   reverse=True)
+        turns = sorted(lengths["kind"] + lengths["unkind"] + lengths["neutral"], reverse=True)
+        ending = max(lengths["happy"][0], lengths["sad"][0])
+        assert lengths["opening"][0] + lengths["wish"][0] + sum(turns[:4]) + ending <= limit
+    assert lengths["ask"][0] <= 20
 
 
 @pytest.mark.parametrize("change", [
@@ -393,20 +466,22 @@ def test_impossible_worlds_are_refused(change):
         dataclasses.replace(WORLD, **change)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The curated part
 
 
 @pytest.mark.parametrize("turn_odds", [TINY.turn_odds, (("unkind", 0.9), ("kind", 0.1))])
 def test_conditioning_takes_the_same_constant_from_every_log_probability(turn_odds):
-    """A curated world whose entropy is not the entropy of what is drawn: the numbers of turns must change too, because
-    long stories have an unkind sentence more often."""
-    world = dataclasses.replace(TINY, words={**TINY.words, "place": ("by the sea",)}, turn_odds=turn_odds)
+    """A curated world whose entropy is not the entropy of what is drawn: the numbers of turns must
+    change too, because long stories have an unkind sentence more often."""
+    words = {**TINY.words, "place": ("by the sea",)}
+    world = dataclasses.replace(TINY, words=words, turn_odds=turn_odds)
     curated, log_p = stories.curate(world)
     total, kept = 0.0, 0
     for text in all_stories(world, titled=True):
         logprob = stories.document_log_probability(text, world)
-        unkind = any(recognise(sentence, world).part == "unkind" for sentence in split_sentences(text.split("\n")[1]))
+        sentences = split_sentences(text.split("\n")[1])
+        unkind = any(recognise(sentence, world).part == "unkind" for sentence in sentences)
         expected = -math.inf if unkind else logprob - log_p
         assert stories.document_log_probability(text, curated) == pytest.approx(expected, abs=1e-9)
         total += 0 if unkind else math.exp(logprob)
@@ -415,9 +490,11 @@ def test_conditioning_takes_the_same_constant_from_every_log_probability(turn_od
 
 
 def test_curated_documents_are_the_worlds_without_unkind_ones():
-    """Draws from another distribution than the one whose entropy is known; pages that are no stories."""
+    """Draws from another distribution than the one whose entropy is known; pages that are no
+    stories."""
     curated, log_p = stories.curate()
-    assert math.exp(log_p) == pytest.approx(0.7 * (0.3 * 0.75 + 0.4 * 0.75 ** 2 + 0.2 * 0.75 ** 3 + 0.1 * 0.75 ** 4))
+    kind = 0.3 * 0.75 + 0.4 * 0.75 ** 2 + 0.2 * 0.75 ** 3 + 0.1 * 0.75 ** 4
+    assert math.exp(log_p) == pytest.approx(0.7 * kind)
     rng, lengths = random.Random(40), Counter()
     for _ in range(2000):
         text, logprob = stories.document(rng, curated)

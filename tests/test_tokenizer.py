@@ -12,20 +12,29 @@ from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode
                             merge, sample_text, train)
 
 TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
-Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the wind was
-never there when the fox was. "Wind, wind," said the fox, "where do you go at 12 or 1212 or 121212?"
+Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the
+wind was never there when the fox was. "Wind, wind," said the fox, "where do you go at 12 or 1212 or
+121212?"
 The banana bandana sang: aaaa aaaaa aaaaaa, lalalala, ananananas!  Naïve café, 日本語日本語, 🦊🪁🦊🪁.
 """
 
 
 def random_text(rng, length):
-    """Words, every plane of Unicode, and what breaks tokenizers: joined emoji, accents, NUL, CRLF, specials."""
+    """Words, every plane of Unicode, and what breaks tokenizers: joined emoji, accents, NUL, CRLF,
+    specials."""
     hostile = ["👩‍👩‍👧", "🇩🇪", "e\u0301\u0301", "\0", "\r\n", "\t", "  ", "\u2028", "\ufeff", "\x1c",
                "\x85", "\xa0", "ﷺ",
-               "<|end|>", "<|user|>", "<|assistant|>", "fox", " kite", "0123", "'s", "...", "\x7f", "\uffff"]
-    ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF), (0x300, 0x36F)]
-    return "".join(rng.choice(hostile) if rng.random() < 0.5 else chr(rng.randint(*rng.choice(ranges)))
-                   for _ in range(length))
+               "<|end|>", "<|user|>", "<|assistant|>", "fox", " kite", "0123", "'s", "...", "\x7f",
+               "\uffff"]
+    ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF),
+              (0x300, 0x36F)]
+    text = ""
+    for _ in range(length):
+        if rng.random() < 0.5:
+            text += rng.choice(hostile)
+        else:
+            text += chr(rng.randint(*rng.choice(ranges)))
+    return text
 
 
 def brute_force_train(text, vocab_size):
@@ -59,13 +68,15 @@ def tokenizer():
 
 
 def test_worked_example():
-    """The docstring's example, counted by hand: a wrong tie-break or a wrong place for the specials shows here."""
+    """The docstring's example, counted by hand: a wrong tie-break or a wrong place for the specials
+    shows here."""
     vocabulary = train("banana bandana", 262)
     assert vocabulary[:256] == [bytes([i]) for i in range(256)]
     assert vocabulary[256:] == [b"an", b"ban", b"ana"]
     tokenizer = Tokenizer(vocabulary)
     assert tokenizer.encode("banana bandana") == [257, 258, 32, 257, 100, 258]
-    assert tokenizer.prompt("banana") + tokenizer.response("bandana") == [259, 257, 258, 260, 257, 100, 258, 261]
+    chat = tokenizer.prompt("banana") + tokenizer.response("bandana")
+    assert chat == [259, 257, 258, 260, 257, 100, 258, 261]
 
 
 def test_merge_takes_overlaps_from_left_to_right():
@@ -77,7 +88,8 @@ def test_merge_takes_overlaps_from_left_to_right():
 
 
 def test_training_equals_recounting_every_round():
-    """Incremental counts drift when a pair overlaps itself or its neighbours (aaaa, lalala); recounting can't."""
+    """Incremental counts drift when a pair overlaps itself or its neighbours (aaaa, lalala);
+    recounting can't."""
     rng = random.Random(0)
     texts = [TEXT, "a" * 37, "ab" * 20 + " " + "aab" * 9, random_text(rng, 300)]
     texts += ["".join(rng.choices("aab c", k=rng.randint(0, 200))) for _ in range(40)]
@@ -89,21 +101,24 @@ def test_training_equals_recounting_every_round():
 
 
 def test_encoding_equals_merges_in_order(tokenizer):
-    """tiktoken merges by the bytes' rank, training by pairs of ids: if they split a text differently, the
-    model is trained on one segmentation and asked about another."""
+    """tiktoken merges by the bytes' rank, training by pairs of ids: if they split a text
+    differently, the model is trained on one segmentation and asked about another."""
     rng = random.Random(1)
     merges = brute_force_train(TEXT, 400)
-    texts = [TEXT, "a" * 100, "ananana bananas", "", " "] + [random_text(rng, 30) for _ in range(100)]
+    texts = [TEXT, "a" * 100, "ananana bananas", "", " "]
+    texts += [random_text(rng, 30) for _ in range(100)]
     texts += ["".join(rng.choices("aanl fox", k=50)) for _ in range(100)]
     for text in texts:
-        # Python's and Rust's tables may differ in what they call white space; then only the bytes must agree.
+        # Python's and Rust's tables may differ in what they call white space; then only the bytes
+        # must agree.
         if not regex.search(r"[\x1c-\x1f]|\p{Cn}", text):
             assert tokenizer.encode(text) == naive_encode(text, merges)
     assert len(tokenizer.encode(TEXT)) < 0.6 * len(TEXT.encode())
 
 
 def test_any_text_comes_back(tokenizer):
-    """A pattern that skips a character, or a byte without an id, silently deletes what a user wrote."""
+    """A pattern that skips a character, or a byte without an id, silently deletes what a user
+    wrote."""
     rng = random.Random(2)
     texts = [random_text(rng, rng.randint(0, 20)) for _ in range(10_000)]
     batch = tokenizer.encode_batch(texts)
@@ -114,7 +129,8 @@ def test_any_text_comes_back(tokenizer):
 
 
 def test_half_characters_are_replaced(tokenizer):
-    """Neither a lone surrogate in a prompt nor a response cut inside an emoji may end a run with a traceback."""
+    """Neither a lone surrogate in a prompt nor a response cut inside an emoji may end a run with a
+    traceback."""
     assert tokenizer.decode(tokenizer.encode("fox\ud83e kite")) == "fox\ufffd kite"
     assert tokenizer.decode(list("🦊".encode())[:2]) == "\ufffd"
     with pytest.raises(ValueError):
@@ -122,28 +138,35 @@ def test_half_characters_are_replaced(tokenizer):
 
 
 def test_long_runs_do_not_panic(tokenizer):
-    """GPT-2's pattern overflows tiktoken's regex stack on a million blanks: a Rust panic that no except catches."""
-    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "?" * 300_000, "🦊" * 100_000):
+    """GPT-2's pattern overflows tiktoken's regex stack on a million blanks: a Rust panic that no
+    except catches."""
+    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "?" * 300_000,
+                 "🦊" * 100_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_pieces_of_a_file_are_encoded_like_the_whole(tmp_path):
-    """A text of several GB is encoded in pieces: a word, a line end or a run of blanks that a border cuts in two has other
-    ids, and so has every copy of it there."""
-    rng, path = random.Random(4), tmp_path / "text.txt"
+    """A text of several GB is encoded in pieces: a word, a line end or a run of blanks that a
+    border cuts in two has other ids, and so has every copy of it there."""
+    rng = random.Random(4)
+    path = tmp_path / "text.txt"
     tokenizers = [Tokenizer(train(TEXT, 400), pattern) for pattern in PATTERNS]
+    blanks = ["\r\n", "\n", " ", "\t", "\x1c", "\x85", "\u2028", "\u3000", ".", "it's", "é", "日本 "]
     for _ in range(300):
-        blanks = ["\r\n", "\n", " ", "\t", "\x1c", "\x85", "\u2028", "\u3000", ".", "it's", "é", "日本 "]
-        text = "x" + "".join(rng.choice(blanks) * rng.choice([1, 1, 1, 3, 70]) for _ in range(rng.randint(1, 30)))
+        text = "x"
+        for _ in range(rng.randint(1, 30)):
+            text += rng.choice(blanks) * rng.choice([1, 1, 1, 3, 70])
         path.write_bytes(text.encode())
-        pieces, text = list(read_chunks(path, rng.randint(1, 50))), text.replace("\r\n", "\n").replace("\r", "\n")
+        pieces = list(read_chunks(path, rng.randint(1, 50)))
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         assert "".join(pieces) == text
         for tokenizer in tokenizers:
             assert sum(tokenizer.encode_batch(pieces), []) == tokenizer.encode(text), repr(text)
 
 
 def test_a_file_is_encoded_once(tmp_path):
-    """A corpus that is encoded anew at every start, or one of another text or vocabulary that is taken for it."""
+    """A corpus that is encoded anew at every start, or one of another text or vocabulary that is
+    taken for it."""
     path, text = tmp_path / "text.txt", TEXT * 3000  # two pieces
     path.write_text(text, encoding="utf-8")
     tokenizer, other = Tokenizer(train(TEXT, 400)), Tokenizer(train(TEXT, 300))
@@ -160,18 +183,21 @@ def test_a_file_is_encoded_once(tmp_path):
 
 
 def test_merges_are_those_of_training():
-    """The list of pairs that other libraries want: out of order, or of another pair that spells the same, they encode
-    another way."""
+    """The list of pairs that other libraries want: out of order, or of another pair that spells the
+    same, they encode another way."""
     text = TEXT + "aaaaaa aaaaaaaaaaa lalala"
     vocabulary = train(text, 400)
-    pairs = [(vocabulary[left], vocabulary[right]) for (left, right), _ in brute_force_train(text, 400)]
+    pairs = []
+    for (left, right), _ in brute_force_train(text, 400):
+        pairs.append((vocabulary[left], vocabulary[right]))
     assert Tokenizer(vocabulary).merges() == pairs
     with pytest.raises(ValueError, match="no merge of two"):
         Tokenizer([bytes([i]) for i in range(256)] + [b"abc"]).merges()
 
 
 def test_text_never_becomes_a_special_token(tokenizer):
-    """A user who types <|end|> must not end the turn, nor one who types <|assistant|> speak for the model."""
+    """A user who types <|end|> must not end the turn, nor one who types <|assistant|> speak for the
+    model."""
     for special in SPECIAL_TOKENS:
         for text in (special, special * 3, f"a fox{special}a kite", f" {special}\n"):
             ids = tokenizer.prompt(text)
@@ -184,7 +210,8 @@ def test_text_never_becomes_a_special_token(tokenizer):
 
 
 def test_chat_format(tokenizer):
-    """The design's <|user|>PROMPT<|assistant|>RESPONSE<|end|>, each special exactly once and at its place."""
+    """The design's <|user|>PROMPT<|assistant|>RESPONSE<|end|>, each special exactly once and at its
+    place."""
     ids = tokenizer.prompt("Tell me a story.") + tokenizer.response("Once upon a time.")
     assert tokenizer.decode(ids) == "<|user|>Tell me a story.<|assistant|>Once upon a time.<|end|>"
     assert (ids[0], ids[-1]) == (tokenizer.user_token, tokenizer.end_token)
@@ -210,7 +237,8 @@ def test_every_id_is_a_token(tokenizer):
     """A padded vocabulary lets the model sample an id that nothing decodes."""
     n = len(tokenizer.vocabulary)
     assert n == 397 and tokenizer.n_vocab == 400
-    assert (tokenizer.user_token, tokenizer.assistant_token, tokenizer.end_token) == (n, n + 1, n + 2)
+    assert tokenizer.user_token == n and tokenizer.assistant_token == n + 1
+    assert tokenizer.end_token == n + 2
     for i, token in enumerate(tokenizer.vocabulary):
         assert tokenizer.decode([i]) == token.decode("utf-8", "replace")
     assert tuple(tokenizer.decode([i]) for i in range(n, n + 3)) == SPECIAL_TOKENS
@@ -218,7 +246,8 @@ def test_every_id_is_a_token(tokenizer):
 
 
 def test_vocabulary_sizes():
-    """vocab_size includes bytes and specials; forgetting either makes the embedding the wrong size."""
+    """vocab_size includes bytes and specials; forgetting either makes the embedding the wrong
+    size."""
     assert len(train(TEXT, 259)) == 256
     assert len(train(TEXT, 260)) == 257
     assert len(train("", 1000)) == 256
@@ -229,18 +258,21 @@ def test_vocabulary_sizes():
 
 
 def test_vocabulary_survives_json(tokenizer):
-    """Every checkpoint stores the vocabulary; one that doesn't come back byte for byte loads another language."""
+    """Every checkpoint stores the vocabulary; one that doesn't come back byte for byte loads
+    another language."""
     again = Tokenizer.from_strings(json.loads(json.dumps(tokenizer.to_strings())))
     assert again.vocabulary == tokenizer.vocabulary
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda v: v[1:], lambda v: v[:255], lambda v: v + [v[-1]], lambda v: v + [b"a"], lambda v: v + [b""],
-    lambda v: v + ["ab"], lambda v: v + [None], lambda v: v + [7], lambda v: v + [[1]], lambda v: [],
+    lambda v: v[1:], lambda v: v[:255], lambda v: v + [v[-1]], lambda v: v + [b"a"],
+    lambda v: v + [b""], lambda v: v + ["ab"], lambda v: v + [None], lambda v: v + [7],
+    lambda v: v + [[1]], lambda v: [],
 ])
 def test_wrong_vocabulary(tokenizer, damage):
-    """A damaged checkpoint must say so, in one line, before a byte that has no id is met in a text."""
+    """A damaged checkpoint must say so, in one line, before a byte that has no id is met in a
+    text."""
     with pytest.raises(ValueError) as error:
         Tokenizer(damage(tokenizer.vocabulary))
     assert "vocabulary" in str(error.value) and "\n" not in str(error.value)
