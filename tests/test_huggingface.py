@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import dpo
-import gpt
 import ppo
 import reward_model
 import sft
 from data import huggingface
+from data.corpus import pretraining_text
 from data.files import InputError
 from data.huggingface import read_folder, write_folder
 from data.run import parse_config, show_models
@@ -462,24 +462,33 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     assert loaded.vocabulary == tokenizer.vocabulary == exported.vocabulary
     assert loaded.pattern == tokenizer.pattern == exported.pattern == "gpt2"
     assert_same_weights(weights, model.state_dict())
-    with pytest.raises(InputError, match="nobody knows what that was trained on"):
-        gpt.pretraining_text(gpt.Config(size="gpt2", out=str(tmp_path)), tokenizer,
-                             gpt.GPT(gpt.GPTConfig(8, 8, 1, 1, 8)))
+
+    # PPO-ptx would need what the base model was trained on.
+    path = tmp_path / "gpt2" / "gpt" / "checkpoint.pt"
+    _, _, base = load_checkpoint(path, "gpt", "gpt2")
+    with pytest.raises(InputError, match=f"came from {FOLDERS / 'published'}"):
+        pretraining_text(base, path, tokenizer, model.config.block_size)
 
 
-def test_settings_of_a_published_model():
+def test_settings_of_a_published_model(monkeypatch):
     """The little model's learning rates, a hundred times too large, tear a pretrained one apart in
-    a few steps; where a size overrides the method, there are four passes over samples that may be
-    used once."""
+    a few steps; micro-batches of its size do not fit; a size that overrides what a loss needs."""
+    class Parsed(Exception):
+        pass
+
+    def parse(*args, **kwargs):
+        raise Parsed(parse_config(*args, **kwargs))
+
     def parsed(module, *flags):
-        needs = getattr(module, "NEEDS", {})
-        return parse_config(module.Config, module.GPU, ["--size", "gpt2", *flags], "", needs,
-                            module.PRESETS)
+        monkeypatch.setattr(module, "parse_config", parse)
+        with pytest.raises(Parsed) as error:
+            module.main(["--size", "gpt2", *flags])
+        return error.value.args[0]
 
     modules = (sft, reward_model, ppo, dpo)
     assert [parsed(module).lr for module in modules] == [2e-5, 5e-5, 1e-5, 1e-6]
     assert all(parsed(module).micro_batch <= 8 for module in modules)
-    assert parsed(ppo, "--method", "reinforce").epochs == 1 and parsed(ppo).epochs == 4
+    assert parsed(ppo).epochs == 4
     assert parsed(dpo, "--loss", "simpo").beta == 10.0
     assert parsed(dpo, "--loss", "orpo").lr == 1e-6
     assert parsed(dpo, "--loss", "kto").micro_batch == 4
