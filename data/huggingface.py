@@ -596,14 +596,16 @@ def main(argv=None):
     for command_parser in (load_parser, export_parser):
         command_parser.add_argument("--size", choices=("auto", "cpu", "gpu", "gpt2"),
                                     default="auto",
-                                    help="auto takes gpu where there is one (default: auto)")
+                                    help="auto: gpu if there is one; gpt2: a published GPT-2 "
+                                    "(default: auto)")
         command_parser.add_argument("--out", default="out",
                                     help="folder of all outputs (default: out)")
 
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
         if value == "":  # an unset shell variable must not mean another folder
-            raise InputError(f"{name}: is empty; leave it out or give it a value")
+            flag = "FOLDER" if name == "folder" else f"--{name}"
+            raise InputError(f"{flag}: is empty; leave the flag out or give it a value")
     command = flags.pop("command")
     if command == "load" and flags["name"] is None:
         flags["name"] = flags["stage"]

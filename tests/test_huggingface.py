@@ -307,13 +307,13 @@ def test_a_reward_model_goes_out(stages, tmp_path):
     (["load", "SFT", "--stage", "dpo", "--name", "ppo-x"], "--name ppo-x: must be dpo"),
     (["load", "SFT", "--name", "gpt/x"], "--name gpt/x: must be gpt"),
     (["load", "SFT", "--name", "sft"], "--name sft: must be gpt"),
-    (["load", "SFT", "--name", ""], "name: is empty"),
+    (["load", "SFT", "--name", ""], "--name: is empty"),
     (["load", "NEW"], "new/config.json: no such file"),
     (["export", "SFT", "--stage", "sft"], "sft: already exists"),
     (["export", "NEW", "--stage", "ppo-none"], "ppo-none.*no such checkpoint"),
     (["export", "NEW", "--stage", "process_model"], "--stage process_model: must be gpt, sft"),
-    (["export", "NEW", "--stage", ""], "stage: is empty"),
-    (["export", "", "--stage", "sft"], "folder: is empty"),
+    (["export", "NEW", "--stage", ""], "--stage: is empty"),
+    (["export", "", "--stage", "sft"], "FOLDER: is empty"),
 ])
 def test_refusals_leave_everything_as_it_was(stages, out, tmp_path, flags, match):
     """A policy compared with a reference of another vocabulary; a folder overwritten; a stage's
