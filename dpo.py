@@ -1,89 +1,106 @@
 """
-dpo.py: direct preference optimization (Rafailov et al. 2023; CS 224R, Lecture 9, ch. 8; ECE 7115, "DPO Loss"), and what
-followed it (CS 224R, ch. 10 and 11; ECE 7115, "DPO Variants"): IPO, KTO, SimPO, ORPO, online DPO.
+dpo.py: direct preference optimization (Rafailov et al. 2023; CS 224R, Lecture 9, ch. 8; ECE 7115,
+"DPO Loss"), and what followed it: IPO, KTO, SimPO, ORPO, online DPO.
 
-The optimum of RLHF's objective is π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), so r(x, y) = β log π*(y|x)/π_ref(y|x) +
-β log Z(x). Put into Bradley-Terry, Z(x) cancels, and the policy itself is fitted to the comparisons, with no reward
-model and no sampling:
+The optimum of RLHF's objective is π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), so r(x, y) =
+β log π*(y|x)/π_ref(y|x) + β log Z(x). Put into Bradley-Terry, Z(x) cancels, and the policy itself is
+fitted to the comparisons, with no reward model and no sampling:
 
     L_DPO(θ) = -E[ log σ( β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x) ) ]
 
-Two models: the policy π_θ and the frozen reference π_ref, both from SFT. SimPO and ORPO need no reference: one model.
+Two models: the policy π_θ and the frozen reference π_ref, both from SFT.
 
     python dpo.py                       on the comparisons that reward_model.py collected
     python dpo.py --data FILE.jsonl     on your own pairs: {"prompt", "chosen", "rejected"}
-    python dpo.py --loss kto --data FILE.jsonl      single labels: {"prompt", "completion", "label": true or false}
+    python dpo.py --loss kto --data FILE.jsonl      labels: {"prompt", "completion", "label": true}
     python dpo.py --loss orpo           SFT and alignment in one stage: starts from the base model
-    python dpo.py --online 5            five rounds on samples of the current policy, compared by the reward model
+    python dpo.py --online 5            five rounds on samples of the current policy
     python dpo.py --prompt "…"          answer a prompt with the policy
 
-Departures from the slides: none in DPO, whose log-probabilities are sums over the response (means would be SimPO's).
-    SimPO: CS 224R adds γ to the implicit reward of both responses, where it cancels; it is the margin between the two.
-    Online DPO: the judge chooses with Bradley-Terry's noise; ranked without, a pair's margin has no finite optimum.
+Everything up to "The family" is DPO and can be read top to bottom.
+
+Departures from the slides: none in DPO, whose log-probabilities are sums over the response.
+- SimPO: CS 224R adds γ to the implicit reward of both responses, where it cancels; it is the margin
+  between the two.
+- Online DPO: the judge chooses with Bradley-Terry's noise; without it a pair's margin has no finite
+  optimum.
 """
 
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from data import stories
-from data.annotator import JUDGES, judge_of
-from data.files import InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script, write_jsonl
-from data.run import (Run, announce, check_name, forget_rounds, parse_config, restore, show_models, stage_folder,
-                      train_missing)
-from data.tokenizer import encode_comparisons, encode_pairs
-from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer, masked_logprobs,
-                 optimizer_step, pad, response_mask, save_checkpoint)
-from reward_model import RewardModel, collect_pairs, reward_model_judge, stages_until
-from sft import answer, encode_demonstrations, prompts_with_room, show_before_and_after
+from data.corpus import draw_requests, prompts_with_room
+from data.files import (InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script,
+                        write_jsonl)
+from data.judges import JUDGES, judge_of
+from data.run import (Run, announce, check_name, forget_rounds, parse_config, show_models,
+                      stage_folder, train_missing)
+from data.tokenizer import Pair, encode_comparisons, encode_pairs
+from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
+                 optimizer_step, pad, response_logprobs, save_checkpoint)
+from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge
+from sft import answer, encode_demonstrations, show_before_and_after
 
 
 @dataclass
 class Config:
-    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto takes gpu where there is one; gpt2: of gpt.py --load
-    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
-    name: str = "dpo"           # name of this run's folder: dpo-… keeps an experiment apart
-    seed: int = 1               # fixes the order of the pairs and the samples
-    data: str = ""              # your own pairs, a .jsonl file, instead of the comparisons of the reward model's stage
-    prompt: str = ""            # answer this prompt with the policy of --name, and stop
-    temperature: float = 1.0    # of the answer to --prompt
-    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens only; 0: from all
-    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"     # what is minimized; changes some of the defaults
+    # the objective
+    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"     # what is minimized; changes
+                                                                    # some of the defaults
+    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; PPO's, for
+                                # the same optimum
+    gamma: float = 0.5          # SimPO's margin
+    lam: float = 0.5            # ORPO's λ, the weight of the odds ratio beside the SFT loss
     start: Literal["sft", "gpt"] = "sft"    # the policy starts as the SFT model or as the base model
+
+    # the comparisons
+    data: str = ""              # your own pairs, a .jsonl file, instead of the reward model's stage's
+    online: int = 0             # rounds of online DPO; 0: on existing comparisons
+    pairs: int = 2048           # new comparisons in a round
+    judge: str = "reward_model"     # who labels them: reward_model, annotator, constitution, both, or
+                                    # a program: "COMMAND"
+    sample_batch: int = 512     # prompts in one batch of sampling them
+    max_new_tokens: int = 96    # the longest sampled response
+
+    # optimization
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step (KTO: labels)
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
     lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
-    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; PPO's, for the same optimum
-    gamma: float = 0.5          # SimPO's margin
-    lam: float = 0.5            # ORPO's λ, the weight of the odds ratio beside the SFT loss
-    online: int = 0             # rounds of online DPO; 0: on the comparisons that are there
-    pairs: int = 2048           # fresh comparisons in a round
-    judge: str = "reward_model"     # who labels them: reward_model, annotator, constitution, both, or a program: "COMMAND"
-    sample_batch: int = 512     # prompts in one batch of sampling them
-    max_new_tokens: int = 96    # the longest sampled response
-    report: int = 64            # steps between two reports; the state for --resume is saved as often
-    resume: bool = False        # go on with the run that was interrupted in this folder
+
+    # this run
+    prompt: str = ""            # answer this prompt with the policy of --name, and stop
+    temperature: float = 1.0    # of the answer to --prompt
+    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: all
+    size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto: gpu if there is one; gpt2: see
+                                                            # data/huggingface.py
+    out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
+    name: str = "dpo"           # name of this run's folder: dpo-… keeps an experiment apart
+    seed: int = 1               # fixes the order of the pairs and the samples
+    report: int = 64            # steps between two reports, and between two saves of the state
+    resume: bool = False        # continue the run that was interrupted in this folder
 
 
 GPU = dict(batch=64, micro_batch=64, lr=5e-5, max_new_tokens=128)
-PRESETS = {"loss": dict(ipo=dict(beta=0.05), kto=dict(batch=64, micro_batch=64), simpo=dict(beta=10.0, lr=1e-4),
-                        orpo=dict(start="gpt", lr=2e-3, lam=2.0)),
-           # Rafailov et al. 2023, appendix B: batches of 64, lr 1e-6 (with RMSprop), 150 steps of warm-up
-           "size": {"gpt2": dict(batch=64, micro_batch=4, lr=1e-6, warmup=150, max_new_tokens=128, sample_batch=128)}}
+# Rafailov et al. 2023, appendix B: batches of 64, lr 1e-6 (with RMSprop), 150 steps of warm-up
+GPT2 = dict(batch=64, micro_batch=4, lr=1e-6, warmup=150, max_new_tokens=128, sample_batch=128)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """Direct preference optimization (Rafailov et al. 2023, eq. 7; CS 224R, ch. 8).
 
-    All four arguments: (B,) log-probabilities in nats, summed over the response. Returns a scalar. With the implicit
-    reward r̂ = β log π_θ/π_ref and the margin z = r̂(x, y_w) - r̂(x, y_l), the gradient weighs a pair by how wrong it is:
-        ∇L = -β E[ σ(-z) (∇log π_θ(y_w|x) - ∇log π_θ(y_l|x)) ]          (CS 224R, "Understanding the DPO Gradient")
+    All four arguments: (B,) log-probabilities in nats, summed over the response. Returns a scalar.
+    With the implicit reward r̂ = β log π_θ/π_ref and the margin z = r̂(x, y_w) - r̂(x, y_l), the
+    gradient weighs a pair by how wrong it is:
+        ∇L = -β E[ σ(-z) (∇log π_θ(y_w|x) - ∇log π_θ(y_l|x)) ]
+                                                        (CS 224R, "Understanding the DPO Gradient")
     Worked number of the lecture: dpo_loss(-15.2, -14.8, -16.0, -14.5, beta=0.1) = 0.640.
     """
     chosen = policy_chosen - ref_chosen        # log π_θ(y_w|x) / π_ref(y_w|x)
@@ -91,229 +108,435 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
+def pair_logprobs(model, pairs):
+    """log π(y_w|x) and log π(y_l|x) of Pairs of ids, each (B,), in one forward pass."""
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    tokens, lengths = pad(sequences, model.wte.weight.device)
+    prompt_lengths = torch.tensor([pair.prompt_length for pair in pairs] * 2, device=tokens.device)
+    return response_logprobs(model, tokens, prompt_lengths, lengths).chunk(2)
+
+
+def pair_batches(pairs, config, rng):
+    """The indices of the pairs of every optimizer step."""
+    lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return batches_by_length(lengths, config.batch, rng, config.epochs)
+
+
+def dpo(policy, reference, pairs, held_out, config, rng, run):
+    """Fit the policy to the comparisons, in place. pairs, held_out: lists of Pair."""
+    optimizer = make_optimizer(policy, weight_decay=0.0)
+    batches = pair_batches(pairs, config, rng)
+
+    for step in run.steps(len(batches), policy=policy, optimizer=optimizer):
+        batch = [pairs[i] for i in batches[step]]
+        for start in range(0, len(batch), config.micro_batch):
+            part = batch[start:start + config.micro_batch]
+            with torch.no_grad():
+                ref_chosen, ref_rejected = pair_logprobs(reference, part)
+            chosen, rejected = pair_logprobs(policy, part)
+
+            loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+            (loss * len(part) / len(batch)).backward()
+
+            chosen_log_ratio = chosen - ref_chosen
+            rejected_log_ratio = rejected - ref_rejected
+            margin = config.beta * (chosen_log_ratio - rejected_log_ratio)  # r̂(x, y_w) - r̂(x, y_l)
+            run.log(step, len(part), loss=loss, accuracy=(margin > 0).float().mean(),
+                    margin=margin.mean(), chosen_log_ratio=chosen_log_ratio.mean(),
+                    rejected_log_ratio=rejected_log_ratio.mean())
+
+        lr = learning_rate(step, len(batches), config.lr, config.warmup)
+        optimizer_step(optimizer, policy, lr)
+        if run.due(step):
+            log_held_out(policy, reference, held_out, config, run, step)
+
+
+@torch.no_grad()
+def log_held_out(policy, reference, held_out, config, run, step):
+    """Log the loss and the accuracy on held-out Pairs."""
+    for start in range(0, len(held_out), config.micro_batch):
+        part = held_out[start:start + config.micro_batch]
+        loss, figures = pair_loss(policy, reference, part, config)
+        run.log(step, len(part), held_out_loss=loss, held_out_accuracy=figures["accuracy"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The family: other losses on pairs (CS 224R, ch. 10; ECE 7115, "DPO Variants"), KTO on single labels,
+# and rounds on new samples (CS 224R, ch. 11). A student of DPO can close the file here.
+
+
 def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference h of log-ratios is
-    drawn to 1/(2β), and not beyond. Arguments as dpo_loss's. Returns a scalar. By hand: ipo_loss(-15.2, -14.8, -16.0,
-    -14.5, beta=0.5) = 0.01, with h = 1.1 and 1/(2β) = 1. Its β weighs probabilities, not rewards: smaller than DPO's."""
+    """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference h of
+    log-ratios is drawn to 1/(2β), and not beyond. Arguments as dpo_loss's. Returns a scalar.
+
+    By hand: ipo_loss(-15.2, -14.8, -16.0, -14.5, beta=0.5) = 0.01, with h = 1.1 and 1/(2β) = 1. Its
+    β weighs probabilities, not rewards: smaller than DPO's.
+    """
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return ((h - 1 / (2 * beta)) ** 2).mean()  # E[(h - 1/(2β))²]
 
 
-def kto_loss(policy, ref, desirable, baseline, beta, desirable_weight=1.0, undesirable_weight=1.0):
-    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, eq. 7 and 8; CS 224R, ch. 10): single labels, no pairs.
-
-    policy, ref (B,): log-probabilities summed over the response; desirable (B,), bool; baseline: z0 >= 0, in nats (see
-    kto_baseline). Returns the mean of λ_y - v(x, y), a scalar."""
-    r = policy - ref  # r̂ = log π_θ(y|x) / π_ref(y|x)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight)  # λ_y: λ_D or λ_U
-    v = weight * torch.sigmoid(beta * torch.where(desirable, r - baseline, baseline - r))  # λ_y σ(±β(r̂ - z0))
-    return (weight - v).mean()
-
-
 def simpo_loss(policy_chosen_mean, policy_rejected_mean, beta, gamma):
-    """Simple preference optimization (Meng et al. 2024, eq. 6; ECE 7115, "DPO Variants"): no reference. Both (B,): the
-    mean log-probability of a response's tokens. Returns a scalar."""
-    return -F.logsigmoid(beta * policy_chosen_mean - beta * policy_rejected_mean - gamma).mean()
+    """Simple preference optimization (Meng et al. 2024, eq. 6; ECE 7115, "DPO Variants"): no reference.
+    Both (B,): the mean log-probability of a response's tokens. Returns a scalar."""
+    margin = beta * policy_chosen_mean - beta * policy_rejected_mean - gamma
+    return -F.logsigmoid(margin).mean()
 
 
 def orpo_loss(chosen_mean, rejected_mean, lam):
-    """Odds ratio preference optimization (Hong et al. 2024, eq. 6 and 7; CS 224R, ch. 10): the SFT loss of the chosen
-    response and the log odds of both, of p = exp(mean log-probability). Both (B,). Returns a scalar."""
-    means = (mean.clamp(max=-1e-6) for mean in (chosen_mean, rejected_mean))  # at p = 1 the odds are infinite
-    chosen, rejected = (mean - (-torch.expm1(mean)).log() for mean in means)  # log p/(1-p)
-    return (-chosen_mean - lam * F.logsigmoid(chosen - rejected)).mean()
+    """Odds ratio preference optimization (Hong et al. 2024, eq. 6 and 7; CS 224R, ch. 10): the SFT loss
+    of the chosen response and the log odds of both, of p = exp(mean log-probability). Both (B,).
+    Returns a scalar."""
+    log_odds_ratio = log_odds(chosen_mean) - log_odds(rejected_mean)
+    return (-chosen_mean - lam * F.logsigmoid(log_odds_ratio)).mean()
 
 
-LOSSES = {  # --loss: of what responses() returns, of KTO's z0 and the settings; chunk(2): chosen, rejected
-    "dpo": lambda policy, ref, lengths, good, z0, c: dpo_loss(*policy.chunk(2), *ref.chunk(2), c.beta),
-    "ipo": lambda policy, ref, lengths, good, z0, c: ipo_loss(*policy.chunk(2), *ref.chunk(2), c.beta),
-    "kto": lambda policy, ref, lengths, good, z0, c: kto_loss(policy, ref, good, z0, c.beta),
-    "simpo": lambda policy, ref, lengths, good, z0, c: simpo_loss(*(policy / lengths).chunk(2), c.beta, c.gamma),
-    "orpo": lambda policy, ref, lengths, good, z0, c: orpo_loss(*(policy / lengths).chunk(2), c.lam),
-}
-WITHOUT_REFERENCE = ("simpo", "orpo")
+def log_odds(logprob):
+    """log p/(1-p) of p = exp(logprob)."""
+    logprob = logprob.clamp(max=-1e-6)  # at p = 1 the odds are infinite
+    return logprob - (-torch.expm1(logprob)).log()
 
 
-def response_logprobs(model, tokens, prompt_lengths, lengths, temperature=1.0):
-    """log π(y|x) of every row: (B,), the sum over the response's tokens, <|end|> included; tokens (B, T)."""
-    mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
-    return masked_logprobs(model, tokens, mask, temperature).sum(dim=1)
+def kto_loss(policy, ref, desirable, baseline, beta, desirable_weight=1.0, undesirable_weight=1.0):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, eq. 7 and 8; CS 224R, ch. 10): single
+    labels, no pairs.
+
+    policy, ref (B,): log-probabilities summed over the response; desirable (B,), bool; baseline:
+    z0 >= 0, in nats (see kto_baseline). Returns the mean of λ_y - v(x, y), a scalar.
+    """
+    r = policy - ref  # r̂ = log π_θ(y|x) / π_ref(y|x)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight)  # λ_y: λ_D or λ_U
+    gain = torch.where(desirable, r - baseline, baseline - r)
+    v = weight * torch.sigmoid(beta * gain)  # λ_y σ(±β(r̂ - z0))
+    return (weight - v).mean()
 
 
-def labels_of(items):
-    """Items as labels (ids, prompt length, good or not): of pairs (chosen, rejected, prompt length) the chosen first."""
-    if isinstance(items[0][2], bool):
-        return items
-    return [(chosen, n, True) for chosen, _, n in items] + [(rejected, n, False) for _, rejected, n in items]
+def pair_loss(policy, reference, pairs, config):
+    """The loss config.loss of Pairs, and figures: accuracy and mean of the margin between chosen and
+    rejected, in the implicit reward r̂ or, without a reference, in the mean log-probability."""
+    chosen, rejected = pair_logprobs(policy, pairs)
+    figures = {}
+    if config.loss in ("dpo", "ipo"):
+        with torch.no_grad():
+            ref_chosen, ref_rejected = pair_logprobs(reference, pairs)
+        figures["chosen_log_ratio"] = (chosen - ref_chosen).mean()
+        figures["rejected_log_ratio"] = (rejected - ref_rejected).mean()
+        margin = config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        if config.loss == "dpo":
+            loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+        else:
+            loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+    else:
+        chosen_lengths = [len(pair.chosen) - pair.prompt_length for pair in pairs]
+        rejected_lengths = [len(pair.rejected) - pair.prompt_length for pair in pairs]
+        chosen_mean = chosen / torch.tensor(chosen_lengths, device=chosen.device)
+        rejected_mean = rejected / torch.tensor(rejected_lengths, device=chosen.device)
+        margin = chosen_mean - rejected_mean
+        if config.loss == "simpo":
+            loss = simpo_loss(chosen_mean, rejected_mean, config.beta, config.gamma)
+        else:
+            loss = orpo_loss(chosen_mean, rejected_mean, config.lam)
+    return loss, dict(accuracy=(margin > 0).float().mean(), margin=margin.mean(), **figures)
 
 
-def responses(policy, reference, labels):
-    """(log π_θ(y|x), log π_ref(y|x) or None for no reference, length in tokens, good or not) of R labels, each (R,)."""
-    sequences, *columns = zip(*labels)
-    tokens, lengths = pad(sequences, policy.wte.weight.device)
-    prompt_lengths, good = (torch.tensor(column, device=tokens.device) for column in columns)
-    with torch.inference_mode():  # π_ref gets no gradient
-        ref = response_logprobs(reference, tokens, prompt_lengths, lengths) if reference else None
-    return response_logprobs(policy, tokens, prompt_lengths, lengths), ref, lengths - prompt_lengths, good
+def fit_pairs(policy, reference, pairs, held_out, optimizer, config, rng, run):
+    """Minimize config.loss over pairs. The learning rate follows the steps of all rounds."""
+    batches = pair_batches(pairs, config, rng)
+    for step in run.steps(len(batches), policy=policy, optimizer=optimizer):
+        batch = [pairs[i] for i in batches[step]]
+        for start in range(0, len(batch), config.micro_batch):
+            part = batch[start:start + config.micro_batch]
+            loss, figures = pair_loss(policy, reference, part, config)
+            (loss * len(part) / len(batch)).backward()
+            run.log(step, len(part), loss=loss, **figures)
+
+        lr = learning_rate(run.before + step, run.total, config.lr, config.warmup)
+        optimizer_step(optimizer, policy, lr)
+        if run.due(step):
+            log_held_out(policy, reference, held_out, config, run, step)
+
+
+class Label(NamedTuple):
+    """A response that is good or not."""
+    ids: list               # prompt + response + <|end|>
+    prompt_length: int
+    desirable: bool
+
+
+def labels_of(pairs):
+    """Pairs as Labels, the chosen first."""
+    chosen = [Label(pair.chosen, pair.prompt_length, True) for pair in pairs]
+    rejected = [Label(pair.rejected, pair.prompt_length, False) for pair in pairs]
+    return chosen + rejected
+
+
+def label_logprobs(model, labels):
+    """log π(y|x) of Labels: (B,)."""
+    tokens, lengths = pad([label.ids for label in labels], model.wte.weight.device)
+    prompt_lengths = torch.tensor([label.prompt_length for label in labels], device=tokens.device)
+    return response_logprobs(model, tokens, prompt_lengths, lengths)
 
 
 @torch.inference_mode()
 def kto_baseline(policy, reference, labels, rows=64):
-    """KTO's z0, an estimate of KL(π_θ || π_ref): the mean log-ratio of a batch's prompts, each with the next label's
-    response, but not below 0. Left out: couples longer than the context, and responses to that very prompt."""
-    couples = [(ids[:n] + other[m:], n, True) for (ids, n, _), (other, m, _) in zip(labels, labels[1:] + labels[:1])
-               if ids[:n] != other[:m] and n + len(other) - m <= policy.config.block_size]
-    parts = [responses(policy, reference, couples[start:start + rows]) for start in range(0, len(couples), rows)]
-    return max(0.0, sum((logp - ref).sum().item() for logp, ref, *_ in parts) / max(1, len(couples)))
+    """KTO's z0, an estimate of KL(π_θ || π_ref) in nats: the mean log-ratio of a batch's prompts, each
+    with the next label's response, but not below 0. Left out: couples longer than the context, and
+    responses to that very prompt."""
+    couples = []
+    for i, label in enumerate(labels):
+        other = labels[(i + 1) % len(labels)]
+        prompt = label.ids[:label.prompt_length]
+        response = other.ids[other.prompt_length:]
+        fits = len(prompt) + len(response) <= policy.config.block_size
+        if prompt != other.ids[:other.prompt_length] and fits:
+            couples.append(Label(prompt + response, len(prompt), True))
+    if not couples:
+        return 0.0
+    total = 0.0
+    for start in range(0, len(couples), rows):
+        part = couples[start:start + rows]
+        total += (label_logprobs(policy, part) - label_logprobs(reference, part)).sum().item()
+    return max(0.0, total / len(couples))
 
 
-def backward(policy, reference, items, config):
-    """Accumulate the gradient of the loss of a batch of items, config.micro_batch at a time. Returns name -> number:
-    the loss; accuracy and margin of the implicit reward r̂, of pairs the chosen one's over the rejected one's, of labels
-    on the right side of z0; log-ratios. r̂ is β log π_θ/π_ref (CS 224R, ch. 8), and without a reference the mean
-    log-probability, by which SimPO and ORPO rank."""
-    z0, total = kto_baseline(policy, reference, labels_of(items)) if config.loss == "kto" else 0.0, 0.0
-    for start in range(0, len(items), config.micro_batch):
-        part = items[start:start + config.micro_batch]
-        logp, ref, lengths, good = found = responses(policy, reference, labels_of(part))
-        loss = LOSSES[config.loss](*found, z0, config)
-        if torch.is_grad_enabled():
-            (loss * len(part) / len(items)).backward()
-        r = config.beta * (logp - ref - z0) if reference else logp / lengths
-        pairs = not isinstance(part[0][2], bool)
-        margin = torch.sub(*r.chunk(2)) if pairs else torch.where(good, r, -r)  # r̂(x, y_w) - r̂(x, y_l)
-        row = dict(loss=loss, accuracy=(margin > 0).float(), margin=margin)
-        if pairs and reference:
-            row.update(zip(("chosen_log_ratio", "rejected_log_ratio"), (logp - ref).chunk(2)))
-        total += torch.stack([x.detach().mean() for x in row.values()]).cpu() * len(part) / len(items)
-    return dict(zip(row, total.tolist()))
+def kto_part(policy, reference, labels, z0, config):
+    """(loss, r̂ - z0 in reward units (B,), desirable (B,)) of Labels."""
+    desirable = torch.tensor([label.desirable for label in labels], device=policy.wte.weight.device)
+    with torch.no_grad():
+        ref = label_logprobs(reference, labels)
+    logprobs = label_logprobs(policy, labels)
+    loss = kto_loss(logprobs, ref, desirable, z0, config.beta)
+    return loss, config.beta * (logprobs - ref - z0).detach(), desirable
 
 
-evaluate = torch.no_grad()(backward)  # the figures of held-out items
+def kto(policy, reference, labels, held_out, paired, optimizer, config, rng, run):
+    """Minimize KTO's loss over Labels. paired: held_out are the labels_of pairs, and the accuracy is
+    theirs; else it is the share of labels on the right side of z0."""
+    lengths = [len(label.ids) for label in labels]
+    batches = batches_by_length(lengths, config.batch, rng, config.epochs)
+    for step in run.steps(len(batches), policy=policy, optimizer=optimizer):
+        batch = [labels[i] for i in batches[step]]
+        z0 = kto_baseline(policy, reference, batch)
+        for start in range(0, len(batch), config.micro_batch):
+            part = batch[start:start + config.micro_batch]
+            loss, r, desirable = kto_part(policy, reference, part, z0, config)
+            (loss * len(part) / len(batch)).backward()
+            margin = torch.where(desirable, r, -r)
+            run.log(step, len(part), loss=loss, accuracy=(margin > 0).float().mean(),
+                    margin=margin.mean())
+
+        lr = learning_rate(run.before + step, run.total, config.lr, config.warmup)
+        optimizer_step(optimizer, policy, lr)
+        if run.due(step):
+            log_kto_held_out(policy, reference, held_out, paired, config, run, step)
 
 
-def steps_of(items, config):
-    """Optimizer steps of fit, all rounds together."""
-    count = config.pairs * (1 + (config.loss == "kto")) if config.online else len(items)
-    return max(1, config.online) * config.epochs * math.ceil(count / config.batch)
+@torch.no_grad()
+def log_kto_held_out(policy, reference, held_out, paired, config, run, step):
+    """Log KTO's loss and accuracy on held-out Labels."""
+    z0 = kto_baseline(policy, reference, held_out)
+    margins = []
+    for start in range(0, len(held_out), config.micro_batch):
+        part = held_out[start:start + config.micro_batch]
+        loss, r, desirable = kto_part(policy, reference, part, z0, config)
+        run.log(step, len(part), held_out_loss=loss)
+        margins.append(torch.where(desirable, r, -r))
+    margin = torch.cat(margins)
+    if paired:
+        chosen, rejected = margin.chunk(2)
+        margin = chosen + rejected  # r̂(x, y_w) - r̂(x, y_l)
+    run.log(step, held_out_accuracy=(margin > 0).float().mean())
 
 
-def fit(policy, reference, items, held_out, config, rng, saved=None):
-    """Fit the policy to items in place. A generator, after every step: (step, figures or None, state). items: a list, or
-    for config.online a function, number of the round from 0 -> its list, called when the policy is ready for that round
-    (when a run goes on, for the rounds before it too). figures come every config.report steps; state is what a later call
-    needs as `saved`, with its "step", to go on."""
-    saved, step, steps = saved or {"step": 0}, 0, steps_of(items, config)
+def online(policy, reference, draw_pairs, held_out, paired, config, rng, run):
+    """Online DPO (CS 224R, ch. 11): config.online rounds, each on new samples of the current policy.
+
+    draw_pairs(number of the round) -> Pairs; held_out: Pairs, or Labels for KTO.
+    """
     optimizer = make_optimizer(policy, weight_decay=0.0)
-    rows = restore(saved, steps, policy=policy, optimizer=optimizer, figures=[])["figures"]
-    for number in range(max(1, config.online)):
-        drawn = items(number) if config.online else items
-        lengths = [max(len(ids) for ids, _, _ in labels_of([item])) for item in drawn]
-        for batch in sum((batches_by_length(lengths, config.batch, rng) for _ in range(config.epochs)), []):
-            step += 1
-            if step <= saved["step"]:
-                continue
-            row = backward(policy, reference, [drawn[i] for i in batch], config)
-            lr = learning_rate(step - 1, steps, config.lr, config.warmup)
-            optimizer_step(optimizer, policy, lr, torch.tensor(row["loss"], device=policy.wte.weight.device))
-            rows, report = [*rows, list(row.values())], None
-            if step % config.report == 0 or step == steps:
-                found = evaluate(policy, reference, held_out, config)
-                rows, report = [], dict(zip(row, torch.tensor(rows).mean(dim=0).tolist()), held_out_loss=found["loss"],
-                                        held_out_accuracy=found["accuracy"])
-            yield step, report, dict(policy=policy, optimizer=optimizer, figures=rows)
+    for number in range(config.online):
+        pairs = draw_pairs(number)
+        if config.loss == "kto":
+            kto(policy, reference, labels_of(pairs), held_out, paired, optimizer, config, rng, run)
+        else:
+            fit_pairs(policy, reference, pairs, held_out, optimizer, config, rng, run)
 
 
-def read_items(split, config, origin, tokenizer, block_size):
-    """(items, held-out items, what to say of them) of split = (rows to train on, held-out rows). KTO takes a pair as
-    two labels; held-out pairs stay pairs. InputError, naming origin, if nothing is left."""
-    if "label" not in split[0][0]:
-        data = encode_comparisons(split, origin, tokenizer, block_size)
-        return labels_of(data.pairs) if config.loss == "kto" else data.pairs, data.held_out, data.description
-    parts = [[(ids, n, row["label"]) for row in rows
-              for ids, n in zip(*encode_demonstrations([row], tokenizer, block_size)[:2])] for rows in split]
-    dropped = f"dropped {sum(map(len, split)) - sum(map(len, parts))} longer than the context"
-    if not all(parts):
-        raise InputError(f"{origin}: no label is left to {'hold out' if parts[0] else 'train on'}; {dropped}")
-    return *parts, f"{origin}: {len(parts[0]):,} labels, {len(parts[1]):,} held out; {dropped}"
+# --------------------------------------------------------------------------------------------------
+# The stage
 
 
-def load(config, stage, kind=GPT):
+def encode_labels(split, origin, tokenizer, block_size):
+    """(Labels to train on, held-out Labels, a sentence about them) of split = (rows {"prompt",
+    "completion", "label"}, held-out rows). InputError, naming origin, if nothing is left."""
+    encoded = []
+    dropped = 0
+    for rows in split:
+        labels = []
+        for row in rows:
+            demonstrations, longer = encode_demonstrations([row], tokenizer, block_size)
+            dropped += longer
+            for one in demonstrations:
+                labels.append(Label(one.ids, one.prompt_length, row["label"]))
+        encoded.append(labels)
+    labels, held_out = encoded
+    if not labels or not held_out:
+        what = "hold out" if labels else "train on"
+        raise InputError(f"{origin}: no label is left to {what}; dropped {dropped} longer than the "
+                         "context")
+    return labels, held_out, (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped "
+                              f"{dropped} longer than the context")
+
+
+def load(config, stage, model_class=GPT):
     """(a stage's model, its tokenizer)."""
-    return load_checkpoint(stage_folder(config, stage) / "checkpoint.pt", stage, config.size, get_device(), kind)[:2]
+    path = stage_folder(config, stage) / "checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(path, stage, config.size, get_device(), model_class)
+    return model, tokenizer
 
 
-def fresh_pairs(number, policy, tokenizer, judge, own, folder, config):
-    """A round of online DPO, counted from 0: samples of the policy, compared by the judge. The pairs are kept in folder."""
-    path, block_size = folder / f"pairs-{number + 1}.jsonl", policy.config.block_size
-    if not path.exists():  # else the run goes on, and was sampled before
-        rng = random.Random(f"dpo {config.seed} round {number}")
-        write_jsonl(path, collect_pairs(policy, tokenizer, config.pairs, config, rng, False, judge, own, block_size)[0])
-    pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, block_size)
-    return labels_of(pairs) if config.loss == "kto" else pairs
+def check(config):
+    """The refusals that need no model."""
+    check_name(config.name, "dpo")
+    if config.online and config.data and config.judge in JUDGES:
+        raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of "
+                         f"{config.data}")
+    if config.loss == "ipo" and config.beta == 0:
+        raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
 
 
 def train(config):
     """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
-    check_name(config.name, "dpo")
+    check(config)
+    folder = stage_folder(config, config.name)
     judged = bool(config.online) and config.judge == "reward_model"
-    if config.online and config.data and config.judge in JUDGES:
-        raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of {config.data}")
-    if config.loss == "ipo" and config.beta == 0:
-        raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
-    folder, stage = stage_folder(config, config.name), stage_folder(config, "reward_model")
-    judge = judge_of(config.judge, folder / "unfinished/labels.jsonl") if config.online and not judged else None
-    read = read_labels if config.loss == "kto" else read_pairs
-    split = hold_out(read(config.data), config.seed, config.data) if config.data else None  # before any training
-    train_missing(config, stages_until("reward_model" if judged or not config.data else "sft"), config.name)
-    policy, tokenizer = load(config, config.start)  # π_θ, trained
-    reference, _ = (None, None) if config.loss in WITHOUT_REFERENCE else load(config, "sft")  # π_ref, frozen
-    r_phi, own_tokenizer = load(config, "reward_model", RewardModel) if judged else (None, None)
-    judge = reward_model_judge(r_phi, own_tokenizer) if judged else judge
+    judge = None
+    if config.online and not judged:
+        judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
+    split = None
+    if config.data:  # before any training
+        read = read_labels if config.loss == "kto" else read_pairs
+        split = hold_out(read(config.data), config.seed, config.data)
+    needed = ["gpt", "sft"]
+    if judged or not config.data:
+        needed.append("reward_model")
+    train_missing(config, needed, config.name)
 
-    # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l; online, those of every round are fresh samples of the policy.
-    files = [] if config.data else [stage / "pairs.jsonl", stage / "held_out.jsonl"]
-    split, origin = split or read_comparisons(stage), config.data or files[0]
-    items, held_out, data = read_items(split, config, origin, tokenizer, policy.config.block_size)
-    own, prompts = (list(dict.fromkeys(row["prompt"] for row in rows)) for rows in split)
-    world = not config.data and all(map(stories.parse_request, prompts))  # the stage's pairs may be somebody's own too
+    # The models: π_θ, trained; π_ref, frozen; online, perhaps r_φ as the judge.
+    policy, tokenizer = load(config, config.start)
+    block_size = policy.config.block_size
+    used = [config.start]
+    reference = None
+    if config.loss not in ("simpo", "orpo"):
+        reference, _ = load(config, "sft")
+        used.append("sft")
+    reward_model = None
+    if judged:
+        reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
+        judge = reward_model_judge(reward_model, reward_tokenizer)
+        used.append("reward_model")
+    sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
+
+    # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l. KTO takes a pair as two labels.
+    origin = config.data
+    if not config.data:
+        stage = stage_folder(config, "reward_model")
+        split = read_comparisons(stage)
+        origin = stage / "pairs.jsonl"
+        sources += [origin, stage / "held_out.jsonl"]
+    paired = config.loss == "kto" and not config.data
+    if config.loss == "kto" and config.data:
+        items, held_out, data = encode_labels(split, origin, tokenizer, block_size)
+    else:
+        comparisons = encode_comparisons(split, origin, tokenizer, block_size)
+        data = comparisons.description
+        items = comparisons.pairs
+        held_out = comparisons.held_out
+        if paired:
+            items = labels_of(items)
+            held_out = labels_of(held_out)
+
+    # Online, those of every round are new samples of the policy.
+    rows, held_out_rows = split
+    own = list(dict.fromkeys(row["prompt"] for row in rows))
+    questions = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
+    if not config.data and all(stories.parse_request(prompt) for prompt in questions):
+        own = None  # the little world's; the stage's pairs may be somebody's own too
+        questions = None
     if config.online:
-        if not world and not config.data:
-            raise InputError(f"{origin}: is not of the little world; --online needs its prompts, with --data")
-        own, asked = prompts_with_room(None if world else own, tokenizer, config, policy.config.block_size)
-        items = lambda number: fresh_pairs(number, policy, tokenizer, judge, own, folder / "unfinished", config)
-        data = f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the {config.judge}; held out: {data}"
+        asked = "fresh requests of the little world"
+        if own:
+            if not config.data:
+                raise InputError(f"{origin}: is not of the little world; --online needs its prompts, "
+                                 "with --data")
+            own, asked = prompts_with_room(own, origin, tokenizer, config.max_new_tokens, block_size)
+        data = (f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the "
+                f"{config.judge}; held out: {data}")
     announce(config.name, config, get_device(), data, policy)
-    show_models(trained=("policy",), policy=policy, reference=reference, reward_model=r_phi)
+    show_models(("policy",), policy=policy, reference=reference, reward_model=reward_model)
+
+    def draw_prompts(count, rng):
+        return rng.choices(own, k=count) if own else draw_requests(count, rng)
+
+    def draw_pairs(number):
+        path = folder / "unfinished" / f"pairs-{number + 1}.jsonl"
+        if not path.exists():  # else the run was interrupted in this round or after it
+            rng = random.Random(f"dpo {config.seed} round {number}")
+            rows, _ = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, judge, config, rng)
+            write_jsonl(path, rows)
+        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, block_size)
+        return pairs
 
     # 2. Gradient steps on the loss.
-    used = [config.start] + ["sft"] * bool(reference) + ["reward_model"] * judged
-    sources = [stage_folder(config, name) / "checkpoint.pt" for name in used] + files
-    with Run(config.name, folder, config, config.report, sources) as run:
-        run.total, rng = steps_of(items, config), random.Random(f"dpo {config.seed}")
-        for step, row, state in fit(policy, reference, items, held_out, config, rng, run.saved):
-            if row:
-                run(step, **row)
-            run.end_step(step, **state)
+    count = len(items)
+    if config.online:
+        count = config.pairs * (2 if config.loss == "kto" else 1)
+    total = max(1, config.online) * config.epochs * math.ceil(count / config.batch)
+    rng = random.Random(f"dpo {config.seed}")
+    with Run(config.name, folder, config, config.report, sources, total) as run:
+        if config.online:
+            online(policy, reference, draw_pairs, held_out, paired, config, rng, run)
+        elif config.loss == "dpo":
+            dpo(policy, reference, items, held_out, config, rng, run)
+        else:
+            optimizer = make_optimizer(policy, weight_decay=0.0)
+            if config.loss == "kto":
+                kto(policy, reference, items, held_out, paired, optimizer, config, rng, run)
+            else:
+                fit_pairs(policy, reference, items, held_out, optimizer, config, rng, run)
 
         # 3. Save; the same prompts before and after.
-        save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer, metrics=run.figures(),
-                        **{"beta": config.beta} if config.loss in ("dpo", "kto") else {})  # IPO's, SimPO's: no price of KL
+        extra = {}
+        if config.loss in ("dpo", "kto"):  # the others' beta is no price of KL
+            extra["beta"] = config.beta
+        save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer,
+                        metrics=run.figures(), **extra)
         run.finish()
     forget_rounds(folder, "pairs", config.online)
-    r_phi = r_phi if judged or config.data else load(config, "reward_model", RewardModel)[0]  # for the screen
-    show_before_and_after(None if world else prompts, reference or load(config, "sft")[0], policy, tokenizer, config, r_phi)
+
+    if reward_model is None and not config.data:
+        reward_model, _ = load(config, "reward_model", RewardModel)
+    reward = None
+    if reward_model is not None:
+        reward = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
+    before = reference or load(config, "sft")[0]
+    show_before_and_after(questions, before, policy, tokenizer, config, reward)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 
 def main(argv=None):
-    needs = {"temperature": ("prompt",), "top_k": ("prompt",), "beta": ("loss", "dpo", "ipo", "kto", "simpo"),
-             "gamma": ("loss", "simpo"), "lam": ("loss", "orpo"), "pairs": ("online",), "judge": ("online",),
-             "sample_batch": ("online",), "online": ("start", "sft")}  # a base model can't answer
-    config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO, IPO, KTO, SimPO, ORPO.", needs, PRESETS)
+    needs = {"temperature": ("prompt",), "top_k": ("prompt",), "gamma": ("loss", "simpo"),
+             "beta": ("loss", "dpo", "ipo", "kto", "simpo"), "lam": ("loss", "orpo"),
+             "pairs": ("online",), "judge": ("online",), "sample_batch": ("online",),
+             "online": ("start", "sft")}  # a base model can't answer
+    losses = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
+              "simpo": dict(beta=10.0, lr=1e-4), "orpo": dict(start="gpt", lr=2e-3, lam=2.0)}
+    config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO and its family.", needs,
+                          presets={"loss": losses, "size": {"gpt2": GPT2}})
     if config.prompt:
-        return answer(config, "dpo", config.name)
-    train(config)
+        answer(config, "dpo", config.name)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

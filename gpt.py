@@ -235,17 +235,20 @@ def pad(sequences, device="cpu"):
     return tokens, lengths
 
 
-def batches_by_length(lengths, batch, rng):
-    """The indices of all rows, shuffled, in lists of `batch`. Rows of one list have about the same
-    length, so little of a batch is padding: each run of 16 batches is sorted by length, then the
-    batches are shuffled."""
-    order = rng.sample(range(len(lengths)), len(lengths))
+def batches_by_length(lengths, batch, rng, epochs=1):
+    """The indices of all rows, in lists of `batch`, for `epochs` passes over them, each shuffled. Rows
+    of one list have about the same length, so little of a batch is padding: each run of 16 batches
+    is sorted by length, then the batches are shuffled."""
     batches = []
-    for start in range(0, len(order), 16 * batch):
-        group = sorted(order[start:start + 16 * batch], key=lengths.__getitem__)
-        for i in range(0, len(group), batch):
-            batches.append(group[i:i + batch])
-    rng.shuffle(batches)
+    for epoch in range(epochs):
+        order = rng.sample(range(len(lengths)), len(lengths))
+        shuffled = []
+        for start in range(0, len(order), 16 * batch):
+            group = sorted(order[start:start + 16 * batch], key=lengths.__getitem__)
+            for i in range(0, len(group), batch):
+                shuffled.append(group[i:i + batch])
+        rng.shuffle(shuffled)
+        batches += shuffled
     return batches
 
 

@@ -224,9 +224,7 @@ def fit(model, pairs, held_out, config, rng, run):
     device = model.head.weight.device
     optimizer = make_optimizer(model, config.weight_decay)
     lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    batches = []
-    for epoch in range(config.epochs):
-        batches += batches_by_length(lengths, config.batch, rng)
+    batches = batches_by_length(lengths, config.batch, rng, config.epochs)
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [pairs[i] for i in batches[step]]
@@ -418,9 +416,7 @@ def fit_process(model, responses, held_out, config, rng, run):
     optimizer = make_optimizer(model, config.weight_decay)
     lengths = [len(response.ids) for response in responses]
     size = 2 * config.batch  # as many responses as there are in a batch of pairs
-    batches = []
-    for epoch in range(config.epochs):
-        batches += batches_by_length(lengths, size, rng)
+    batches = batches_by_length(lengths, size, rng, config.epochs)
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [responses[i] for i in batches[step]]

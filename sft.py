@@ -116,9 +116,7 @@ def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
     device = model.wte.weight.device
     optimizer = make_optimizer(model, config.weight_decay)
     lengths = [len(one.ids) for one in demonstrations]
-    batches = []
-    for epoch in range(config.epochs):
-        batches += batches_by_length(lengths, config.batch, rng)
+    batches = batches_by_length(lengths, config.batch, rng, config.epochs)
 
     # Mean of means would weigh a token of a short response more: rows of one length share a batch.
     tokens_per_batch = config.epochs * response_tokens(demonstrations) / len(batches)
