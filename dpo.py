@@ -29,7 +29,7 @@ Departures from the slides: none in DPO, whose log-probabilities are sums over t
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,12 @@ from data.files import (InputError, hold_out, read_comparisons, read_labels, rea
 from data.judges import JUDGES, judge_of
 from data.run import (Run, announce, check_name, forget_rounds, parse_config, show_models,
                       stage_folder, train_missing)
-from data.tokenizer import Pair, encode_comparisons, encode_pairs
+from data.tokenizer import (Label, Pair, encode_comparisons, encode_labels, encode_pairs,
+                            labels_of)
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
                  optimizer_step, pad, response_logprobs, save_checkpoint)
 from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge
-from sft import answer, encode_demonstrations, show_before_and_after
+from sft import answer, show_before_and_after
 
 
 @dataclass
@@ -256,20 +257,6 @@ def fit_pairs(policy, reference, pairs, held_out, optimizer, config, rng, run):
             log_held_out(policy, reference, held_out, config, run, step)
 
 
-class Label(NamedTuple):
-    """A response that is good or not."""
-    ids: list               # prompt + response + <|end|>
-    prompt_length: int
-    desirable: bool
-
-
-def labels_of(pairs):
-    """Pairs as Labels, the chosen first."""
-    chosen = [Label(pair.chosen, pair.prompt_length, True) for pair in pairs]
-    rejected = [Label(pair.rejected, pair.prompt_length, False) for pair in pairs]
-    return chosen + rejected
-
-
 def label_logprobs(model, labels):
     """log π(y|x) of Labels: (B,)."""
     tokens, lengths = pad([label.ids for label in labels], model.wte.weight.device)
@@ -364,28 +351,6 @@ def online(policy, reference, draw_pairs, held_out, paired, config, rng, run):
 
 # --------------------------------------------------------------------------------------------------
 # The stage
-
-
-def encode_labels(split, origin, tokenizer, block_size):
-    """(Labels to train on, held-out Labels, a sentence about them) of split = (rows {"prompt",
-    "completion", "label"}, held-out rows). InputError, naming origin, if nothing is left."""
-    encoded = []
-    dropped = 0
-    for rows in split:
-        labels = []
-        for row in rows:
-            demonstrations, longer = encode_demonstrations([row], tokenizer, block_size)
-            dropped += longer
-            for one in demonstrations:
-                labels.append(Label(one.ids, one.prompt_length, row["label"]))
-        encoded.append(labels)
-    labels, held_out = encoded
-    if not labels or not held_out:
-        what = "hold out" if labels else "train on"
-        raise InputError(f"{origin}: no label is left to {what}; dropped {dropped} longer than the "
-                         "context")
-    return labels, held_out, (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped "
-                              f"{dropped} longer than the context")
 
 
 def load(config, stage, model_class=GPT):

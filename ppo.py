@@ -230,11 +230,32 @@ class Rollouts(NamedTuple):
         return Rollouts(**picked)
 
 
+@torch.inference_mode()
+def all_logprobs(model, rollout, mask, config):
+    """log π(a_t|s_t) of a whole batch, micro_batch rows at a time: (B, T-1), 0 outside the mask."""
+    logprobs = torch.zeros(mask.shape, device=mask.device)
+    for rows in rollout.lengths.argsort().split(config.micro_batch):  # by length: little padding
+        T = int(rollout.lengths[rows].max())
+        logprobs[rows, :T - 1] = masked_logprobs(model, rollout.tokens[rows, :T], mask[rows, :T - 1],
+                                                 config.temperature)
+    return logprobs
+
+
+@torch.inference_mode()
+def all_values(value_model, rollout, mask, config):
+    """V(s_t) likewise; 0 without a value model."""
+    values = torch.zeros(mask.shape, device=mask.device)
+    if value_model:
+        for rows in rollout.lengths.argsort().split(config.micro_batch):
+            T = int(rollout.lengths[rows].max())
+            values[rows, :T - 1] = value_model(rollout.tokens[rows, :T])[:, :-1]  # column t: V(s_t)
+    return torch.where(mask, values, 0.0)
+
+
 def sample(policy, reference, value_model, task, prompts, config, rng, run):
     """Steps 1 and 2: a response to each prompt, scored. value_model: None for methods without V."""
     # 1. Generate completions with π_θ, from its full distribution.
-    device = policy.wte.weight.device
-    with autocast(device):
+    with autocast(policy.wte.weight.device):
         rollout = generate(policy, prompts, config.max_new_tokens, task.end_token,
                            config.temperature, seed=rng.getrandbits(48))
     run.time("rollout_s")
@@ -243,25 +264,15 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
     mask = response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
     ended = rollout.ended(task.end_token)
     scores, token_rewards = task.reward(rollout)
-    scores = torch.where(ended, scores, config.missing_end_score)
-    token_rewards = torch.where(ended[:, None], token_rewards, 0.0)
-
-    old_logprobs = torch.zeros(mask.shape, device=device)
-    ref_logprobs = torch.zeros_like(old_logprobs)
-    old_values = torch.zeros_like(old_logprobs)
-    with torch.inference_mode():
-        for rows in rollout.lengths.argsort().split(config.micro_batch):  # by length: little padding
-            T = int(rollout.lengths[rows].max())
-            tokens = rollout.tokens[rows, :T]
-            part = mask[rows, :T - 1]
-            old_logprobs[rows, :T - 1] = masked_logprobs(policy, tokens, part, config.temperature)
-            ref_logprobs[rows, :T - 1] = masked_logprobs(reference, tokens, part, config.temperature)
-            if value_model:
-                values = value_model(tokens)[:, :-1]  # column t: V(s_t)
-                old_values[rows, :T - 1] = torch.where(part, values, 0.0)
+    rollouts = Rollouts(
+        rollout.tokens, rollout.lengths, mask, ended,
+        scores=torch.where(ended, scores, config.missing_end_score),
+        token_rewards=torch.where(ended[:, None], token_rewards, 0.0),
+        old_logprobs=all_logprobs(policy, rollout, mask, config),
+        ref_logprobs=all_logprobs(reference, rollout, mask, config),
+        old_values=all_values(value_model, rollout, mask, config))
     run.time("scoring_s")
-    return Rollouts(rollout.tokens, rollout.lengths, mask, ended, scores, token_rewards, old_logprobs,
-                    ref_logprobs, old_values)
+    return rollouts
 
 
 def minibatches(count, epochs, size, rng):
@@ -555,25 +566,15 @@ def policy_gradients(policy, reference, value_model, task, config, run):
         run.time("update_s")
 
         # 5. Repeat.
-        if method == "ppo_penalty":
-            kl = update_kl(policy, rollouts, config)
+        if method == "ppo_penalty":  # how far the whole update went
+            logprobs = all_logprobs(policy, rollouts, mask, config)
+            _, _, k3 = kl_estimators(rollouts.old_logprobs - logprobs)
+            kl = masked_mean(k3, mask).item()
             run.log(iteration, update_kl=kl, penalty=adaptive["penalty"])
             adaptive["penalty"] = adapt_penalty(adaptive["penalty"], kl, config.penalty_target)
         if method == "reinforce_moving":
             rate = 0.1 if iteration else 1.0
             adaptive["mean"] += rate * (masked_mean(returns, mask).item() - adaptive["mean"])
-
-
-@torch.inference_mode()
-def update_kl(policy, rollouts, config):
-    """KL(π_old || π_θ) per token, in nats: how far a whole update went, from π_old's samples."""
-    total = 0.0
-    for rows in rollouts.lengths.argsort().split(config.micro_batch):
-        batch = rollouts.pick(rows)
-        logprobs = masked_logprobs(policy, batch.tokens, batch.mask, config.temperature)
-        _, _, k3 = kl_estimators(batch.old_logprobs - logprobs)
-        total += torch.where(batch.mask, k3, 0.0).sum().item()
-    return total / rollouts.mask.sum().item()
 
 
 # --------------------------------------------------------------------------------------------------

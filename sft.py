@@ -33,6 +33,7 @@ from data.corpus import draw_demonstrations, draw_requests, has_room
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, SilentRun, announce, check_name, complete, doublings, parse_config, show,
                       stage_folder, train_missing, with_error)
+from data.tokenizer import encode_demonstrations
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
                  learning_rate, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step, pad,
                  respond, response_mask, response_texts, save_checkpoint)
@@ -76,35 +77,9 @@ GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_to
 GPT2 = dict(batch=128, micro_batch=8, lr=2e-5, max_new_tokens=128, report=16)
 
 
-# --------------------------------------------------------------------------------------------------
-# Demonstrations
-
-
-class Demonstration(NamedTuple):
-    """A prompt and the answer that someone wrote."""
-    ids: list               # prompt + response + <|end|>
-    prompt_length: int
-
-
-def encode_demonstrations(rows, tokenizer, block_size):
-    """Rows {"prompt", "completion"} -> (Demonstrations, how many were longer than the context). They
-    are dropped, never cut."""
-    demonstrations = []
-    for row in rows:
-        prompt = tokenizer.prompt(row["prompt"])
-        ids = prompt + tokenizer.response(row["completion"])
-        if len(ids) <= block_size:
-            demonstrations.append(Demonstration(ids, len(prompt)))
-    return demonstrations, len(rows) - len(demonstrations)
-
-
 def response_tokens(demonstrations):
     """How many tokens the responses have, <|end|> included."""
     return sum(len(one.ids) - one.prompt_length for one in demonstrations)
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop
 
 
 def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):

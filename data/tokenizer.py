@@ -337,3 +337,60 @@ def encode_comparisons(split, origin, tokenizer, block_size):
                    f"        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
                    f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")
     return Comparisons(pairs, train_rows, held_out, held_out_rows, description)
+
+
+class Demonstration(NamedTuple):
+    """A prompt and the answer that someone wrote; ids: prompt + response + <|end|>."""
+    ids: list
+    prompt_length: int
+
+
+def encode_demonstrations(rows, tokenizer, block_size):
+    """Rows {"prompt", "completion"} -> (Demonstrations, how many were longer than the context)."""
+    demonstrations = []
+    for row in rows:
+        prompt = tokenizer.prompt(row["prompt"])
+        ids = prompt + tokenizer.response(row["completion"])
+        if len(ids) <= block_size:
+            demonstrations.append(Demonstration(ids, len(prompt)))
+    return demonstrations, len(rows) - len(demonstrations)
+
+
+class Label(NamedTuple):
+    """A response that is good or not; ids: prompt + response + <|end|>."""
+    ids: list
+    prompt_length: int
+    desirable: bool
+
+
+def labels_of(pairs):
+    """Pairs as Labels, the chosen first."""
+    chosen = [Label(pair.chosen, pair.prompt_length, True) for pair in pairs]
+    rejected = [Label(pair.rejected, pair.prompt_length, False) for pair in pairs]
+    return chosen + rejected
+
+
+def encode_labels(split, origin, tokenizer, block_size):
+    """(Labels to train on, held-out Labels, a sentence about them) of split = (rows {"prompt",
+    "completion", "label"}, held-out rows).
+
+    Raises InputError, naming origin, if none is left of one of the two.
+    """
+    encoded = []
+    dropped = 0
+    for rows in split:
+        labels = []
+        for row in rows:
+            demonstrations, longer = encode_demonstrations([row], tokenizer, block_size)
+            dropped += longer
+            for one in demonstrations:
+                labels.append(Label(one.ids, one.prompt_length, row["label"]))
+        encoded.append(labels)
+    labels, held_out = encoded
+    if not labels or not held_out:
+        purpose = "hold out" if labels else "train on"
+        raise InputError(f"{origin}: no label is left to {purpose}; dropped {dropped} longer than the "
+                         "context")
+    description = (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped {dropped} "
+                   "longer than the context")
+    return labels, held_out, description
