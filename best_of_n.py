@@ -44,7 +44,7 @@ from data.run import (Run, announce, check_name, complete, forget_rounds, parse_
 from data.stories import parse_request
 from gpt import (GPT, autocast, generate, get_device, held_out_loss, load_checkpoint,
                  response_logprobs, response_texts, save_checkpoint)
-from reward_model import RewardModel, step_rewards
+from reward_model import RewardModel, make_reward, step_rewards
 from sft import encode_demonstrations, fine_tune, show_before_and_after
 
 
@@ -296,7 +296,8 @@ def finetune(config):
                         distils=config.n ** config.rounds)
         run.finish()
     forget_rounds(folder, "kept", config.rounds)
-    show_before_and_after(held_out, reference, policy, tokenizer, config, reward_model)
+    reward = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
+    show_before_and_after(held_out, reference, policy, tokenizer, config, reward)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --policies "
           f"ppo,dpo,{config.name}", flush=True)
 
