@@ -11,11 +11,12 @@ import torch
 import ppo
 from data import stories
 from data.files import write_jsonl
-from dpo import response_logprobs
-from gpt import GPT, GPTConfig, pad, response_mask, token_logprobs
+from data.tokenizer import Pair
+from gpt import GPT, GPTConfig, pad, response_logprobs, response_mask, token_logprobs
 from reward_model import RewardModel
 
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU draws otherwise, and has bf16's digits")
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(),
+                              reason="a GPU draws otherwise, and has bf16's digits")
 V = 5  # the world that can be enumerated: tokens 0 to 3 and <|end|>
 
 
@@ -39,7 +40,8 @@ def noise(seed, *shape):
 
 
 def ragged_mask(seed, B=5, T=12):
-    """A response mask with prompts and responses of different lengths: (B, T-1), prompt lengths, lengths."""
+    """A response mask with prompts and responses of different lengths: (B, T-1), prompt lengths,
+    lengths."""
     rng = random.Random(seed)
     prompts = [rng.randint(1, 4) for _ in range(B)]
     lengths = [prompt + rng.randint(1, T - prompt) for prompt in prompts]
@@ -48,19 +50,36 @@ def ragged_mask(seed, B=5, T=12):
     return mask, prompts, lengths
 
 
-def experience(policy, value_model, seed=0):
-    """An Experience of rows with very different response lengths, off the policy by a little noise."""
-    rng = random.Random(seed)
-    prompts, responses = [3, 1, 5, 2, 4, 1], [1, 14, 2, 9, 1, 20]
-    tokens, lengths = pad([[rng.randrange(V) for _ in range(p + r)] for p, r in zip(prompts, responses)])
+def made_up_rollouts(policy, value_model):
+    """Rollouts of very different response lengths, off the policy by a little noise. Not yet with
+    advantages and returns."""
+    rng = random.Random(0)
+    prompts = [3, 1, 5, 2, 4, 1]
+    responses = [1, 14, 2, 9, 1, 20]
+    rows = [[rng.randrange(V) for _ in range(p + r)] for p, r in zip(prompts, responses)]
+    tokens, lengths = pad(rows)
     mask = response_mask(torch.tensor(prompts), lengths, tokens.shape[1])
     with torch.no_grad():
-        logprobs, values = token_logprobs(policy(tokens), tokens), value_model(tokens)[:, :-1]
-    old_logprobs, old_values = logprobs + 0.3 * noise(1, *mask.shape), values + noise(2, *mask.shape)
-    return ppo.Experience(tokens, lengths, mask, old_logprobs=old_logprobs, advantages=noise(3, *mask.shape),
-                          old_values=old_values, returns=values + noise(4, *mask.shape),
-                          ref_logprobs=logprobs + noise(5, *mask.shape),
-                          old_distribution=noise(6, *mask.shape, V).log_softmax(dim=2))
+        logprobs = token_logprobs(policy(tokens), tokens)
+        values = value_model(tokens)[:, :-1]
+
+    def inside(x):
+        return torch.where(mask, x, 0.0)
+
+    return ppo.Rollouts(
+        tokens, lengths, mask, ended=torch.ones(6, dtype=torch.bool), scores=noise(6, 6),
+        token_rewards=inside(noise(3, *mask.shape)),
+        old_logprobs=inside(logprobs + 0.3 * noise(1, *mask.shape)),
+        ref_logprobs=inside(logprobs + noise(5, *mask.shape)),
+        old_values=inside(values + noise(2, *mask.shape)))
+
+
+def response_reward(score):
+    """A reward by hand, as ppo.Task takes it: score(ids of a response) -> number."""
+    def reward(rollout):
+        scores = torch.tensor([float(score(response)) for response in rollout.responses()])
+        return scores, torch.zeros(rollout.tokens[:, 1:].shape)
+    return reward
 
 
 def metrics(path):
@@ -72,8 +91,11 @@ def metrics(path):
 
 def untimed(rows):
     """Rows without what no seed fixes: seconds and memory."""
-    return [{key: x for key, x in row.items() if key not in ("seconds", "memory_mb") and not key.endswith("_s")}
-            for row in rows]
+    kept = []
+    for row in rows:
+        kept.append({name: x for name, x in row.items()
+                     if name not in ("seconds", "memory_mb") and not name.endswith("_s")})
+    return kept
 
 
 def snapshot(folder):
@@ -82,20 +104,26 @@ def snapshot(folder):
 
 
 def short_demonstrations(path):
-    """Write 600 demonstrations of half a sentence each: an SFT model learns to end its answers in a few steps."""
-    rng, rows = random.Random(0), []
+    """Write 600 demonstrations of half a sentence each: an SFT model learns to end its answers in a
+    few steps."""
+    rng = random.Random(0)
+    rows = []
     for _ in range(600):
         request = stories.request(rng).text
-        rows.append({"prompt": request, "completion": " ".join(stories.story(rng, request).text.split(" ")[:6])})
+        words = stories.story(rng, request).text.split(" ")
+        rows.append({"prompt": request, "completion": " ".join(words[:6])})
     write_jsonl(path, rows)
 
 
 # The world that can be listed, of test_enumerable.py and test_bug_museum.py.
 
-END, PROMPT, LIMIT, BETA = 4, [1, 2], 3, 0.5
+END = 4
+PROMPT = [1, 2]
+LIMIT = 3   # tokens in the longest response
+BETA = 0.5
 SHAPE = GPTConfig(vocab_size=5, block_size=5, n_layer=2, n_head=2, n_embd=32)
-RESPONSES = [(*words, END) for n in range(LIMIT) for words in itertools.product(range(4), repeat=n)]
-RESPONSES += list(itertools.product(range(4), repeat=LIMIT))  # these hit the limit without an end
+ENDED = [(*words, END) for n in range(LIMIT) for words in itertools.product(range(4), repeat=n)]
+RESPONSES = ENDED + list(itertools.product(range(4), repeat=LIMIT))  # the rest has no end
 ROWS = [PROMPT + list(response) for response in RESPONSES]
 UNFINISHED = -1.0  # their reward: ppo.Config.missing_end_score
 
@@ -106,29 +134,36 @@ def make_model(cls, seed):
         return cls(SHAPE)
 
 
+@torch.no_grad()
 def exact_logprobs(policy):
     """log π(y|x) of all 85 responses, in float64."""
     tokens, lengths = pad(ROWS)
-    return response_logprobs(policy, tokens, torch.full_like(lengths, len(PROMPT)), lengths).double()
+    prompt_lengths = torch.full_like(lengths, len(PROMPT))
+    return response_logprobs(policy, tokens, prompt_lengths, lengths).double()
 
 
 def draw_rewards(seed=0):
-    rewards = torch.randn(len(ROWS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.where(torch.tensor([response[-1] == END for response in RESPONSES]), rewards, UNFINISHED)
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(len(ROWS), generator=generator, dtype=torch.float64)
+    rewards[len(ENDED):] = UNFINISHED
+    return rewards
 
 
 def kl(logp, logq):
     return (logp.exp() * (logp - logq)).sum().item()
 
 
-class TableReward:
-    """A reward model that looks the reward up in the list."""
+def table_reward(rewards):
+    """A reward that is looked up in the list of all responses."""
+    table = dict(zip(RESPONSES, rewards.tolist()))
+    return response_reward(lambda response: table[tuple(response)])
 
-    def __init__(self, rewards):
-        self.rewards = {tuple(row): reward for row, reward in zip(ROWS, rewards.tolist())}
 
-    def score(self, tokens, lengths):
-        return torch.tensor([self.rewards[tuple(row[:n])] for row, n in zip(tokens.tolist(), lengths.tolist())])
+def world_task(reward, end_token=END, draw_documents=None):
+    """What ppo.py's loops are asked in this world: the one prompt, again and again."""
+    def draw_prompts(count, rng):
+        return [PROMPT] * count
+    return ppo.Task(draw_prompts, reward, end_token, draw_documents=draw_documents)
 
 
 def enumerable_world():
@@ -136,7 +171,7 @@ def enumerable_world():
     reference = make_model(GPT, seed=3)
     with torch.no_grad():
         reference.wte.weight *= 1.5  # sharpen it
-        ref = exact_logprobs(reference)
+    ref = exact_logprobs(reference)
     rewards = draw_rewards()
     log_z = (ref + rewards / BETA).logsumexp(0)
     return reference, ref, rewards, ref + rewards / BETA - log_z, BETA * log_z.item()
@@ -149,8 +184,9 @@ def copy_of(model):
 
 
 class Blocks(random.Random):
-    """Shuffles blocks of `size` only: all copies of a pair come in one batch, whose labels then are as mixed as they should
-    be. (Drawn one by one, labels are noise, and it takes ten times as many pairs to average it out.)"""
+    """Shuffles blocks of `size` only: all copies of a pair come in one batch, whose labels then are
+    as mixed as they should be. (Drawn one by one, labels are noise, and it takes ten times as many
+    pairs to average it out.)"""
 
     def __init__(self, seed, size):
         super().__init__(seed)
@@ -163,13 +199,14 @@ class Blocks(random.Random):
 
 
 def all_pairs(rewards, copies):
-    """Every pair of the first len(rewards) responses, as often either way as Bradley-Terry says, in whole numbers: `copies`
-    of it in a row."""
-    pairs, rest = [], 0.0
+    """Every pair of the first len(rewards) responses, as often either way as Bradley-Terry says, in
+    whole numbers: `copies` of it in a row."""
+    pairs = []
+    rest = 0.0
     for i, j in itertools.combinations(range(len(rewards)), 2):
         wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
         rest = wins - round(wins)  # what one pair's rounding loses, the next one gets
-        pairs += [(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
-        pairs += [(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
+        pairs += [Pair(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
+        pairs += [Pair(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
     assert len(pairs) == copies * math.comb(len(rewards), 2)
     return pairs
