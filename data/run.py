@@ -2,10 +2,10 @@
 
 A stage's folder OUT/SIZE/STAGE holds what its last finished run left, all of one run:
 
-    checkpoint.pt  metrics.jsonl    and what else the stage writes (reward_model.py: its comparisons)
-    unfinished/                     a run that is not over: its state.pt for --resume, labels.jsonl (what
-                                    a program has answered so far as a judge), and its other files
-    finished/                       a run that was killed while its files were being moved up (complete)
+    checkpoint.pt  metrics.jsonl    and what else the stage writes (reward_model.py: comparisons)
+    unfinished/                     a run that is not over: its state.pt for --resume, labels.jsonl
+                                    (what a program has answered so far as a judge), its other files
+    finished/                       a run that was killed while its files were being moved up
     lock                            held by the one process that may write here
 
 Nothing in this file knows what a GPT is.
@@ -50,11 +50,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(Config, gpu, argv, description, needs={}, presets={}):
-    """Build a Config from the command line. Every field is a flag; the comment on its line is its help.
+    """Build a Config from the command line. Every field is a flag; the comment on its line is its
+    help.
 
     gpu: what --size gpu changes of the defaults; presets: {flag: {its value: what this changes of
-    them, also of gpu's}}; needs: {flag: (another flag, values)}: the flag means something only where
-    the other one has one of these values or, where none is listed, is set at all ("": is not set).
+    them, also of gpu's}}; needs: {flag: (another flag, values)}: the flag means something only
+    where the other one has one of these values or, where none is listed, is set at all ("": is not
+    set).
     Fields must have the type int, float, str, bool or a Literal of strings, whose values are the
     flag's choices. TypeError, a bug of ours, for a field without a comment.
     """
@@ -62,8 +64,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     parser = _Parser(description=description, allow_abbrev=False)
     for field in fields(Config):
         if not comments.get(field.name):
-            raise TypeError(f"{Config.__module__}.{Config.__name__}.{field.name} has no comment on its "
-                            "line to be its help")
+            raise TypeError(f"{Config.__module__}.{Config.__name__}.{field.name} has no comment on "
+                            "its line to be its help")
 
         defaults = [repr(field.default)]
         if field.name in gpu:
@@ -76,7 +78,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
 
         flag = f"--{field.name}"
         if field.type is bool:
-            parser.add_argument(flag, default=None, help=text, action=argparse.BooleanOptionalAction)
+            parser.add_argument(flag, default=None, help=text,
+                                action=argparse.BooleanOptionalAction)
         elif typing.get_origin(field.type) is typing.Literal:
             parser.add_argument(flag, default=None, help=text, choices=typing.get_args(field.type))
         else:
@@ -129,7 +132,8 @@ def check_needs(Config, given, preset, needs):
         if values == [""] and found:
             raise InputError(f"--{name} {given[name]}: cannot be used with --{other}")
         if values and values != [""] and found not in values:
-            raise InputError(f"--{name} {given[name]}: goes with --{other} {' or '.join(values)} only")
+            raise InputError(f"--{name} {given[name]}: goes with --{other} {' or '.join(values)} "
+                             "only")
         if not values and not found:
             raise InputError(f"--{name} {given[name]}: goes with --{other} only")
 
@@ -159,8 +163,8 @@ def stage_folder(config, stage):
 def check_name(name, stage, flag="name"):
     """A run's --name begins with its stage: no run can overwrite another stage's folder."""
     if not re.fullmatch(rf"{stage}[\w.-]*", name):
-        raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', '_' "
-                         "or '-' behind it")
+        raise InputError(f"--{flag} {name}: must be {stage}, or {stage} and letters, digits, '.', "
+                         "'_' or '-' behind it")
 
 
 # How each stage is trained: its script, and the flag that chooses it there.
@@ -168,13 +172,13 @@ COMMANDS = {"gpt": "gpt", "sft": "sft", "reward_model": "reward_model",
             "process_model": "reward_model --process", "ppo": "ppo", "dpo": "dpo"}
 
 # At size cpu, on two cores.
-MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0, "dpo": 2.5,
-           "best_of_n": 1.5, "rsft": 3.0}
+MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0,
+           "dpo": 2.5, "best_of_n": 1.5, "rsft": 3.0}
 
 
 def train_missing(config, needed, stage):
-    """Before a stage begins: train what it builds on and is missing, with this run's size, folder and
-    seed.
+    """Before a stage begins: train what it builds on and is missing, with this run's size, folder
+    and seed.
 
     needed: the names of those stages, in order. What comes before the last checkpoint that exists
     is not asked for.
@@ -234,16 +238,16 @@ def show_models(trained, **models):
         copies = 4 if name in trained else 1  # itself, its gradient, Adam's two moments
         size += copies * sum(x.numel() * x.element_size() for x in model.parameters())
     megabytes = size / 2 ** 20
-    print(f"models in memory: {len(held)} ({', '.join(held)}), {megabytes:.0f} MB with gradients and "
-          "optimizer", flush=True)
+    print(f"models in memory: {len(held)} ({', '.join(held)}), {megabytes:.0f} MB with gradients "
+          "and optimizer", flush=True)
 
     # What is needed besides depends on --micro_batch.
     if torch.cuda.is_available():
         room = torch.cuda.get_device_properties(0).total_memory
         if size > room:
             raise InputError(f"{len(held)} models of {megabytes:.0f} MB do not fit the GPU's "
-                             f"{room / 2 ** 20:.0f}: begin with a smaller GPT-2, or export the stages "
-                             "and continue on several GPUs (README)")
+                             f"{room / 2 ** 20:.0f}: begin with a smaller GPT-2, or export the "
+                             "stages and continue on several GPUs (README)")
 
 
 def show(*lines):
@@ -258,7 +262,8 @@ def counts(dropped):
 
 
 def doublings(first, total):
-    """first, twice first, ... as far as they are below total, and total: a learning curve's numbers.
+    """A learning curve's numbers: first, twice first, ... as far as they are below total, and
+    total.
 
     >>> doublings(256, 1000)
     [256, 512, 1000]
@@ -334,14 +339,15 @@ def peak_memory():
     return {"memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
-# How a figure is printed, in a row of 100 columns; all others with three decimals. metrics.jsonl has
-# them in full.
+# How a figure is printed, in a row of 100 columns; all others with three decimals. metrics.jsonl
+# has them in full.
 FORMATS = {"lr": ".1e", "excess": ".1%", "accuracy": ".1%", "held_out_accuracy": ".1%",
            "reward": ".2f", "gold": ".2f", "kl": ".2f", "J": ".2f", "entropy": ".2f",
            "clip_fraction": ".1%", "value_explained": ".2f", "length": ".0f", "no_end": ".0%",
-           "margin": ".2f", "chosen_log_ratio": ".2f", "rejected_log_ratio": ".2f", "grad_norm": ".2f"}
+           "margin": ".2f", "chosen_log_ratio": ".2f", "rejected_log_ratio": ".2f",
+           "grad_norm": ".2f"}
 
-# Figures that depend on the machine: a checkpoint does not keep them, so that one seed gives one file.
+# Figures that depend on the machine: a checkpoint does not keep them, so one seed gives one file.
 OF_THE_MACHINE = ("seconds", "rollout_s", "scoring_s", "update_s", "memory_mb")
 
 
@@ -350,7 +356,8 @@ OF_THE_MACHINE = ("seconds", "rollout_s", "scoring_s", "update_s", "memory_mb")
 
 
 class SilentRun:
-    """The steps of a training loop and their figures, without a folder: for tests and learning curves.
+    """The steps of a training loop and their figures, without a folder: for tests and learning
+    curves.
 
         for step in run.steps(total, model=model, optimizer=optimizer):
             ...
@@ -358,8 +365,8 @@ class SilentRun:
             if run.due(step):
                 run.log(step, held_out=held_out_loss(...))
 
-    report: steps between two rows of figures (None: one row, at the end of a loop). total: the steps
-    of all loops, for a run that has several; they continue counting.
+    report: steps between two rows of figures (None: one row, at the end of a loop). total: the
+    steps of all loops, for a run that has several; they continue counting.
     """
 
     def __init__(self, report=None, total=None):
@@ -455,7 +462,8 @@ class Run(SilentRun):
     often as rows); unprinted: figures that go to metrics.jsonl only.
     """
 
-    def __init__(self, stage, folder, config, report, sources=(), total=None, save=None, unprinted=()):
+    def __init__(self, stage, folder, config, report, sources=(), total=None, save=None,
+                 unprinted=()):
         super().__init__(report, total)
         self.stage = stage
         self.home = folder
@@ -507,8 +515,8 @@ class Run(SilentRun):
             self.start -= self.saved["seconds"]
             print(f"{self.stage}: continues after step {self.saved['step']}", flush=True)
         elif self.config.resume and (self.home / "checkpoint.pt").exists():
-            raise InputError(f"{self.home / 'checkpoint.pt'}: is finished, nothing to resume; without "
-                             "--resume it is trained again")
+            raise InputError(f"{self.home / 'checkpoint.pt'}: is finished, nothing to resume; "
+                             "without --resume it is trained again")
         else:
             if self.config.resume:
                 print(f"{self.stage}: nothing to resume in {self.home}, starts from the beginning",
@@ -537,8 +545,9 @@ class Run(SilentRun):
             for name, value in self.saved["settings"].items():
                 before = found["settings"].get(name)
                 if before != value:
-                    raise InputError(f"{self.path}: the run began with --{name} {before}, not {value}; "
-                                     "resume it with its settings, or start again without --resume")
+                    raise InputError(f"{self.path}: the run began with --{name} {before}, not "
+                                     f"{value}; resume it with its settings, or start again "
+                                     "without --resume")
             for name in {**self.saved["sources"], **found["sources"]}:
                 if found["sources"].get(name) != self.saved["sources"].get(name):
                     raise InputError(f"{self.path}: the run began with another {name}; start again "
@@ -562,14 +571,16 @@ class Run(SilentRun):
                                      f"{last}") from error
 
     def finish(self):
-        """All files are written: they replace those of the run before, and nothing is left to resume."""
-        os.rename(self.folder, self.home / "finished")  # from here on the run is over, even if killed
+        """All files are written: they replace those of the run before, and nothing is left to
+        resume."""
+        os.rename(self.folder, self.home / "finished")  # from here on the run is over
         move_finished(self.home)
 
     # ---- steps
 
     def begin_loop(self, state):
-        """Load what was saved into models, optimizers and dicts of numbers, if it was in this loop."""
+        """Load what was saved into models, optimizers and dicts of numbers, if that was in this
+        loop: a later one may begin with other ones."""
         done = self.saved["step"]
         with refused_if_broken(self.path, "start again without --resume"):
             if done > self.total:
@@ -582,8 +593,8 @@ class Run(SilentRun):
                         x.load_state_dict(found)
                     else:
                         check_numbers(name, found.values())
-                        if found.keys() != x.keys():
-                            raise ValueError(f"its {name} are others")
+                        if found.keys() != x.keys() or not all(map(math.isfinite, found.values())):
+                            raise ValueError(f"its {name} are not those of a run")
                         x.update(found)
         self.step = max(self.step, min(done, self.last))
         self.inside_loop = self.step < self.last
@@ -592,21 +603,22 @@ class Run(SilentRun):
         """Save the state when it is due. KeyboardInterrupt, once all is saved, after Ctrl-C."""
         if self.pace is None:
             self.pace = (self.step, time.perf_counter())
-        if self.step % self.save == 0 or self.step == self.last or self.interrupted:
+        due = self.step % self.save == 0 or self.step == self.last or self.interrupted
+        if due:
             found = {}
             for name, x in state.items():
                 found[name] = x.state_dict() if hasattr(x, "state_dict") else x
-            pending = read_numbers(self.pending)
-            seconds = time.perf_counter() - self.start
-            write_torch(self.path, {**self.saved, "state": found, "step": self.step, "rows": self.rows,
-                                    "pending": pending, "seconds": seconds})
+            write_torch(self.path, {**self.saved, "step": self.step, "rows": self.rows,
+                                    "seconds": time.perf_counter() - self.start,
+                                    "pending": read_numbers(self.pending), "state": found})
         self.inside_loop = self.step < self.last
-        if self.interrupted:
+        if due and self.interrupted:  # Ctrl-C since then: after the next step
             raise KeyboardInterrupt(f"{self.stage}: saved after step {self.step} of {self.total}; "
                                     "--resume continues")
 
     def interrupt(self, number, frame):
-        """Ctrl-C: finish the current step and save; outside of the loop, or pressed twice, stop at once."""
+        """Ctrl-C: finish the current step and save; outside of the loop, or pressed twice, stop at
+        once."""
         if self.interrupted or not self.inside_loop or self.step == 0:
             raise KeyboardInterrupt
         self.interrupted = True
@@ -646,8 +658,8 @@ class Run(SilentRun):
                 for row in self.rows]
 
     def write_metrics(self):
-        """Write all rows so far, atomically: a killed run leaves no half line, a resumed one repeats
-        none."""
+        """Write all rows so far, atomically: a killed run leaves no half line, a resumed one
+        repeats none."""
         write_jsonl(self.folder / "metrics.jsonl", self.rows)
 
 
@@ -660,9 +672,9 @@ def read_numbers(pending):
 
 
 def check_numbers(name, values):
-    """ValueError unless all values are finite numbers."""
+    """ValueError unless all values are numbers; a figure may be infinite."""
     for value in values:
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)):
             raise ValueError(f"its {name} are not numbers")
 
 
@@ -704,11 +716,12 @@ def write_torch(path, values):
 
 
 def read_torch(path):
-    """What write_torch wrote, every record's checksum verified; a pickle that would run code is refused."""
+    """What write_torch wrote, every record's checksum verified; a pickle that would run code is
+    refused."""
     with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive
         for record in archive.infolist():
-            # No checksum covers these two: torch would skip a record with such attributes, and never
-            # compresses one.
+            # No checksum covers these two: torch would skip a record with such attributes, and
+            # never compresses one.
             if record.external_attr or record.compress_type:
                 raise zipfile.BadZipFile("checksum error")
         if archive.testzip():
@@ -718,17 +731,19 @@ def read_torch(path):
 
 @contextlib.contextmanager
 def refused_if_broken(path, advice, of="this project"):
-    """Whatever a damaged file makes torch or us raise becomes an InputError, one line with its name."""
+    """Whatever a damaged file makes torch or us raise becomes an InputError, one line with its
+    name."""
     try:
         yield
     except InputError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError, LookupError,
-            TypeError, EOFError, ArithmeticError, AttributeError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError,
+            LookupError, TypeError, EOFError, ArithmeticError, AttributeError) as error:
         reason = type(error).__name__
         if str(error):
             reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a whole file of {of} ({reason}); delete it and {advice}") from error
+        message = f"{path}: not a whole file of {of} ({reason}); delete it and {advice}"
+        raise InputError(message) from error
 
 
 def memory_mapped(path, draw, joined=False):
