@@ -1,7 +1,9 @@
 """How fast is it? The benchmarks: they print, train nothing that stays and save nothing.
 
-    python -m tests.bench gpt [flags of gpt.py]     training and sampling, beside the machine's matrix products and memory
-    python -m tests.bench ppo [flags of ppo.py]     the seconds of a PPO iteration, its bound, and how they grow
+    python -m tests.bench gpt [flags of gpt.py]     training and sampling, beside the machine's
+                                                    matrix products and memory
+    python -m tests.bench ppo [flags of ppo.py]     the seconds of a PPO iteration, its bound, and
+                                                    how they grow
 """
 
 import random
@@ -16,17 +18,19 @@ import gpt
 import ppo
 from data import stories
 from data.files import run_script
-from data.run import announce, parse_config, peak_memory
+from data.run import SilentRun, announce, parse_config, peak_memory
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from gpt import GPT, GPTConfig, autocast, generate, get_device, make_optimizer, masked_logprobs, optimizer_step
-from reward_model import RewardModel
+from gpt import (GPT, GPTConfig, autocast, generate, get_device, make_optimizer, masked_logprobs,
+                 optimizer_step)
+from reward_model import RewardModel, make_reward
 
 
 def forward_flops(config, tokens, context, places, outputs):
-    """Floating-point operations of a forward pass: 2 for every weight and token, 4 C a layer for every token attended to.
+    """Floating-point operations of a forward pass: 2 for every weight and token, 4 C a layer for
+    every token attended to.
 
-    tokens: how many pass through the blocks, each seeing `context` tokens on average; places: how many of them pass through
-    a head of so many outputs.
+    tokens: how many pass through the blocks, each seeing `context` tokens on average; places: how
+    many of them pass through a head of so many outputs.
     """
     C = config.n_embd
     return tokens * config.n_layer * (24 * C * C + 4 * C * context) + places * 2 * C * outputs
@@ -45,21 +49,31 @@ def median_seconds(call, repeats=7):
 
 
 def matrix_rate(device):
-    """Floating-point operations a second of a large matrix product, in the precision of autocast: the most there can be."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    """Floating-point operations a second of a large matrix product, in the precision of autocast:
+    the most there can be."""
+    n = 1024
+    dtype = torch.float32
+    if device.type == "cuda":
+        n = 8192
+        dtype = torch.bfloat16
     a = torch.randn(n, n, dtype=dtype, device=device)
     return 10 * 2 * n ** 3 / median_seconds(lambda: [a @ a for _ in range(10)])
 
 
-def memory_line(device):
+def memory_line():
     """The peak memory, in words."""
-    return "".join(f"peak memory {mb:,.0f} MB" for mb in peak_memory(device).values()) or "peak memory unknown"
+    memory = peak_memory()
+    if not memory:
+        return "peak memory unknown"
+    return f"peak memory {memory['memory_mb']:,.0f} MB"
 
 
 def bench_gpt(config):
-    """Print how fast this machine trains and samples, beside how fast it multiplies matrices and moves memory."""
+    """Print how fast this machine trains and samples, beside how fast it multiplies matrices and
+    moves memory."""
     device = get_device()
-    shape = GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    shape = GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head,
+                      config.n_embd)
     model = GPT(shape).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
     announce("gpt", config, device, "random tokens; nothing is saved", model)
@@ -74,44 +88,57 @@ def bench_gpt(config):
     def step():
         loss = -masked_logprobs(model, tokens, mask).mean()
         loss.backward()
-        optimizer_step(optimizer, model, config.lr, loss)
+        optimizer_step(optimizer, model, config.lr)
 
     seconds = median_seconds(step)
-    forward = forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel(), config.vocab_size)
+    forward = forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel(),
+                            config.vocab_size)
     flops = 3 * forward  # the backward pass costs twice as much as the forward pass
-    print(f"training       {config.batch} x {config.block_size} tokens a step: {tokens.numel() / seconds:,.0f} tokens/s, "
+    print(f"training       {config.batch} x {config.block_size} tokens a step: "
+          f"{tokens.numel() / seconds:,.0f} tokens/s, "
           f"{flops / seconds / rate:.0%} of the matrix product's rate")
 
-    prompt, new = config.block_size // 4, config.block_size // 2
+    prompt = config.block_size // 4
+    new = config.block_size // 2
     parameters = sum(p.numel() for p in model.parameters())
     for rows in (64, 256):
         prompts = torch.randint(config.vocab_size, (rows, prompt)).tolist()
         with autocast(device):
             seconds = median_seconds(lambda: generate(model, prompts, new))
-        flops = forward_flops(shape, rows * (prompt + new), (prompt + new) / 2, rows * new, config.vocab_size)
+        flops = forward_flops(shape, rows * (prompt + new), (prompt + new) / 2, rows * new,
+                              config.vocab_size)
+
         # Every step reads all weights, and the keys and values of the tokens before.
         size = 2 if device.type == "cuda" else 4
-        bytes_read = new * (4 * parameters + size * 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2))
+        cached = 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2)
+        bytes_read = new * (4 * parameters + size * cached)
         bound = max(flops / rate, bytes_read / bandwidth)
         kind = "FLOP" if flops / rate > bytes_read / bandwidth else "memory"
-        print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} tokens/s, "
-              f"{bound / seconds:.0%} of the {kind} bound")
+        print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} "
+              f"tokens/s, {bound / seconds:.0%} of the {kind} bound")
 
     rng = random.Random(config.seed)
     texts = [stories.document(rng).text for _ in range(2000)]
     tokenizer = Tokenizer(train_vocabulary("\n".join(texts), config.vocab_size))
-    seconds = median_seconds(lambda: tokenizer.encode_batch((stories.document(rng).text for _ in texts), num_threads=1))
-    print(f"world's text   {sum(map(len, texts)) / 1e6 / seconds:.1f} MB/s drawn and encoded on one core\n"
-          f"{memory_line(device)}")
+
+    def draw_and_encode():
+        tokenizer.encode_batch((stories.document(rng).text for _ in texts), num_threads=1)
+
+    rate = sum(len(text) for text in texts) / median_seconds(draw_and_encode)
+    print(f"world's text   {rate / 1e6:.1f} MB/s drawn and encoded on one core\n{memory_line()}")
 
 
 def bench_ppo(config):
-    """Print the seconds of a PPO iteration, beside the least that its matrix products take, and how the cost grows."""
+    """Print the seconds of a PPO iteration, beside the least that its matrix products take, and how
+    the cost grows."""
     base = parse_config(gpt.Config, gpt.GPU, ["--size", config.size], "")
     shape = GPTConfig(base.vocab_size, base.block_size, base.n_layer, base.n_head, base.n_embd)
-    device, prompt = get_device(), base.block_size // 4
-    policy, reference = GPT(shape).to(device), GPT(shape).to(device)
-    reward_model, value_model = RewardModel(shape).to(device), RewardModel(shape).to(device)
+    device = get_device()
+    prompt = base.block_size // 4
+    policy = GPT(shape).to(device)
+    reference = GPT(shape).to(device)
+    reward_model = RewardModel(shape).to(device)
+    value_model = RewardModel(shape).to(device)
     announce("ppo", config, device, f"random prompts of {prompt} tokens; nothing is saved", policy)
     rate = matrix_rate(device)
     print(f"matrix product {rate / 1e9:,.0f} GFLOP/s\n"
@@ -120,23 +147,36 @@ def bench_ppo(config):
     def draw_prompts(count, rng):
         return [rng.choices(range(shape.vocab_size), k=prompt) for _ in range(count)]
 
-    n, longest = config.rollouts, config.max_new_tokens
-    few, half, quarter = max(1, n // 4), max(1, longest // 2), max(1, longest // 4)
+    # The end token -1 never comes: all responses have full length.
+    reward = make_reward("reward_model", reward_model, None, config.micro_batch)
+    task = ppo.Task(draw_prompts, reward, end_token=-1)
+
+    n = config.rollouts
+    longest = config.max_new_tokens
+    few = max(1, n // 4)
+    half = max(1, longest // 2)
+    quarter = max(1, longest // 4)
     for rollouts, response in ((few, half), (n, half), (4 * n, half), (n, quarter), (n, longest)):
         one = replace(config, rollouts=rollouts, max_new_tokens=response, iterations=4)
-        # The end token -1 never comes: all responses have full length.
-        loop = ppo.optimize(policy, reference, reward_model, value_model, draw_prompts, -1, one)
-        rows = [[figures[name] for name in ("rollout_s", "scoring_s", "update_s")] for _, figures, _ in loop]
-        parts = [statistics.median(column) for column in zip(*rows[1:])]
+        run = SilentRun(report=1)
+        ppo.ppo(policy, reference, value_model, task, one, run)
+        parts = []
+        for name in ("rollout_s", "scoring_s", "update_s"):
+            parts.append(statistics.median(row[name] for row in run.rows[1:]))
         total = sum(parts)
-        tokens, emitted, seen = rollouts * (prompt + response), rollouts * response, (prompt + response) / 2
-        language, scalar = (forward_flops(shape, tokens, seen, emitted, outputs) for outputs in (shape.vocab_size, 1))
-        # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its cost) of two models.
-        bound = (language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)) / rate
-        print(f"{rollouts:8d}{response:10d}" + "".join(f"{seconds:10.2f}" for seconds in (*parts, total, bound))
-              + f"{emitted / total:12,.0f}")
+
+        tokens = rollouts * (prompt + response)
+        emitted = rollouts * response
+        seen = (prompt + response) / 2
+        language = forward_flops(shape, tokens, seen, emitted, shape.vocab_size)
+        scalar = forward_flops(shape, tokens, seen, emitted, 1)
+        # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its
+        # cost) of two models.
+        bound = language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)
+        seconds = "".join(f"{x:10.2f}" for x in (*parts, total, bound / rate))
+        print(f"{rollouts:8d}{response:10d}{seconds}{emitted / total:12,.0f}")
     weights = sum(p.numel() for p in policy.parameters())
-    print(f"{memory_line(device)}, of which weights, gradients and AdamW's moments of the four models "
+    print(f"{memory_line()}, of which weights, gradients and AdamW's moments of the four models "
           f"{(4 + 4 + 1 + 1) * 4 * weights / 2 ** 20:,.0f} MB")
 
 
