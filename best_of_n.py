@@ -42,10 +42,11 @@ from data.judges import verifier
 from data.run import (Run, announce, check_name, complete, forget_rounds, parse_config, progress,
                       read_torch, refused_if_broken, stage_folder, train_missing)
 from data.stories import parse_request
+from data.tokenizer import encode_demonstrations
 from gpt import (GPT, autocast, generate, get_device, held_out_loss, load_checkpoint,
                  response_logprobs, response_texts, save_checkpoint)
 from reward_model import RewardModel, make_reward, step_rewards
-from sft import encode_demonstrations, fine_tune, show_before_and_after
+from sft import fine_tune, show_before_and_after
 
 
 @dataclass

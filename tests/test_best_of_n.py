@@ -25,7 +25,7 @@ from data.annotator import step_ends
 from data.answer_key import (best_of_n_win_rate, cell, optimality_gap, subset_weights, win_rate)
 from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
 from data.run import Run, read_torch, write_torch
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, encode_demonstrations
 from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt
 from reward_model import RewardModel
@@ -822,7 +822,7 @@ def test_rounds_of_finetuning(how, out, monkeypatch, capsys):
         rewards = samples.figures["reward"]
         assert rewards.shape == (12, 4) and not any(map(stories.is_held_out, prompts))
         kept = read_demonstrations(folder / f"kept-{number}.jsonl")
-        demonstrations, _ = sft.encode_demonstrations(kept, tokenizer, 128)
+        demonstrations, _ = encode_demonstrations(kept, tokenizer, 128)
         sequences = [tuple(one.ids) for one in demonstrations]
         assert sorted(learnt) == sorted(2 * sequences)  # two epochs
         steps += 2 * math.ceil(len(sequences) / 4)
