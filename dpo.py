@@ -3,8 +3,8 @@ dpo.py: direct preference optimization (Rafailov et al. 2023; CS 224R, Lecture 9
 "DPO Loss"), and what followed it: IPO, KTO, SimPO, ORPO, online DPO.
 
 The optimum of RLHF's objective is π*(y|x) = π_ref(y|x) exp(r(x, y)/β) / Z(x), so r(x, y) =
-β log π*(y|x)/π_ref(y|x) + β log Z(x). Put into Bradley-Terry, Z(x) cancels, and the policy itself is
-fitted to the comparisons, with no reward model and no sampling:
+β log π*(y|x)/π_ref(y|x) + β log Z(x). Put into Bradley-Terry, Z(x) cancels, and the policy itself
+is fitted to the comparisons, with no reward model and no sampling:
 
     L_DPO(θ) = -E[ log σ( β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x) ) ]
 
@@ -29,7 +29,7 @@ Departures from the slides: none in DPO, whose log-probabilities are sums over t
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,18 +54,18 @@ class Config:
     # the objective
     loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"     # what is minimized; changes
                                                                     # some of the defaults
-    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; PPO's, for
-                                # the same optimum
+    beta: float = 0.2           # price of one nat of KL to the reference, in reward units; PPO's,
+                                # for the same optimum
     gamma: float = 0.5          # SimPO's margin
     lam: float = 0.5            # ORPO's λ, the weight of the odds ratio beside the SFT loss
-    start: Literal["sft", "gpt"] = "sft"    # the policy starts as the SFT model or as the base model
+    start: Literal["sft", "gpt"] = "sft"    # the policy starts as the SFT model or the base model
 
     # the comparisons
-    data: str = ""              # your own pairs, a .jsonl file, instead of the reward model's stage's
+    data: str = ""              # your own pairs, a .jsonl file, instead of reward_model.py's
     online: int = 0             # rounds of online DPO; 0: on existing comparisons
     pairs: int = 2048           # new comparisons in a round
-    judge: str = "reward_model"     # who labels them: reward_model, annotator, constitution, both, or
-                                    # a program: "COMMAND"
+    judge: str = "reward_model"     # who labels them: reward_model, annotator, constitution, both,
+                                    # or a program: "COMMAND"
     sample_batch: int = 512     # prompts in one batch of sampling them
     max_new_tokens: int = 96    # the longest sampled response
 
@@ -141,7 +141,7 @@ def dpo(policy, reference, pairs, held_out, config, rng, run):
 
             chosen_log_ratio = chosen - ref_chosen
             rejected_log_ratio = rejected - ref_rejected
-            margin = config.beta * (chosen_log_ratio - rejected_log_ratio)  # r̂(x, y_w) - r̂(x, y_l)
+            margin = config.beta * (chosen_log_ratio - rejected_log_ratio)  # r̂(y_w) - r̂(y_l)
             run.log(step, len(part), loss=loss, accuracy=(margin > 0).float().mean(),
                     margin=margin.mean(), chosen_log_ratio=chosen_log_ratio.mean(),
                     rejected_log_ratio=rejected_log_ratio.mean())
@@ -162,13 +162,13 @@ def log_held_out(policy, reference, held_out, config, run, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# The family: other losses on pairs (CS 224R, ch. 10; ECE 7115, "DPO Variants"), KTO on single labels,
-# and rounds on new samples (CS 224R, ch. 11). A student of DPO can close the file here.
+# The family: other losses on pairs (CS 224R, ch. 10; ECE 7115, "DPO Variants"), KTO on single
+# labels, and rounds on new samples (CS 224R, ch. 11). A student of DPO can close the file here.
 
 
 def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference h of
-    log-ratios is drawn to 1/(2β), and not beyond. Arguments as dpo_loss's. Returns a scalar.
+    """Identity preference optimization (Azar et al. 2023, eq. 17; CS 224R, ch. 10): the difference
+    h of log-ratios is drawn to 1/(2β), and not beyond. Arguments as dpo_loss's. Returns a scalar.
 
     By hand: ipo_loss(-15.2, -14.8, -16.0, -14.5, beta=0.5) = 0.01, with h = 1.1 and 1/(2β) = 1. Its
     β weighs probabilities, not rewards: smaller than DPO's.
@@ -178,16 +178,16 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 
 def simpo_loss(policy_chosen_mean, policy_rejected_mean, beta, gamma):
-    """Simple preference optimization (Meng et al. 2024, eq. 6; ECE 7115, "DPO Variants"): no reference.
-    Both (B,): the mean log-probability of a response's tokens. Returns a scalar."""
+    """Simple preference optimization (Meng et al. 2024, eq. 6; ECE 7115, "DPO Variants"): no
+    reference. Both (B,): the mean log-probability of a response's tokens. Returns a scalar."""
     margin = beta * policy_chosen_mean - beta * policy_rejected_mean - gamma
     return -F.logsigmoid(margin).mean()
 
 
 def orpo_loss(chosen_mean, rejected_mean, lam):
-    """Odds ratio preference optimization (Hong et al. 2024, eq. 6 and 7; CS 224R, ch. 10): the SFT loss
-    of the chosen response and the log odds of both, of p = exp(mean log-probability). Both (B,).
-    Returns a scalar."""
+    """Odds ratio preference optimization (Hong et al. 2024, eq. 6 and 7; CS 224R, ch. 10): the SFT
+    loss of the chosen response and the log odds of both, of p = exp(mean log-probability). Both
+    (B,). Returns a scalar."""
     log_odds_ratio = log_odds(chosen_mean) - log_odds(rejected_mean)
     return (-chosen_mean - lam * F.logsigmoid(log_odds_ratio)).mean()
 
@@ -213,8 +213,8 @@ def kto_loss(policy, ref, desirable, baseline, beta, desirable_weight=1.0, undes
 
 
 def pair_loss(policy, reference, pairs, config):
-    """The loss config.loss of Pairs, and figures: accuracy and mean of the margin between chosen and
-    rejected, in the implicit reward r̂ or, without a reference, in the mean log-probability."""
+    """The loss config.loss of Pairs, and figures: accuracy and mean of the margin between chosen
+    and rejected, in the implicit reward r̂ or, without a reference, in the mean log-probability."""
     chosen, rejected = pair_logprobs(policy, pairs)
     figures = {}
     if config.loss in ("dpo", "ipo"):
@@ -266,9 +266,9 @@ def label_logprobs(model, labels):
 
 @torch.inference_mode()
 def kto_baseline(policy, reference, labels, rows=64):
-    """KTO's z0, an estimate of KL(π_θ || π_ref) in nats: the mean log-ratio of a batch's prompts, each
-    with the next label's response, but not below 0. Left out: couples longer than the context, and
-    responses to that very prompt."""
+    """KTO's z0, an estimate of KL(π_θ || π_ref) in nats: the mean log-ratio of a batch's prompts,
+    each with the next label's response, but not below 0. Left out: couples longer than the context,
+    and responses to that very prompt."""
     couples = []
     for i, label in enumerate(labels):
         other = labels[(i + 1) % len(labels)]
@@ -297,8 +297,8 @@ def kto_part(policy, reference, labels, z0, config):
 
 
 def kto(policy, reference, labels, held_out, paired, optimizer, config, rng, run):
-    """Minimize KTO's loss over Labels. paired: held_out are the labels_of pairs, and the accuracy is
-    theirs; else it is the share of labels on the right side of z0."""
+    """Minimize KTO's loss over Labels. paired: held_out are the labels_of pairs, and the accuracy
+    is theirs; else it is the share of labels on the right side of z0."""
     lengths = [len(label.ids) for label in labels]
     batches = batches_by_length(lengths, config.batch, rng, config.epochs)
     for step in run.steps(len(batches), policy=policy, optimizer=optimizer):
@@ -336,7 +336,7 @@ def log_kto_held_out(policy, reference, held_out, paired, config, run, step):
 
 
 def online(policy, reference, draw_pairs, held_out, paired, config, rng, run):
-    """Online DPO (CS 224R, ch. 11): config.online rounds, each on new samples of the current policy.
+    """Online DPO (CS 224R, ch. 11): config.online rounds, each on new samples of the policy.
 
     draw_pairs(number of the round) -> Pairs; held_out: Pairs, or Labels for KTO.
     """
@@ -360,25 +360,63 @@ def load(config, stage, model_class=GPT):
     return model, tokenizer
 
 
-def check(config):
-    """The refusals that need no model."""
+class Data(NamedTuple):
+    """What the stage reads."""
+    items: list             # to train on: Pairs, or Labels for KTO
+    held_out: list
+    paired: bool            # whether held-out Labels are the labels_of pairs
+    own: list               # the user's prompts to train on; None: the little world's
+    questions: list         # likewise held out
+    description: str
+
+
+def read_data(config, split, origin, tokenizer, block_size):
+    """The Data of split = (rows to train on, held-out rows), read from origin. KTO takes a pair as
+    two labels."""
+    paired = config.loss == "kto" and not config.data
+    if config.loss == "kto" and config.data:
+        items, held_out, description = encode_labels(split, origin, tokenizer, block_size)
+    else:
+        comparisons = encode_comparisons(split, origin, tokenizer, block_size)
+        items = comparisons.pairs
+        held_out = comparisons.held_out
+        description = comparisons.description
+        if paired:
+            items = labels_of(items)
+            held_out = labels_of(held_out)
+
+    rows, held_out_rows = split
+    own = list(dict.fromkeys(row["prompt"] for row in rows))
+    questions = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
+    if not config.data and all(stories.parse_request(prompt) for prompt in questions):
+        own = None  # but the stage's pairs may be somebody's own too
+        questions = None
+    if config.online:
+        asked = "fresh requests of the little world"
+        if own:
+            if not config.data:
+                raise InputError(f"{origin}: is not of the little world; --online needs its "
+                                 "prompts, with --data")
+            own, asked = prompts_with_room(own, origin, tokenizer, config.max_new_tokens,
+                                           block_size)
+        description = (f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the "
+                       f"{config.judge}; held out: {description}")
+    return Data(items, held_out, paired, own, questions, description)
+
+
+def train(config):
+    """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
     if config.online and config.data and config.judge in JUDGES:
         raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of "
                          f"{config.data}")
     if config.loss == "ipo" and config.beta == 0:
         raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
-
-
-def train(config):
-    """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
-    check(config)
     folder = stage_folder(config, config.name)
     judged = bool(config.online) and config.judge == "reward_model"
     judge = None
     if config.online and not judged:
         judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
-    split = None
     if config.data:  # before any training
         read = read_labels if config.loss == "kto" else read_pairs
         split = hold_out(read(config.data), config.seed, config.data)
@@ -389,7 +427,6 @@ def train(config):
 
     # The models: π_θ, trained; π_ref, frozen; online, perhaps r_φ as the judge.
     policy, tokenizer = load(config, config.start)
-    block_size = policy.config.block_size
     used = [config.start]
     reference = None
     if config.loss not in ("simpo", "orpo"):
@@ -402,73 +439,48 @@ def train(config):
         used.append("reward_model")
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
 
-    # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l. KTO takes a pair as two labels.
+    # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
     origin = config.data
     if not config.data:
         stage = stage_folder(config, "reward_model")
         split = read_comparisons(stage)
         origin = stage / "pairs.jsonl"
         sources += [origin, stage / "held_out.jsonl"]
-    paired = config.loss == "kto" and not config.data
-    if config.loss == "kto" and config.data:
-        items, held_out, data = encode_labels(split, origin, tokenizer, block_size)
-    else:
-        comparisons = encode_comparisons(split, origin, tokenizer, block_size)
-        data = comparisons.description
-        items = comparisons.pairs
-        held_out = comparisons.held_out
-        if paired:
-            items = labels_of(items)
-            held_out = labels_of(held_out)
-
-    # Online, those of every round are new samples of the policy.
-    rows, held_out_rows = split
-    own = list(dict.fromkeys(row["prompt"] for row in rows))
-    questions = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
-    if not config.data and all(stories.parse_request(prompt) for prompt in questions):
-        own = None  # the little world's; the stage's pairs may be somebody's own too
-        questions = None
-    if config.online:
-        asked = "fresh requests of the little world"
-        if own:
-            if not config.data:
-                raise InputError(f"{origin}: is not of the little world; --online needs its prompts, "
-                                 "with --data")
-            own, asked = prompts_with_room(own, origin, tokenizer, config.max_new_tokens, block_size)
-        data = (f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the "
-                f"{config.judge}; held out: {data}")
-    announce(config.name, config, get_device(), data, policy)
+    data = read_data(config, split, origin, tokenizer, policy.config.block_size)
+    announce(config.name, config, get_device(), data.description, policy)
     show_models(("policy",), policy=policy, reference=reference, reward_model=reward_model)
 
     def draw_prompts(count, rng):
-        return rng.choices(own, k=count) if own else draw_requests(count, rng)
+        return rng.choices(data.own, k=count) if data.own else draw_requests(count, rng)
 
-    def draw_pairs(number):
+    def draw_pairs(number):  # online, those of every round are new samples of the policy
         path = folder / "unfinished" / f"pairs-{number + 1}.jsonl"
         if not path.exists():  # else the run was interrupted in this round or after it
             rng = random.Random(f"dpo {config.seed} round {number}")
-            rows, _ = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, judge, config, rng)
+            rows, _ = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, judge, config,
+                                    rng)
             write_jsonl(path, rows)
-        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, block_size)
+        pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)
         return pairs
 
     # 2. Gradient steps on the loss.
-    count = len(items)
+    count = len(data.items)
     if config.online:
         count = config.pairs * (2 if config.loss == "kto" else 1)
     total = max(1, config.online) * config.epochs * math.ceil(count / config.batch)
     rng = random.Random(f"dpo {config.seed}")
     with Run(config.name, folder, config, config.report, sources, total) as run:
         if config.online:
-            online(policy, reference, draw_pairs, held_out, paired, config, rng, run)
+            online(policy, reference, draw_pairs, data.held_out, data.paired, config, rng, run)
         elif config.loss == "dpo":
-            dpo(policy, reference, items, held_out, config, rng, run)
+            dpo(policy, reference, data.items, data.held_out, config, rng, run)
+        elif config.loss == "kto":
+            optimizer = make_optimizer(policy, weight_decay=0.0)
+            kto(policy, reference, data.items, data.held_out, data.paired, optimizer, config, rng,
+                run)
         else:
             optimizer = make_optimizer(policy, weight_decay=0.0)
-            if config.loss == "kto":
-                kto(policy, reference, items, held_out, paired, optimizer, config, rng, run)
-            else:
-                fit_pairs(policy, reference, items, held_out, optimizer, config, rng, run)
+            fit_pairs(policy, reference, data.items, data.held_out, optimizer, config, rng, run)
 
         # 3. Save; the same prompts before and after.
         extra = {}
@@ -484,8 +496,9 @@ def train(config):
     reward = None
     if reward_model is not None:
         reward = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
-    before = reference or load(config, "sft")[0]
-    show_before_and_after(questions, before, policy, tokenizer, config, reward)
+    if reference is None:
+        reference, _ = load(config, "sft")
+    show_before_and_after(data.questions, reference, policy, tokenizer, config, reward)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 
@@ -496,8 +509,8 @@ def main(argv=None):
              "online": ("start", "sft")}  # a base model can't answer
     losses = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
               "simpo": dict(beta=10.0, lr=1e-4), "orpo": dict(start="gpt", lr=2e-3, lam=2.0)}
-    config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO and its family.", needs,
-                          presets={"loss": losses, "size": {"gpt2": GPT2}})
+    config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO and its family.",
+                          needs, presets={"loss": losses, "size": {"gpt2": GPT2}})
     if config.prompt:
         answer(config, "dpo", config.name)
     else:

@@ -1,8 +1,9 @@
 """
-gpt.py: a small GPT from scratch, and stage 1 of the pipeline, pretraining; with --start, mid-training.
+gpt.py: a small GPT from scratch, and stage 1 of the pipeline, pretraining; with --start,
+mid-training.
 
-The model is GPT-2's (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU, tied
-embeddings. Pretraining is next-token prediction (CS 224R, Lecture 9, ch. 3):
+The model is GPT-2's (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU,
+tied embeddings. Pretraining is next-token prediction (CS 224R, Lecture 9, ch. 3):
 
     max_θ  E_{x~D} [ Σ_t log p_θ(x_t | x_<t) ]
 
@@ -11,7 +12,7 @@ embeddings. Pretraining is next-token prediction (CS 224R, Lecture 9, ch. 3):
     python gpt.py --start out/cpu/gpt --name gpt-curated --curated --steps 250 --lr 1e-3
                                         mid-training: continue with better text (ch. 1)
     python gpt.py --sample "Once"       print samples from the checkpoint
-    python gpt.py --resume              continue a run that was interrupted (every stage has this flag)
+    python gpt.py --resume              continue an interrupted run (every stage has this flag)
 
 python -m data.huggingface takes a published GPT-2 in this stage's place, and writes any stage as a
 folder for transformers, TRL and vLLM.
@@ -39,8 +40,8 @@ import torch.nn.functional as F
 
 from data.corpus import encode_documents, held_out_documents, text_corpus, world_corpus
 from data.files import InputError, run_script
-from data.run import (Run, announce, check_name, complete, parse_config, read_torch, refused_if_broken,
-                      show, stage_folder, write_torch)
+from data.run import (Run, announce, check_name, complete, parse_config, read_torch,
+                      refused_if_broken, show, stage_folder, write_torch)
 from data.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class GPT(nn.Module):
         # uniform at first, and learning to copy names takes twice as many tokens.
         std = config.n_embd ** -0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 residual branches a layer: keep their sum's variance
+            if name.endswith("c_proj.weight"):  # 2 residual branches a layer keep their variance
                 residual_std = std / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(parameter, std=residual_std, generator=generator)
             elif parameter.dim() == 2:
@@ -155,8 +156,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """x (..., C) -> (..., V). Never in bf16: a logit near 10 would be rounded to 1/16, and PPO's
-        ratio with it."""
+        """x (..., C) -> (..., V). Never in bf16: a logit near 10 would be rounded to 1/16, and
+        PPO's ratio with it."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.wte.weight.dtype), self.wte.weight)
 
@@ -169,13 +170,17 @@ class GPT(nn.Module):
 # Device, log-probabilities, masks
 
 
+# On a GPU cuDNN's attention makes a plan for every new shape, and sampling has one each step.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def get_device():
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(device):
-    """bf16 on a GPU, plain float32 on the CPU. Losses and log-probabilities are float32 either way."""
+    """bf16 on a GPU, plain float32 on the CPU. Losses and log-probabilities are always float32."""
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
@@ -184,8 +189,8 @@ def autocast(device):
 def token_logprobs(logits, tokens, temperature=1.0):
     """The log-probability, in nats, of every token given the tokens before it.
 
-    logits (B, T, V), tokens (B, T) -> (B, T-1): column t is log π(tokens[:, t+1] | tokens[:, :t+1]),
-    with π = softmax(logits / temperature). masked_logprobs computes only some of them.
+    logits (B, T, V), tokens (B, T) -> (B, T-1): column t is log π(tokens[:, t+1] |
+    tokens[:, :t+1]), with π = softmax(logits / temperature). masked_logprobs computes only some.
     """
     logprobs = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)  # (B, T-1, V)
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
@@ -194,12 +199,13 @@ def token_logprobs(logits, tokens, temperature=1.0):
 def masked_logprobs(model, tokens, mask, temperature=1.0):
     """log π(a_t|s_t), in nats, where mask is true, and 0 elsewhere.
 
-    tokens (B, T), mask (B, T-1) -> (B, T-1). The same numbers as token_logprobs(model(tokens), tokens,
-    temperature), but the logits, the largest tensor of all, are computed only where the mask is true:
+    tokens (B, T), mask (B, T-1) -> (B, T-1). The same numbers as token_logprobs(model(tokens),
+    tokens, temperature), but the logits, the largest tensor of all, are computed only where the
+    mask is true:
 
         tokens    x x x y y E . .       x prompt, y response, E <|end|>, . padding
         mask       0 0 1 1 1 0 0        column t: is tokens[:, t+1] part of the response?
-        s_t           x y y             the state ends with this token: its hidden vector gives logits
+        s_t           x y y             the state ends with this token, read from its hidden vector
         a_t             y y E           the action is the next token
     """
     with autocast(tokens.device):
@@ -236,9 +242,9 @@ def pad(sequences, device="cpu"):
 
 
 def batches_by_length(lengths, batch, rng, epochs=1):
-    """The indices of all rows, in lists of `batch`, for `epochs` passes over them, each shuffled. Rows
-    of one list have about the same length, so little of a batch is padding: each run of 16 batches
-    is sorted by length, then the batches are shuffled."""
+    """The indices of all rows, in lists of `batch`, for `epochs` passes over them, each shuffled.
+    Rows of one list have about the same length, so little of a batch is padding: each run of 16
+    batches is sorted by length, then the batches are shuffled."""
     batches = []
     for epoch in range(epochs):
         order = rng.sample(range(len(lengths)), len(lengths))
@@ -279,8 +285,8 @@ class Rollout(NamedTuple):
 class KVCache:
     """The keys and values of all tokens so far, so that each is computed once.
 
-    A slot is not a position: the prompts fill the slots up to the longest one's length, and token t of
-    a response goes to slot longest + t in every row. A shorter prompt's padding stays hidden.
+    A slot is not a position: the prompts fill the slots up to the longest one's length, and token t
+    of a response goes to slot longest + t in every row. A shorter prompt's padding stays hidden.
     """
 
     def __init__(self, config, prompt_lengths, max_new_tokens, dtype):
@@ -292,10 +298,11 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         padding = (self.slots >= prompt_lengths[:, None]) & (self.slots < self.longest)
-        self.visible = torch.zeros(padding.shape, dtype=dtype, device=device)
-        self.visible = self.visible.masked_fill(padding, -math.inf)[:, None, None]  # (B, 1, 1, slots)
-        self.slot = slice(self.longest)     # where the next keys and values go: first, the prompts'
-        self.mask = None                    # of the slots that attention reads; None: prompts are causal
+        visible = torch.zeros(padding.shape, dtype=dtype, device=device)
+        visible = visible.masked_fill(padding, -math.inf)
+        self.visible = visible[:, None, None]   # (B, 1, 1, slots): for every head, the new token
+        self.slot = slice(self.longest)         # where the next keys and values go: the prompts'
+        self.mask = None                        # of the slots to read; None: prompts are causal
 
     def move_to(self, t):
         """Token t of the responses is next; it may look at everything before it."""
@@ -304,8 +311,8 @@ class KVCache:
         self.mask = self.visible[..., :width]
 
     def append(self, layer, k, v):
-        """Store new keys and values of a layer, (B, heads, T, C/heads) each. Returns the keys, values
-        and mask for attention: in the prompts, those same keys and values and None."""
+        """Store new keys and values of a layer, (B, heads, T, C/heads) each. Returns the keys,
+        values and mask for attention: in the prompts, those same keys and values and None."""
         self.k[layer, :, :, self.slot] = k
         self.v[layer, :, :, self.slot] = v
         if self.mask is None:
@@ -383,16 +390,18 @@ def sample_token(logits, u, temperature=1.0, top_k=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, top_k=None, seed=None):
+def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, top_k=None,
+             seed=None):
     """Sample one response for each prompt, all in one batch, with a key-value cache.
 
     prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early);
-    temperature and top_k: see sample_token (training rollouts must not truncate); seed: an int for a
-    reproducible draw. A row's draw depends on its place in the batch, the seed and max_new_tokens,
-    not on the other rows (on a GPU also on the size of the batch). Returns a Rollout; a response
-    that hits max_new_tokens has no end_token.
-    Raises ValueError if a prompt is empty, InputError, a ValueError, if prompt + max_new_tokens exceed
-    the context or temperature is not positive, FloatingPointError if the model's output is not finite.
+    temperature and top_k: see sample_token (training rollouts must not truncate); seed: an int for
+    a reproducible draw. A row's draw depends on its place in the batch, the seed and
+    max_new_tokens, not on the other rows (on a GPU also on the size of the batch). Returns a
+    Rollout; a response that hits max_new_tokens has no end_token.
+    Raises ValueError if a prompt is empty, InputError, a ValueError, if prompt + max_new_tokens
+    exceed the context or temperature is not positive, FloatingPointError if the model's output is
+    not finite.
     """
     check_room(model.config, prompts, max_new_tokens, temperature)
     device = model.wte.weight.device
@@ -403,7 +412,8 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
         generator.seed()
     else:
         generator.manual_seed(seed)
-    uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
+    uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device,
+                          generator=generator)
 
     # 1. Prefill: all prompts at once; the first token comes from the last one of each prompt.
     dtype = model.wte.weight.dtype
@@ -468,8 +478,9 @@ def check_room(config, prompts, max_new_tokens, temperature):
     if temperature <= 0:
         raise InputError(f"temperature {temperature}: must be positive")
     if max(lengths) + max_new_tokens > config.block_size:
-        raise InputError(f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed the "
-                         f"context of {config.block_size}: shorten the prompt or lower max_new_tokens")
+        raise InputError(f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed "
+                         f"the context of {config.block_size}: shorten the prompt or lower "
+                         "max_new_tokens")
 
 
 def response_texts(rollout, tokenizer):
@@ -484,7 +495,7 @@ def response_texts(rollout, tokenizer):
 
 
 def respond(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_k=None):
-    """Sample a response for each prompt (lists of ids): (texts without <|end|>, ended: list of bool)."""
+    """Sample a response for each prompt (lists of ids): (texts without <|end|>, ended: bools)."""
     with autocast(model.wte.weight.device):
         rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, temperature, top_k,
                            seed)
@@ -542,8 +553,8 @@ def make_optimizer(model, weight_decay):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps (a quarter of all at most), then a cosine from peak down to 0
-    at `steps`."""
+    """Linear warm-up over `warmup` steps (a quarter of all at most), then a cosine from peak down
+    to 0 at `steps`."""
     warmup = min(warmup, steps // 4)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -566,8 +577,8 @@ def optimizer_step(optimizer, model, lr, max_norm=1.0):
 
 @torch.inference_mode()
 def held_out_loss(model, sequences, prompt_lengths, rows=64):
-    """Nats per token, a mean over all response tokens of all sequences (lists of ids). Prompts are not
-    counted; prompt_lengths: a list, or one number for all."""
+    """Nats per token, a mean over all response tokens of all sequences (lists of ids). Prompts are
+    not counted; prompt_lengths: a list, or one number for all."""
     device = model.wte.weight.device
     prompt_lengths = torch.tensor(prompt_lengths, device=device).expand(len(sequences))
     total = 0.0
@@ -595,8 +606,8 @@ def excess(held_out, entropy):
 class Config:
     # what to train on
     text: str = ""              # train on this text file instead of the little world
-    start: str = ""             # mid-training: continue from the checkpoint in this folder, on --text
-                                # or --curated
+    start: str = ""             # mid-training: continue from the checkpoint in this folder, on
+                                # --text or --curated
     curated: bool = False       # the little world's stories without an unkind sentence
 
     # the model
@@ -615,7 +626,7 @@ class Config:
     weight_decay: float = 0.1   # AdamW's, on matrices only
 
     # sampling
-    sample: str = ""            # print three continuations of this text from the checkpoint, and stop
+    sample: str = ""            # print three continuations of this text, and stop
     temperature: float = 1.0    # of --sample
     top_k: int = 0              # --sample draws from the k likeliest tokens only; 0: from all
 
@@ -629,7 +640,8 @@ class Config:
     resume: bool = False        # continue the run that was interrupted in this folder
 
 
-GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3, warmup=100)
+GPU = dict(block_size=256, n_layer=8, n_head=8, n_embd=512, steps=2000, batch=128, lr=1e-3,
+           warmup=100)
 
 
 def pretrain(model, corpus, old_documents, config, run):
@@ -642,8 +654,8 @@ def pretrain(model, corpus, old_documents, config, run):
     tokens_per_batch = (sum(lengths) - len(lengths)) / len(batches)  # so every token counts equally
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
-        tokens, lengths = pad([sequences[i] for i in batches[step]], model.wte.weight.device)  # (B, T)
-        mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but the padding
+        tokens, lengths = pad([sequences[i] for i in batches[step]], model.wte.weight.device)
+        mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])  # all but padding
 
         loss = -masked_logprobs(model, tokens, mask).sum()  # -Σ_t log p_θ(x_t | x_<t)
         (loss / tokens_per_batch).backward()
@@ -697,11 +709,11 @@ def train(config):
     if config.n_embd % config.n_head:
         raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
     if config.vocab_size < 259:
-        raise InputError(f"--vocab_size {config.vocab_size}: 256 bytes and 3 special tokens need at "
-                         "least 259")
+        raise InputError(f"--vocab_size {config.vocab_size}: 256 bytes and 3 special tokens need "
+                         "at least 259")
 
     # 1. Text, tokenizer, tokens; what is held out.
-    print("reads the text" if config.start else "reads the text and learns its vocabulary", flush=True)
+    print("reads the text" + ("" if tokenizer else " and learns its vocabulary"), flush=True)
     count = config.steps * config.batch
     if config.text:
         corpus = text_corpus(config.text, tokenizer, config.vocab_size, config.block_size, count,
@@ -768,12 +780,12 @@ def main(argv=None):
     needs = {"temperature": ("sample",), "top_k": ("sample",), "curated": ("start",)}
     for name in GPTConfig.__dataclass_fields__:  # the checkpoint's
         needs[name] = ("start", "")
-    config = parse_config(Config, GPU, argv, "Pretrain a small GPT on the little world or a text file.",
-                          needs)
+    config = parse_config(Config, GPU, argv,
+                          "Pretrain a small GPT on the little world or on a text file.", needs)
     check_name(config.name, "gpt")
     if config.sample and (config.start or config.text):
-        raise InputError(f"--sample {config.sample}: prints from a checkpoint; leave out --start and "
-                         "--text")
+        raise InputError(f"--sample {config.sample}: prints from a checkpoint; leave out --start "
+                         "and --text")
     if config.sample:
         sample(config)
     else:

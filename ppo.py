@@ -15,10 +15,10 @@ Training with PPO" (ECE 7115):
     5. repeat                 with new rollouts
 
     python ppo.py                       everything: a missing stage is trained first
-    python ppo.py --data FILE.jsonl     prompts of your own, after the stages before on your own data
+    python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on it
     python ppo.py --prompt "…"          answer a prompt with the policy
     python ppo.py --beta 0 --name ppo-beta0     over-optimization: reward rises, gold falls
-    python ppo.py --reward verifier --name ppo-verifier     or process, or "COMMAND" (CS 224R, ch. 11)
+    python ppo.py --reward verifier --name ppo-verifier     or process, "COMMAND" (CS 224R, ch. 11)
     python ppo.py --method grpo --name ppo-grpo             the family, at the end of the file
 
 Everything up to "The family" is the lecture's PPO and can be read top to bottom.
@@ -83,7 +83,7 @@ class Config:
     # sampling
     data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's
     max_new_tokens: int = 96    # the longest response
-    temperature: float = 1.0    # of the policy that samples and is scored; with --prompt: times that
+    temperature: float = 1.0    # of the policy that samples and is scored; --prompt: times that
     prompt: str = ""            # answer this prompt with the policy of --name, and stop
     top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: all
 
@@ -104,8 +104,8 @@ GPT2 = dict(rollouts=512, epochs=4, minibatch=512, micro_batch=8, lr=1e-5, value
             value_clip=0.2, lam=0.95, max_new_tokens=128)
 
 # --------------------------------------------------------------------------------------------------
-# The formulas. Every per-token tensor is (B, T-1): column t is the action a_t = tokens[:, t+1], taken
-# in the state s_t = tokens[:, :t+1]. mask is true where a_t is part of the response.
+# The formulas. Every per-token tensor is (B, T-1): column t is the action a_t = tokens[:, t+1],
+# taken in the state s_t = tokens[:, :t+1]. mask is true where a_t is part of the response.
 
 
 def masked_mean(x, mask):
@@ -169,7 +169,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     All (B, T-1) -> (loss, clip_fraction), token means. clip_fraction is the share of tokens whose
     gradient the clipping stops: ρ > 1+ε with A > 0, or ρ < 1-ε with A < 0.
     """
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t = π_θ(a_t|s_t) / π_old(a_t|s_t)
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # ρ_t = π_θ(a|s) / π_old(a|s)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -masked_mean(torch.min(unclipped, clipped), mask)  # -E_t[min(ρ_t A_t, clip(ρ_t) A_t)]
@@ -210,7 +210,7 @@ class Rollouts(NamedTuple):
     mask: torch.Tensor
     ended: torch.Tensor             # whether the response has its <|end|>
     scores: torch.Tensor            # R(x, y)
-    token_rewards: torch.Tensor     # rewards of single actions; 0 where r_φ judges the whole response
+    token_rewards: torch.Tensor     # rewards of single actions; 0 where r_φ judges the whole
     old_logprobs: torch.Tensor      # log π_old(a_t|s_t), of the policy that sampled
     ref_logprobs: torch.Tensor      # log π_ref(a_t|s_t)
     old_values: torch.Tensor        # V(s_t), of the value model at that time; 0 without one
@@ -236,8 +236,8 @@ def all_logprobs(model, rollout, mask, config):
     logprobs = torch.zeros(mask.shape, device=mask.device)
     for rows in rollout.lengths.argsort().split(config.micro_batch):  # by length: little padding
         T = int(rollout.lengths[rows].max())
-        logprobs[rows, :T - 1] = masked_logprobs(model, rollout.tokens[rows, :T], mask[rows, :T - 1],
-                                                 config.temperature)
+        logprobs[rows, :T - 1] = masked_logprobs(
+            model, rollout.tokens[rows, :T], mask[rows, :T - 1], config.temperature)
     return logprobs
 
 
@@ -395,8 +395,8 @@ def returns_to_go(rewards, mask, gamma):
 
 
 def leave_one_out(returns, group):
-    """RLOO's baseline (Kool et al. 2019; Ahmadian et al. 2024): the mean return of the other responses
-    to the same prompt, which is not a function of the response's own actions. (B,) -> (B,).
+    """RLOO's baseline (Kool et al. 2019; Ahmadian et al. 2024): the mean return of the other
+    responses to the same prompt, which does not depend on the response itself. (B,) -> (B,).
 
     >>> leave_one_out(torch.tensor([1.0, 3.0, 8.0]), group=3).tolist()
     [5.5, 4.5, 2.0]
@@ -447,11 +447,12 @@ def adapt_penalty(coefficient, kl, target):
 
 
 def kl_estimators(log_ratio):
-    """Three estimates of KL(p || q) from samples of p (Schulman 2020, "Approximating KL Divergence").
+    """Three estimates of KL(p || q) from samples of p (Schulman 2020, "Approximating KL
+    Divergence").
 
     log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2
-    is not; k2 and k3 are never negative. The shaped rewards need k1: its sum is the log-ratio of the
-    whole response, which is in the objective.
+    is not; k2 and k3 are never negative. The shaped rewards need k1: its sum is the log-ratio of
+    the whole response, which is in the objective.
     """
     k1 = log_ratio
     k2 = log_ratio ** 2 / 2

@@ -46,7 +46,7 @@ from gpt import (GPT, autocast, batches_by_length, generate, get_device, learnin
 @dataclass
 class Config:
     # the comparisons
-    data: str = ""              # your own pairs, a .jsonl file, instead of comparisons of SFT samples
+    data: str = ""              # your own pairs, a .jsonl file, instead of SFT samples compared
     pairs: int = 10240          # comparisons to collect for training
     held_out: int = 1024        # comparisons for the held-out figures, labelled by the annotator
     judge: str = "annotator"    # who labels the others: annotator, constitution, both in turn, or a
@@ -70,7 +70,7 @@ class Config:
     size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto: gpu if there is one; gpt2: see
                                                             # data/huggingface.py
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/reward_model
-    seed: int = 1               # fixes prompts, samples, the annotator's noise, the order of training
+    seed: int = 1               # fixes prompts, samples, the annotator's noise, the order of pairs
     report: int = 64            # steps between two reports, and between two saves of the state
     resume: bool = False        # continue the run that was interrupted in this folder
     learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number;
@@ -177,12 +177,12 @@ def collect_pairs(policy, tokenizer, draw_prompts, count, judge, config, rng):
     report = progress("comparisons collected", count)
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
-            raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and {dropped} "
-                             "others: it rarely ends its answers within --max_new_tokens "
-                             f"{config.max_new_tokens}; train it longer")
+            raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and "
+                             f"{dropped} others: it rarely ends its answers within "
+                             f"--max_new_tokens {config.max_new_tokens}; train it longer")
         prompts = draw_prompts(min(config.sample_batch, count - len(rows)), rng)
-        seed = rng.getrandbits(48)
-        asked, unusable = sample_comparisons(policy, tokenizer, prompts, config.max_new_tokens, seed)
+        asked, unusable = sample_comparisons(policy, tokenizer, prompts, config.max_new_tokens,
+                                             seed=rng.getrandbits(48))
         for reason, number in unusable.items():
             dropped[reason] = dropped.get(reason, 0) + number
 
@@ -274,8 +274,8 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     scores = score_all(model, [row[:length] for row, length in zip(rows, lengths)])
     with torch.no_grad():
         model.head.bias -= scores.mean().to(model.head.bias.device)
-    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard deviation "
-          f"{scores.std():.3f}")
+    print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard "
+          f"deviation {scores.std():.3f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,7 +353,8 @@ def collect(policy, tokenizer, judge, config):
         return draw_requests(count, rng, held_out=True)
 
     rng = random.Random(f"pairs {config.seed} False")
-    rows, dropped = collect_pairs(policy, tokenizer, draw_requests, config.pairs, judge, config, rng)
+    rows, dropped = collect_pairs(policy, tokenizer, draw_requests, config.pairs, judge, config,
+                                  rng)
     print(f"        replaced {counts(dropped)}")
 
     rng = random.Random(f"pairs {config.seed} True")
@@ -365,8 +366,8 @@ def collect(policy, tokenizer, judge, config):
 
 
 def stage_comparisons(config):
-    """(rows, held-out rows) of the stage's own comparisons; a stage that is missing is trained, with
-    this run's settings."""
+    """(rows, held-out rows) of the stage's own comparisons; a stage that is missing is trained,
+    with this run's settings."""
     train_missing(config, ["gpt", "sft"], "reward_model")
     folder = stage_folder(config, "reward_model")
     if not (folder / "checkpoint.pt").exists():
@@ -475,8 +476,8 @@ def step_rewards(model, rollout, tokenizer):
 
 
 def train_process(config):
-    """Train a process reward model on the responses of the reward model's comparisons, each sentence
-    marked by the annotator; save it to OUT/SIZE/process_model."""
+    """Train a process reward model on the responses of the reward model's comparisons, each
+    sentence marked by the annotator; save it to OUT/SIZE/process_model."""
     split = stage_comparisons(config)
     source = stage_folder(config, "reward_model")
     for row in split[0] + split[1]:
@@ -512,8 +513,8 @@ def train_process(config):
         figures, table = reward_model_figures(margin, torch.tensor(true_margins))
         run.record(**figures)
         print_answer_key(figures, table)
-        save_checkpoint(run.folder / "checkpoint.pt", "process_model", config.size, model, tokenizer,
-                        metrics=run.figures())
+        save_checkpoint(run.folder / "checkpoint.pt", "process_model", config.size, model,
+                        tokenizer, metrics=run.figures())
         run.finish()
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --process", flush=True)
 
@@ -523,19 +524,20 @@ def train_process(config):
 
 
 def load_reward_model(config, tokenizer):
-    """(the model of --reward reward_model or process, its file). InputError if it reads other tokens
-    than the policy's tokenizer makes."""
+    """(the model of --reward reward_model or process, its file). InputError if it reads other
+    tokens than the policy's tokenizer makes."""
     stage = "process_model" if config.reward == "process" else "reward_model"
     path = stage_folder(config, stage) / "checkpoint.pt"
     model, found, _ = load_checkpoint(path, stage, config.size, get_device(), RewardModel)
     if found.vocabulary != tokenizer.vocabulary:
-        raise InputError(f"{path}: its vocabulary is not the policy's; train the reward model again")
+        raise InputError(f"{path}: its vocabulary is not the policy's; train the reward model "
+                         "again")
     return model, path
 
 
 def make_reward(name, model, tokenizer, micro_batch):
     """The reward of this name as a function: rollout -> (scores (B,) of whole responses, rewards
-    (B, T-1) of single actions). model: the reward model or process model, None for other rewards."""
+    (B, T-1) of single actions). model: the reward model or process model, None for others."""
     texts = None
     if model is None:
         texts = TextReward(reward_of(name), tokenizer)
@@ -564,7 +566,8 @@ def main(argv=None):
                           needs={"judge": ("data", ""), "process": ("data", "")},
                           presets={"size": {"gpt2": GPT2}})
     if config.process and config.learning_curve:
-        raise InputError("--learning_curve True: is a curve of pairs, and --process trains on steps")
+        raise InputError("--learning_curve True: is a curve of pairs, but --process trains on "
+                         "steps")
     if config.process:
         train_process(config)
     elif config.learning_curve:

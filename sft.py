@@ -4,8 +4,9 @@ ECE 7115, step 1/3).
 
     max_θ  E_{(x,y)~D} [ Σ_t log π_θ(y_t | x, y_<t) ]
 
-The same loss as in pretraining on other data: demonstrations of someone answering. Only the response's
-tokens count, and <|end|> is one of them: a model that is not taught <|end|> never stops talking.
+The same loss as in pretraining on other data: demonstrations of someone answering. Only the
+response's tokens count, and <|end|> is one of them: a model that is not taught <|end|> never stops
+talking.
 
     python sft.py                       fine-tune on demonstrations of the little world
     python sft.py --data FILE.jsonl     on your own: {"prompt", "completion"}, or pairs, whose
@@ -15,8 +16,8 @@ tokens count, and <|end|> is one of them: a model that is not taught <|end|> nev
     python sft.py --prompt "…"          answer a prompt
 
 Departure from the slides: the loss is the sum over a batch's response tokens, divided by the mean
-number of them in a batch of this training. So the learning rate does not depend on how long people's
-answers are, and every token counts equally.
+number of them in a batch of this training. So the learning rate does not depend on how long
+people's answers are, and every token counts equally.
 """
 
 import copy
@@ -35,14 +36,14 @@ from data.run import (Run, SilentRun, announce, check_name, complete, doublings,
                       stage_folder, train_missing, with_error)
 from data.tokenizer import encode_demonstrations
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
-                 learning_rate, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step, pad,
-                 respond, response_mask, response_texts, save_checkpoint)
+                 learning_rate, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step,
+                 pad, respond, response_mask, response_texts, save_checkpoint)
 
 
 @dataclass
 class Config:
     # what to train on
-    data: str = ""              # your own demonstrations, a .jsonl file, instead of the little world's
+    data: str = ""              # your own demonstrations, a .jsonl file, instead of the world's
     base: str = "gpt"           # the base model's folder, OUT/SIZE/BASE: a --name of gpt.py
     demonstrations: int = 12288     # how many the world's writers give
 
@@ -59,7 +60,7 @@ class Config:
     questions: int = 200        # held-out requests put to the model before and after
     prompt: str = ""            # answer this prompt with the fine-tuned model, and stop
     temperature: float = 1.0    # of the answer to --prompt
-    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: from all
+    top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: all
 
     # this run
     size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto: gpu if there is one; gpt2: see
@@ -156,8 +157,8 @@ def read_data(config, split, tokenizer, block_size):
     dropped += held_out_dropped
     if not demonstrations or not held_out:
         what = "hold out" if demonstrations else "train on"
-        raise InputError(f"{origin}: no demonstration is left to {what}: {dropped} exceed the context "
-                         f"of {block_size} tokens")
+        raise InputError(f"{origin}: no demonstration is left to {what}: {dropped} exceed the "
+                         f"context of {block_size} tokens")
     entropy = None
     if logprobs:
         entropy = -sum(logprobs) / response_tokens(held_out)

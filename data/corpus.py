@@ -64,7 +64,7 @@ def draw_windows(tokens, count, block_size, rng):
 
 
 def world_corpus(tokenizer, vocab_size, block_size, count, seed, folder, curated=False):
-    """The Corpus of the little world, or of its curated part: `count` fresh documents, 500 held out.
+    """The Corpus of the little world, or of its curated part: `count` documents, 500 held out.
 
     tokenizer: None learns one of vocab_size tokens; a given one is that of a model in mid-training,
     which draws other documents than its pretraining did. A row is one whole document, between two
@@ -85,7 +85,8 @@ def world_corpus(tokenizer, vocab_size, block_size, count, seed, folder, curated
         tokenizer = Tokenizer(train_vocabulary(sample, vocab_size))
     else:
         fingerprint += "".join(tokenizer.to_strings())
-    name = f"documents-{seed}-{count}-{tokenizer.n_vocab}-{zlib.crc32(fingerprint.encode()):08x}.ids"
+    checksum = zlib.crc32(fingerprint.encode())
+    name = f"documents-{seed}-{count}-{tokenizer.n_vocab}-{checksum:08x}.ids"
 
     documents = held_out_documents(world)
     held_out = encode_documents(documents, tokenizer)
@@ -104,8 +105,8 @@ def world_corpus(tokenizer, vocab_size, block_size, count, seed, folder, curated
     longest = max(map(len, held_out + sequences))
     if longest > block_size:
         raise InputError(f"--block_size {block_size}: the longest document has {longest} tokens")
-    description = (f"{what}: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} tokens; "
-                   f"{len(documents)} documents held out")
+    description = (f"{what}: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} "
+                   f"tokens; {len(documents)} documents held out")
     return Corpus(tokenizer, sequences, held_out, [tokenizer.end_token], entropy, description)
 
 
@@ -151,7 +152,7 @@ def pretraining_text(checkpoint, path, tokenizer, block_size):
 
 
 def draw_demonstrations(rng, count, held_out=False):
-    """(rows {"prompt", "completion"} drawn from the world, their stories' log-probabilities in nats)."""
+    """(rows {"prompt", "completion"} drawn from the world, their stories' log-probabilities)."""
     rows = []
     logprobs = []
     for _ in range(count):
@@ -175,8 +176,8 @@ def prompts_with_room(prompts, origin, tokenizer, max_new_tokens, block_size):
         if has_room(prompt, tokenizer, max_new_tokens, block_size):
             fitting.append(prompt)
     if not fitting:
-        raise InputError(f"{origin}: no prompt leaves room for --max_new_tokens {max_new_tokens} in "
-                         f"the context of {block_size}")
+        raise InputError(f"{origin}: no prompt leaves room for --max_new_tokens {max_new_tokens} "
+                         f"in the context of {block_size}")
     dropped = len(prompts) - len(fitting)
     return fitting, (f"{origin}: {len(fitting)} prompts, dropped {dropped} that leave no room for "
                      f"{max_new_tokens} new tokens")

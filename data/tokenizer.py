@@ -389,8 +389,8 @@ def encode_labels(split, origin, tokenizer, block_size):
     labels, held_out = encoded
     if not labels or not held_out:
         purpose = "hold out" if labels else "train on"
-        raise InputError(f"{origin}: no label is left to {purpose}; dropped {dropped} longer than the "
-                         "context")
-    description = (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped {dropped} "
-                   "longer than the context")
+        raise InputError(f"{origin}: no label is left to {purpose}; dropped {dropped} longer than "
+                         "the context")
+    description = (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped "
+                   f"{dropped} longer than the context")
     return labels, held_out, description
