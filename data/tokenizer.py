@@ -24,6 +24,7 @@ import heapq
 import itertools
 import os
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -60,6 +61,8 @@ UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 SIGNS = {byte: chr(byte) for byte in PRINTABLE}
 SIGNS.update({byte: chr(0x100 + i) for i, byte in enumerate(UNPRINTABLE)})
 
+BORDER = -1     # between two words, in training
+
 
 def train(text, vocab_size):
     """Learn a vocabulary from text: a list of bytes in rank order, 256 single bytes, then merges.
@@ -75,44 +78,72 @@ def train(text, vocab_size):
                          "256 bytes and 3 special tokens need at least 259")
     vocabulary = [bytes([i]) for i in range(256)]
 
-    # Every distinct word once, as a list of ids, with its number of occurrences.
+    # Every distinct word once, as ids in one array, with a border before and after it. Every place
+    # in the array is linked to its neighbours, so a merge costs only the places where it happens,
+    # even if the whole text is one word (DNA, base64).
     occurrences = Counter(regex.findall(PATTERN, text))
-    words = [list(word.encode("utf-8")) for word in occurrences]
-    weights = list(occurrences.values())
+    ids = array("i", [BORDER])
+    weight = array("i", [0])        # how often the word at this place occurs in the text
+    for word, count in occurrences.items():
+        word_ids = word.encode("utf-8")
+        ids.extend(word_ids)
+        ids.append(BORDER)
+        weight.extend([count] * (len(word_ids) + 1))
+    before = array("i", range(-1, len(ids) - 1))
+    after = array("i", range(1, len(ids) + 1))
+
     frequency = Counter()           # pair of ids -> how often it occurs in the text
-    places = defaultdict(set)       # pair of ids -> indices of the words that hold it (or once did)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            frequency[pair] += weights[i]
-            places[pair].add(i)
+    places = defaultdict(lambda: array("i"))    # pair of ids -> the places of its first id
+    for i in range(1, len(ids) - 1):
+        pair = (ids[i], ids[i + 1])
+        if BORDER not in pair:
+            frequency[pair] += weight[i]
+            places[pair].append(i)
+
+    merges = vocab_size - len(vocabulary) - len(SPECIAL_TOKENS)
+    report = None
+    if len(ids) > 2 ** 18:          # this takes more than a few seconds
+        report = progress("merges learnt", merges)
 
     # A heap finds the best pair. When a frequency changes, the pair is pushed again; its outdated
     # entries are skipped when they come up. (-frequency, pair) sorts as we want: the most frequent
     # first, then the smaller ids.
     heap = [(-count, pair) for pair, count in frequency.items()]
     heapq.heapify(heap)
-    while heap and len(vocabulary) < vocab_size - len(SPECIAL_TOKENS):
+    while heap and len(vocabulary) < 256 + merges:
         negative_count, pair = heapq.heappop(heap)
         if frequency[pair] != -negative_count:
             continue
+        first, second = pair
         new_id = len(vocabulary)
-        vocabulary.append(vocabulary[pair[0]] + vocabulary[pair[1]])
+        vocabulary.append(vocabulary[first] + vocabulary[second])
 
         changed = set()
-        for i in places.pop(pair):
-            before = words[i]
-            after = merge(before, pair, new_id)
-            words[i] = after
-            for old in zip(before, before[1:]):
-                frequency[old] -= weights[i]
+        for i in sorted(places.pop(pair)):      # from left to right
+            j = after[i]
+            if ids[i] != first or ids[j] != second:
+                continue                        # the merge just before took one of the two
+            left = before[i]
+            right = after[j]
+            for old in ((ids[left], first), pair, (second, ids[right])):
+                frequency[old] -= weight[i]
                 changed.add(old)
-            for new in zip(after, after[1:]):
-                frequency[new] += weights[i]
-                places[new].add(i)
+
+            ids[i] = new_id                     # and the place j is skipped from now on
+            ids[j] = BORDER
+            after[i] = right
+            before[right] = i
+            for place, new in ((left, (ids[left], new_id)), (i, (new_id, ids[right]))):
+                frequency[new] += weight[i]
+                places[new].append(place)
                 changed.add(new)
         for other in changed:
-            if frequency[other] > 0:
+            if frequency[other] > 0 and BORDER not in other:
                 heapq.heappush(heap, (-frequency[other], other))
+        if report:
+            report(len(vocabulary) - 256)
+    if report and len(vocabulary) < 256 + merges:
+        report(merges)              # the text ran out of pairs
     return vocabulary
 
 

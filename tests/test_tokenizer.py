@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -98,6 +99,29 @@ def test_training_equals_recounting_every_round():
         for (left, right), _ in brute_force_train(text, 400):
             vocabulary.append(vocabulary[left] + vocabulary[right])
         assert train(text, 400) == vocabulary
+
+
+def test_a_text_without_blanks_takes_no_time_a_merge():
+    """DNA, base64, one long line: a merge that rewrites every word it occurs in rewrites the whole
+    text 1,200 times; 100,000 letters took five minutes."""
+    text = "".join(random.Random(5).choices("ACGT", k=10_000))
+    seconds = []
+    for vocab_size in (300, 1472):
+        began = time.process_time()
+        assert len(train(text, vocab_size)) == vocab_size - 3
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 10 * seconds[0] + 0.5   # there are 30 times as many merges
+
+
+def test_long_trainings_show_progress(capsys):
+    """Minutes without a word: is it still running?"""
+    text = "".join(random.Random(5).choices("ACGT", k=300_000))
+    train(text[:1000], 264)
+    assert capsys.readouterr().out == ""
+    train(text, 264)
+    assert "merges learnt: 5 in" in capsys.readouterr().out
+    train("a" * 300_000, 300)   # which runs out of pairs
+    assert "merges learnt: 41 in" in capsys.readouterr().out
 
 
 def test_encoding_equals_merges_in_order(tokenizer):
