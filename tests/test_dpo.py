@@ -785,8 +785,8 @@ ONLINE = "--online 2 --pairs 12 --batch 4 --max_new_tokens 16".split()
     ("kto", "constitution"), ("simpo", "annotator")])
 def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, capsys):
     """Every round on samples of the SFT model, which is offline DPO; a reference that moves along;
-    a round trained on the pairs of another, or with its prompts; an optimizer that starts again; a
-    judge who isn't asked, or is in memory and isn't."""
+    a round trained on the pairs of another, or with its prompts; an optimizer or a schedule that
+    starts again; a judge who isn't asked, or is in memory and isn't."""
     loaded = record_loads(monkeypatch)
     sft, tokenizer = load(out / "cpu/sft", "sft")
     collect_pairs = dpo.collect_pairs
@@ -794,25 +794,38 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, cap
     learn = getattr(dpo, name)
     sampled = []    # the policy's weights at each round
     learnt = []     # the pairs or labels of each round
-    models = set()  # all policies and optimizers that were used
+    policies = []   # of each round
+    optimizers = []     # of each step
+    rates = []
+    optimizer_step = dpo.optimizer_step
+
+    def recorded_step(optimizer, policy, lr):
+        optimizers.append(optimizer)
+        rates.append(lr)
+        optimizer_step(optimizer, policy, lr)
 
     def recorded_collect(policy, *rest):
+        policies.append(policy)
         sampled.append({name: x.clone() for name, x in policy.state_dict().items()})
-        models.add(policy)
         assert ("reward_model" in loaded) == (judge == "reward_model")
         assert (dpo.JUDGES.get(judge) in rest) == (judge != "reward_model")
         return collect_pairs(policy, *rest)
 
     def recorded_learn(policy, reference, items, held_out, *rest):
-        models.update([policy, rest[-4]])
+        assert policy is policies[-1]
         learnt.append(items)
         learn(policy, reference, items, held_out, *rest)
         assert reference is None if loss == "simpo" else same_weights(reference, sft)
 
     monkeypatch.setattr(dpo, "collect_pairs", recorded_collect)
     monkeypatch.setattr(dpo, name, recorded_learn)
+    monkeypatch.setattr(dpo, "optimizer_step", recorded_step)
     run_dpo(out, "--loss", loss, "--judge", judge, *ONLINE)
-    assert len(models) == 2
+    assert policies == policies[:1] * 2
+    steps = 12 if loss == "kto" else 6
+    assert optimizers == optimizers[:1] * steps
+    peak = rates.index(max(rates))
+    assert peak < steps // 2 and rates[peak:] == sorted(rates[peak:], reverse=True)
     first, second = sampled
     assert all(torch.equal(x, first[name]) for name, x in sft.state_dict().items())
     assert not all(torch.equal(x, second[name]) for name, x in sft.state_dict().items())
@@ -826,7 +839,6 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, cap
         pairs, _, _ = encode_pairs(rows, tokenizer, 128)
         assert learnt[number - 1] == (labels_of(pairs) if loss == "kto" else pairs)
     assert prompts[0] != prompts[1]
-    steps = 12 if loss == "kto" else 6
     rows = metrics(out / "cpu/dpo/metrics.jsonl")
     assert {row["step"] for row in rows} == {*range(2, steps + 1, 2), steps // 2}
     printed = capsys.readouterr().out
@@ -906,7 +918,7 @@ def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
     write_jsonl(path, rows)
     run_dpo(out, "--judge", "reward_model", *ONLINE, *data)
     asked = {row["prompt"] for row in rounds_of(out)}
-    train, _ = hold_out(rows, 1)
+    train, _ = hold_out(rows)
     short = {row["prompt"] for row in train if "Now" not in row["prompt"]}
     assert len(train) == 72 and 30 < len(short) < 40 and len(asked) > 8 and asked <= short
     sentence = (f"pairs.jsonl: {len(short)} prompts, dropped {72 - len(short)} that leave no room "
@@ -933,7 +945,7 @@ def test_online_with_a_program_as_the_judge(out, tmp_path):
     data = own_pairs(tmp_path / "pairs.jsonl")
     run_dpo(out, "--judge", f"{sys.executable} {tmp_path / 'judge.py'}", *ONLINE, *data)
     rows = rounds_of(out)
-    train, _ = hold_out(read_pairs(tmp_path / "pairs.jsonl"), 1)
+    train, _ = hold_out(read_pairs(tmp_path / "pairs.jsonl"))
     assert len(rows) == 24 and all(row["chosen"] > row["rejected"] for row in rows)
     assert {row["prompt"] for row in rows} <= {row["prompt"] for row in train}
     assert not list(out.glob("cpu/dpo/labels*"))

@@ -791,7 +791,7 @@ def test_training_on_your_own_pairs(policy, capsys):
     deviation = float(printed.split("standard deviation ")[1].split()[0])
     assert scores.std().item() == pytest.approx(deviation, rel=0.2)
     *_, row = metrics(policy / "cpu/reward_model/metrics.jsonl")
-    train_rows, held_out_rows = hold_out(PAIRS, 1)
+    train_rows, held_out_rows = hold_out(PAIRS)
     held_out, _, _ = encode_pairs(held_out_rows, tokenizer, 64)
     margin = reward_model.held_out_margins(model, held_out)
     loss = F.softplus(-margin).mean().item()
@@ -814,7 +814,7 @@ def test_the_files_hold_what_was_trained_on(policy, tmp_path, capsys):
         rows.append({**row, "chosen": row["rejected"]})
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     train(policy, "--data", str(tmp_path / "pairs.jsonl"))
-    train_rows, held_out_rows = hold_out(PAIRS, 1)  # the same prompts, so the same ones held out
+    train_rows, held_out_rows = hold_out(PAIRS)  # the same prompts, so the same ones held out
     assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
     assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
     printed = capsys.readouterr().out
@@ -860,7 +860,7 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(policy, tmp_path, 
     if given:
         source = tmp_path / "given.jsonl"
         train(policy, "--learning_curve", "--batch", "32", "--data", str(source))
-        train_rows, held_out_rows = hold_out(color_pairs(340), 1)
+        train_rows, held_out_rows = hold_out(color_pairs(340))
     else:
         source = stage / "pairs.jsonl"
         train(policy, "--learning_curve", "--batch", "32")
@@ -989,9 +989,9 @@ for row in rows[:{most}]:
 """
 
 
-def test_with_a_programs_labels_a_run_continues_bit_for_bit(out, tmp_path):
-    """A label paid for twice, or given to another pair; reasons that are lost when the run is
-    resumed; labels that stay beside the next run's checkpoint."""
+def test_with_a_programs_labels_a_run_continues_bit_for_bit(out, tmp_path, monkeypatch):
+    """A label paid for twice, or given to another pair; pairs sampled again, or reasons that are
+    lost, when the run is resumed; labels that stay beside the next run's checkpoint."""
     folder = out / "cpu/reward_model"
     whole = tmp_path / "whole"
     command = f"{sys.executable} {tmp_path / 'judge.py'}"
@@ -1010,6 +1010,7 @@ def test_with_a_programs_labels_a_run_continues_bit_for_bit(out, tmp_path):
     judge(99, "killed.jsonl")
     with stopped_after(7):  # the state was saved after step 6
         reward_model.main([*argv, "--resume"])
+    monkeypatch.setattr(reward_model, "collect_pairs", None)
     reward_model.main([*argv, "--resume"])
     names = sorted(path.name for path in whole.iterdir())
     assert sorted(path.name for path in folder.iterdir()) == names and "labels.jsonl" not in names
