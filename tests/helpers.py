@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import typing
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import ppo
 from data import stories
 from data.files import write_jsonl
+from data.run import SilentRun
 from data.tokenizer import Pair
 from gpt import GPT, GPTConfig, pad, response_logprobs, response_mask, token_logprobs
 from reward_model import RewardModel
@@ -18,6 +20,8 @@ from reward_model import RewardModel
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(),
                               reason="a GPU draws otherwise, and has bf16's digits")
 V = 5  # the world that can be enumerated: tokens 0 to 3 and <|end|>
+METHODS = typing.get_args(ppo.Config.__annotations__["method"])
+VALUED = ("ppo", "ppo_penalty", "a2c")  # those with a value model
 
 
 def tiny_gpt(seed, vocab=V, block_size=32):
@@ -72,6 +76,23 @@ def made_up_rollouts(policy, value_model):
         old_logprobs=inside(logprobs + 0.3 * noise(1, *mask.shape)),
         ref_logprobs=inside(logprobs + noise(5, *mask.shape)),
         old_values=inside(values + noise(2, *mask.shape)))
+
+
+def bare_rollouts(mask):
+    """Rollouts of which only the mask is known."""
+    others = dict.fromkeys(ppo.Rollouts._fields)
+    return ppo.Rollouts(**{**others, "mask": mask})
+
+
+def optimize(policy, reference, value_model, task, config):
+    """Run the loop of config.method. Returns a row of figures for every iteration."""
+    run = SilentRun(report=1)
+    if config.method == "ppo":
+        ppo.ppo(policy, reference, value_model, task, config, run)
+    else:
+        value_model = value_model if config.method in VALUED else None
+        ppo.policy_gradients(policy, reference, value_model, task, config, run)
+    return run.rows
 
 
 def response_reward(score):
@@ -156,7 +177,10 @@ def kl(logp, logq):
 def table_reward(rewards):
     """A reward that is looked up in the list of all responses."""
     table = dict(zip(RESPONSES, rewards.tolist()))
-    return response_reward(lambda response: table[tuple(response)])
+
+    def score(response):
+        return table[tuple(response)]
+    return response_reward(score)
 
 
 def world_task(reward, end_token=END, draw_documents=None):
