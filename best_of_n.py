@@ -39,14 +39,15 @@ from data.answer_key import optimality_gap  # so that it can be imported from he
 from data.corpus import draw_requests, encode_documents, held_out_documents, prompts_with_room
 from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
 from data.judges import verifier
-from data.run import (Run, announce, check_name, complete, forget_rounds, parse_config, progress,
-                      read_torch, refused_if_broken, stage_folder, train_missing)
+from data.run import (Run, allow_flags, announce, check_name, complete, forget_rounds,
+                      parse_config, progress, read_torch, refuse_flags, refuse_stale,
+                      refused_if_broken, stage_folder, train_missing)
 from data.stories import parse_request
 from data.tokenizer import encode_demonstrations
 from gpt import (GPT, autocast, generate, get_device, held_out_loss, load_checkpoint,
                  response_logprobs, response_texts, save_checkpoint)
 from reward_model import RewardModel, make_reward, step_rewards
-from sft import fine_tune, show_before_and_after
+from sft import fine_tune, refuse_own_text, show_before_and_after
 
 
 @dataclass
@@ -171,8 +172,12 @@ def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rn
         report(len(texts))
 
     ended = torch.cat([rollout.ended(tokenizer.end_token) for rollout in rollouts])
+    scores = torch.cat(scores)
+    if scores[ended].mean() < config.missing_end_score:
+        print(f"note    {name}: finished responses score less than unfinished ones; lower "
+              f"--missing_end_score {config.missing_end_score}", flush=True)
     lengths = torch.cat([rollout.lengths - rollout.prompt_lengths for rollout in rollouts])
-    figures = {"reward": torch.where(ended, torch.cat(scores), config.missing_end_score),
+    figures = {"reward": torch.where(ended, scores, config.missing_end_score),
                "length": lengths.float(),
                "ended": ended.float()}
     if gold:
@@ -273,7 +278,7 @@ def finetune(config):
     own = []
     held_out = None     # of the little world
     if config.data:
-        own, held_out = split_prompts(config.data, config.seed)  # first: a bad file fails here
+        own, held_out = split_prompts(config.data)  # first: a bad file fails here
     policies, reward_model, tokenizer = load_policies(config, [], config.name)
     reference = policies["sft"].model
     policy = copy.deepcopy(reference)
@@ -293,7 +298,8 @@ def finetune(config):
     with Run(config.name, folder, config, config.report, sources, total=total) as run:
         rsft(policy, reward_model, tokenizer, own, count, config, run)
         save_checkpoint(run.folder / "checkpoint.pt", "rsft", config.size, policy, tokenizer,
-                        metrics=run.figures(), missing_end_score=config.missing_end_score,
+                        metrics=run.figures(), made_from=run.made_from(),
+                        missing_end_score=config.missing_end_score,
                         distils=config.n ** config.rounds)
         run.finish()
     forget_rounds(folder, "kept", config.rounds)
@@ -324,6 +330,8 @@ def load_policies(config, names, stage):
                 raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a "
                                  "finished run of them or RSFT")
             needed.append(name)
+        else:
+            refuse_stale(path.parent)
         kinds[name] = kind
     train_missing(config, needed, stage)
 
@@ -337,6 +345,8 @@ def load_policies(config, names, stage):
         model, policy_tokenizer, checkpoint = load_checkpoint(path, kind, config.size, device)
         policies[name] = Policy(model, checkpoint.get("temperature", 1.0),
                                 checkpoint.get("distils", 1))
+        if name == "sft" and not config.data and not config.prompt:
+            refuse_own_text(path, checkpoint)
         for setting in ("beta", "missing_end_score"):
             ours = getattr(config, setting)
             theirs = checkpoint.get(setting, ours)
@@ -416,12 +426,14 @@ def yardstick(config):
     """Sample every policy on the same held-out prompts and print how good each is, and how good it
     could be."""
     if config.data:
-        _, own = split_prompts(config.data, config.seed)  # first: a bad file fails here
+        _, own = split_prompts(config.data)  # first: a bad file fails here
     if config.process:
         path = stage_folder(config, "process_model") / "checkpoint.pt"
+        complete(path.parent)
+        refuse_stale(path.parent)
         process_model, _, _ = load_checkpoint(
             path, "process_model", config.size, get_device(), RewardModel)
-    names = [name for name in dict.fromkeys(config.policies.split(",")) if name]
+    names = [name for name in dict.fromkeys(config.policies.replace(" ", "").split(",")) if name]
     policies, reward_model, tokenizer = load_policies(config, names, "best_of_n")
     reference = policies["sft"].model
     gold = not config.data  # the annotator knows the world's requests only
@@ -491,13 +503,16 @@ def main(argv=None):
     config = parse_config(Config, GPU, argv, description, needs, PRESETS)
     if config.finetune != "no" and (config.process or config.verify):
         raise InputError(f"--finetune {config.finetune}: cannot be used with --process or --verify")
-    if config.n != Config.n and config.finetune == "no" and not config.prompt:
-        raise InputError(f"--n {config.n}: goes with --prompt or --finetune only")
     if config.prompt:
+        allow_flags(config, ("finetune", "name", "n", "max_new_tokens", "missing_end_score",
+                             "sample_batch", "seed", "size", "out", "resume"), "prompt")
         answer(config)
     elif config.finetune != "no":
         finetune(config)
     else:
+        refuse_flags(config, ("n",), "goes with --prompt or --finetune only")
+        if config.beta == 0:
+            raise InputError("--beta 0.0: must be positive; the optimum for 0 has no finite J*")
         yardstick(config)
 
 

@@ -360,6 +360,13 @@ def load(config, stage, model_class=GPT):
     return model, tokenizer
 
 
+def refuse_other_tokens(config, tokenizer, stage, other):
+    """InputError if another stage's model reads other tokens than the policy."""
+    if other.vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{stage_folder(config, stage) / 'checkpoint.pt'}: its vocabulary is not "
+                         f"that of the {config.start} model; train {stage} again")
+
+
 class Data(NamedTuple):
     """What the stage reads."""
     items: list             # to train on: Pairs, or Labels for KTO
@@ -410,8 +417,8 @@ def train(config):
     if config.online and config.data and config.judge in JUDGES:
         raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of "
                          f"{config.data}")
-    if config.loss == "ipo" and config.beta == 0:
-        raise InputError("--beta 0.0: IPO's margin, 1/(2β), must be finite")
+    if config.beta == 0:
+        raise InputError("--beta 0.0: must be positive; with 0 no comparison would move the policy")
     folder = stage_folder(config, config.name)
     judged = bool(config.online) and config.judge == "reward_model"
     judge = None
@@ -419,7 +426,7 @@ def train(config):
         judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
     if config.data:  # before any training
         read = read_labels if config.loss == "kto" else read_pairs
-        split = hold_out(read(config.data), config.seed, config.data)
+        split = hold_out(read(config.data), config.data)
     needed = ["gpt", "sft"]
     if judged or not config.data:
         needed.append("reward_model")
@@ -430,11 +437,13 @@ def train(config):
     used = [config.start]
     reference = None
     if config.loss not in ("simpo", "orpo"):
-        reference, _ = load(config, "sft")
+        reference, reference_tokenizer = load(config, "sft")
+        refuse_other_tokens(config, tokenizer, "sft", reference_tokenizer)
         used.append("sft")
     reward_model = None
     if judged:
         reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
+        refuse_other_tokens(config, tokenizer, "reward_model", reward_tokenizer)
         judge = reward_model_judge(reward_model, reward_tokenizer)
         used.append("reward_model")
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
@@ -487,7 +496,7 @@ def train(config):
         if config.loss in ("dpo", "kto"):  # the others' beta is no price of KL
             extra["beta"] = config.beta
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer,
-                        metrics=run.figures(), **extra)
+                        metrics=run.figures(), made_from=run.made_from(), **extra)
         run.finish()
     forget_rounds(folder, "pairs", config.online)
 

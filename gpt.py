@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 from data.corpus import encode_documents, held_out_documents, text_corpus, world_corpus
 from data.files import InputError, run_script
-from data.run import (Run, announce, check_name, complete, parse_config, read_torch,
+from data.run import (Run, allow_flags, announce, check_name, complete, parse_config, read_torch,
                       refused_if_broken, show, stage_folder, write_torch)
 from data.tokenizer import Tokenizer
 
@@ -292,7 +292,8 @@ class KVCache:
     def __init__(self, config, prompt_lengths, max_new_tokens, dtype):
         device = prompt_lengths.device
         self.longest = int(prompt_lengths.max())
-        self.slots = torch.arange(self.longest + max_new_tokens, device=device)
+        count = (self.longest + max_new_tokens + 7) // 8 * 8  # what a GPU's attention is made for
+        self.slots = torch.arange(count, device=device)
         shape = (config.n_layer, len(prompt_lengths), config.n_head, len(self.slots),
                  config.n_embd // config.n_head)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -351,7 +352,8 @@ class RecordedStep:
         """Pass token t of every response, new (B,), through the model: hidden vectors (B, C)."""
         self.t.fill_(t)
         if self.cache.longest + t >= self.width:
-            self.width = min(self.cache.longest + t + 64, len(self.cache.slots))
+            width = (self.cache.longest + t + 64) // 8 * 8
+            self.width = min(width, len(self.cache.slots))
             self.new = new.clone()
             self.hidden = self.step()
             self.graph = torch.cuda.CUDAGraph()
@@ -576,7 +578,7 @@ def optimizer_step(optimizer, model, lr, max_norm=1.0):
 
 
 @torch.inference_mode()
-def held_out_loss(model, sequences, prompt_lengths, rows=64):
+def held_out_loss(model, sequences, prompt_lengths, rows=64, temperature=1.0):
     """Nats per token, a mean over all response tokens of all sequences (lists of ids). Prompts are
     not counted; prompt_lengths: a list, or one number for all."""
     device = model.wte.weight.device
@@ -586,7 +588,7 @@ def held_out_loss(model, sequences, prompt_lengths, rows=64):
     for start in range(0, len(sequences), rows):
         tokens, lengths = pad(sequences[start:start + rows], device)
         mask = response_mask(prompt_lengths[start:start + rows], lengths, tokens.shape[1])
-        total -= masked_logprobs(model, tokens, mask).double().sum().item()
+        total -= masked_logprobs(model, tokens, mask, temperature).double().sum().item()
         count += int(mask.sum())
     return total / count
 
@@ -744,7 +746,7 @@ def train(config):
 
         # 3. Save; the same beginning before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "gpt", config.size, model, tokenizer,
-                        text=config.text, metrics=run.figures())
+                        text=config.text, metrics=run.figures(), made_from=run.made_from())
         run.finish()
     after, _ = respond(model, tokenizer, [beginning] * 2, room, config.seed)
     for text in before:
@@ -783,10 +785,8 @@ def main(argv=None):
     config = parse_config(Config, GPU, argv,
                           "Pretrain a small GPT on the little world or on a text file.", needs)
     check_name(config.name, "gpt")
-    if config.sample and (config.start or config.text):
-        raise InputError(f"--sample {config.sample}: prints from a checkpoint; leave out --start "
-                         "and --text")
     if config.sample:
+        allow_flags(config, ("name", "temperature", "top_k", "seed", "size", "out"), "sample")
         sample(config)
     else:
         train(config)

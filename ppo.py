@@ -231,22 +231,22 @@ class Rollouts(NamedTuple):
 
 
 @torch.inference_mode()
-def all_logprobs(model, rollout, mask, config):
+def all_logprobs(model, rollout, mask, micro_batch, temperature=1.0):
     """log π(a_t|s_t) of a whole batch, micro_batch rows at a time: (B, T-1), 0 outside the mask."""
     logprobs = torch.zeros(mask.shape, device=mask.device)
-    for rows in rollout.lengths.argsort().split(config.micro_batch):  # by length: little padding
+    for rows in rollout.lengths.argsort().split(micro_batch):  # by length: little padding
         T = int(rollout.lengths[rows].max())
         logprobs[rows, :T - 1] = masked_logprobs(
-            model, rollout.tokens[rows, :T], mask[rows, :T - 1], config.temperature)
+            model, rollout.tokens[rows, :T], mask[rows, :T - 1], temperature)
     return logprobs
 
 
 @torch.inference_mode()
-def all_values(value_model, rollout, mask, config):
+def all_values(value_model, rollout, mask, micro_batch):
     """V(s_t) likewise; 0 without a value model."""
     values = torch.zeros(mask.shape, device=mask.device)
     if value_model:
-        for rows in rollout.lengths.argsort().split(config.micro_batch):
+        for rows in rollout.lengths.argsort().split(micro_batch):
             T = int(rollout.lengths[rows].max())
             values[rows, :T - 1] = value_model(rollout.tokens[rows, :T])[:, :-1]  # column t: V(s_t)
     return torch.where(mask, values, 0.0)
@@ -260,7 +260,8 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
                            config.temperature, seed=rng.getrandbits(48))
     run.time("rollout_s")
 
-    # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref.
+    # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref, which is the
+    #    SFT model itself, whatever the policy's temperature.
     mask = response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
     ended = rollout.ended(task.end_token)
     scores, token_rewards = task.reward(rollout)
@@ -268,9 +269,9 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
         rollout.tokens, rollout.lengths, mask, ended,
         scores=torch.where(ended, scores, config.missing_end_score),
         token_rewards=torch.where(ended[:, None], token_rewards, 0.0),
-        old_logprobs=all_logprobs(policy, rollout, mask, config),
-        ref_logprobs=all_logprobs(reference, rollout, mask, config),
-        old_values=all_values(value_model, rollout, mask, config))
+        old_logprobs=all_logprobs(policy, rollout, mask, config.micro_batch, config.temperature),
+        ref_logprobs=all_logprobs(reference, rollout, mask, config.micro_batch),
+        old_values=all_values(value_model, rollout, mask, config.micro_batch))
     run.time("scoring_s")
     return rollouts
 
@@ -284,9 +285,12 @@ def minibatches(count, epochs, size, rng):
     return batches
 
 
-def log_rollouts(run, iteration, rollouts, rewards, beta, task, gamma):
+def log_rollouts(run, iteration, rollouts, rewards, beta, task, config):
     """Log what a batch of rollouts says of the policy and of V."""
     R = rollouts.scores + rollouts.token_rewards.sum(dim=1)  # R(x, y)
+    if R[rollouts.ended].mean() < config.missing_end_score:
+        run.note("finished responses score less than unfinished ones: never ending pays; lower "
+                 f"--missing_end_score {config.missing_end_score}")
     kl = (rollouts.old_logprobs - rollouts.ref_logprobs).sum(dim=1)  # log π_θ(y|x) / π_ref(y|x)
     if task.gold:
         run.log(iteration, gold=task.gold(rollouts).mean())
@@ -295,7 +299,7 @@ def log_rollouts(run, iteration, rollouts, rewards, beta, task, gamma):
             length=rollouts.mask.sum(dim=1).float().mean(),
             no_end=1 - rollouts.ended.float().mean())
 
-    G = returns_to_go(rewards, rollouts.mask, gamma)[rollouts.mask]
+    G = returns_to_go(rewards, rollouts.mask, config.gamma)[rollouts.mask]
     V = rollouts.old_values[rollouts.mask]
     if V.any() and G.var() > 1e-8:
         run.log(iteration, value_explained=1 - (G - V).var(correction=0) / G.var(correction=0))
@@ -307,8 +311,8 @@ def ptx_backward(policy, documents, tokens_in_batch, config):
     for start in range(0, len(documents), config.micro_batch):
         tokens, lengths = pad(documents[start:start + config.micro_batch], tokens_in_batch.device)
         mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])
-        loss = -masked_logprobs(policy, tokens, mask).sum() / (tokens_in_batch / config.ptx)
-        loss.backward()
+        loss = -masked_logprobs(policy, tokens, mask, config.temperature).sum()
+        (loss / (tokens_in_batch / config.ptx)).backward()
 
 
 def ppo(policy, reference, value_model, task, config, run):
@@ -337,7 +341,7 @@ def ppo(policy, reference, value_model, task, config, run):
         advantages, returns = gae(rewards, rollouts.old_values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)
         rollouts = rollouts._replace(advantages=advantages, returns=returns)
-        log_rollouts(run, iteration, rollouts, rewards, beta, task, config.gamma)
+        log_rollouts(run, iteration, rollouts, rewards, beta, task, config)
 
         # 4. Update: K epochs of minibatches on the same rollouts.
         for rows in minibatches(config.rollouts, config.epochs, config.minibatch, rng):
@@ -523,7 +527,7 @@ def policy_gradients(policy, reference, value_model, task, config, run):
         rewards = rewards + rollouts.token_rewards
         advantages, returns = estimate_advantages(rewards, rollouts, adaptive["mean"], config)
         rollouts = rollouts._replace(advantages=advantages, returns=returns)
-        log_rollouts(run, iteration, rollouts, rewards, config.beta, task, config.gamma)
+        log_rollouts(run, iteration, rollouts, rewards, config.beta, task, config)
 
         # 4. Update.
         for rows in minibatches(config.rollouts, epochs, size, rng):
@@ -568,7 +572,7 @@ def policy_gradients(policy, reference, value_model, task, config, run):
 
         # 5. Repeat.
         if method == "ppo_penalty":  # how far the whole update went
-            logprobs = all_logprobs(policy, rollouts, mask, config)
+            logprobs = all_logprobs(policy, rollouts, mask, config.micro_batch, config.temperature)
             _, _, k3 = kl_estimators(rollouts.old_logprobs - logprobs)
             kl = masked_mean(k3, mask).item()
             run.log(iteration, update_kl=kl, penalty=adaptive["penalty"])
@@ -593,7 +597,7 @@ def train(config):
     own = None
     held_out = None
     if config.data:
-        own, held_out = split_prompts(config.data, config.seed)
+        own, held_out = split_prompts(config.data)
     needed = ["gpt", "sft"]
     if config.reward in ("reward_model", "process"):
         needed.append("reward_model")
@@ -604,7 +608,9 @@ def train(config):
     # The four models. V starts as r_φ or, if there is none, as the policy with a new head.
     device = get_device()
     sources = [stage_folder(config, "sft") / "checkpoint.pt"]
-    policy, tokenizer, _ = load_checkpoint(sources[0], "sft", config.size, device)
+    policy, tokenizer, checkpoint = load_checkpoint(sources[0], "sft", config.size, device)
+    if not config.data:
+        sft.refuse_own_text(sources[0], checkpoint)
     reference = deepcopy(policy)
     reward_model = None
     if "reward_model" in needed:
@@ -650,12 +656,14 @@ def train(config):
         loop(policy, reference, value_model, task, config, run)
         save_checkpoint(run.folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer,
                         beta=run.rows[-1]["beta"], temperature=config.temperature,
-                        missing_end_score=config.missing_end_score, metrics=run.figures())
+                        missing_end_score=config.missing_end_score, metrics=run.figures(),
+                        made_from=run.made_from())
         run.finish()
 
     if documents:
-        print(f"pretraining loss {held_out_loss(reference, documents, 1):.3f} → "
-              f"{held_out_loss(policy, documents, 1):.3f} nats per token")
+        before = held_out_loss(reference, documents, 1)
+        after = held_out_loss(policy, documents, 1, temperature=config.temperature)
+        print(f"pretraining loss {before:.3f} → {after:.3f} nats per token")
     sft.show_before_and_after(held_out, reference, policy, tokenizer, config, task.reward,
                               config.temperature)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py",

@@ -36,11 +36,12 @@ from data.corpus import draw_requests, prompts_with_room
 from data.files import (InputError, hold_out, read_comparisons, read_pairs, run_script,
                         write_jsonl)
 from data.judges import TextReward, annotator_judge, judge_of, print_agreement, reward_of
-from data.run import (Run, SilentRun, announce, counts, doublings, parse_config, progress, show,
-                      stage_folder, train_missing)
+from data.run import (Run, SilentRun, announce, counts, doublings, parse_config, progress,
+                      refuse_flags, refuse_stale, show, stage_folder, train_missing)
 from data.tokenizer import encode_comparisons
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate,
                  load_checkpoint, make_optimizer, optimizer_step, pad, respond, save_checkpoint)
+from sft import refuse_own_text
 
 
 @dataclass
@@ -81,6 +82,7 @@ GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, ba
            micro_batch=64, lr=1e-4, report=128)
 # Ziegler et al. 2019's code for their GPT-2 of 124M, the stylistic tasks: batches of 32, lr 5e-5
 GPT2 = dict(batch=32, micro_batch=4, lr=5e-5, max_new_tokens=128, sample_batch=128)
+COLLECTING = ("judge", "pairs", "held_out", "sample_batch")  # flags of step one
 
 
 class RewardModel(nn.Module):
@@ -286,13 +288,15 @@ def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model."""
     split = None
     if config.data:  # before any training
-        split = hold_out(read_pairs(config.data), config.seed, config.data)
+        split = hold_out(read_pairs(config.data), config.data)
     folder = stage_folder(config, "reward_model")
     judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
     train_missing(config, ["gpt", "sft"], "reward_model")
     device = get_device()
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
-    policy, tokenizer, _ = load_checkpoint(sft_path, "sft", config.size, device)
+    policy, tokenizer, checkpoint = load_checkpoint(sft_path, "sft", config.size, device)
+    if not config.data:
+        refuse_own_text(sft_path, checkpoint)
     block_size = policy.config.block_size
     model = start_from(policy)
     origin = config.data or f"two SFT samples a request, compared by {config.judge}"
@@ -334,7 +338,7 @@ def train(config):
             run.record(**figures)
             print_answer_key(figures, table)
         save_checkpoint(run.folder / "checkpoint.pt", "reward_model", config.size, model, tokenizer,
-                        metrics=run.figures())
+                        metrics=run.figures(), made_from=run.made_from())
         run.finish()
 
     for row in data.held_out_rows[:3]:
@@ -370,7 +374,10 @@ def stage_comparisons(config):
     with this run's settings."""
     train_missing(config, ["gpt", "sft"], "reward_model")
     folder = stage_folder(config, "reward_model")
-    if not (folder / "checkpoint.pt").exists():
+    if (folder / "checkpoint.pt").exists():
+        refuse_stale(folder)
+        refuse_flags(config, COLLECTING, f"{folder} has its comparisons already")
+    else:
         train(config)
     return read_comparisons(folder)
 
@@ -379,7 +386,7 @@ def learning_curve(config):
     """How many pairs does it take? Train a new reward model on the first 256, 512, ... pairs of
     --data, or of those that the stage collected, and print a row for each."""
     if config.data:
-        split = hold_out(read_pairs(config.data), config.seed, config.data)
+        split = hold_out(read_pairs(config.data), config.data)
     else:
         split = stage_comparisons(config)
     train_missing(config, ["gpt", "sft"], "reward_model")
@@ -514,7 +521,7 @@ def train_process(config):
         run.record(**figures)
         print_answer_key(figures, table)
         save_checkpoint(run.folder / "checkpoint.pt", "process_model", config.size, model,
-                        tokenizer, metrics=run.figures())
+                        tokenizer, metrics=run.figures(), made_from=run.made_from())
         run.finish()
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --process", flush=True)
 
@@ -563,8 +570,10 @@ def make_reward(name, model, tokenizer, micro_batch):
 def main(argv=None):
     config = parse_config(Config, GPU, argv,
                           "Collect preferences and train a Bradley-Terry reward model on them.",
-                          needs={"judge": ("data", ""), "process": ("data", "")},
+                          needs={"process": ("data", "")},
                           presets={"size": {"gpt2": GPT2}})
+    if config.data:
+        refuse_flags(config, COLLECTING, "samples nothing where --data has the pairs")
     if config.process and config.learning_curve:
         raise InputError("--learning_curve True: is a curve of pairs, but --process trains on "
                          "steps")

@@ -32,8 +32,8 @@ from data.annotator import answers, gold_rewards, scored
 from data.answer_key import standard_error
 from data.corpus import draw_demonstrations, draw_requests, has_room
 from data.files import InputError, hold_out, read_demonstrations, run_script
-from data.run import (Run, SilentRun, announce, check_name, complete, doublings, parse_config, show,
-                      stage_folder, train_missing, with_error)
+from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
+                      parse_config, refuse_flags, show, stage_folder, train_missing, with_error)
 from data.tokenizer import encode_demonstrations
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
                  learning_rate, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step,
@@ -177,7 +177,7 @@ def train(config):
     # Read the user's file first, so that a bad one fails before any training.
     split = None
     if config.data:
-        split = hold_out(read_demonstrations(config.data), config.seed, config.data)
+        split = hold_out(read_demonstrations(config.data), config.data)
     check_name(config.base, "gpt", "base")
     complete(stage_folder(config, config.base))
     train_missing(config, ["gpt"] if config.base == "gpt" else [], "sft")
@@ -208,8 +208,9 @@ def train(config):
         after = ask(model, tokenizer, chat, config)
         if not config.data and chat:
             record_answers(run, before, after)
+        own_text = base["text"] or base.get("loaded", "")
         save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer,
-                        metrics=run.figures())
+                        metrics=run.figures(), made_from=run.made_from(), own_text=own_text)
         run.finish()
     base_texts, _ = before
     texts, _ = after
@@ -264,11 +265,20 @@ def learning_curve(model, tokenizer, data, config):
 # Talking to a policy, for every stage from here on
 
 
+def refuse_own_text(path, checkpoint):
+    """InputError where the little world's requests would be put to an SFT model of another text."""
+    if checkpoint.get("own_text"):
+        raise InputError(f"{path}: comes from {checkpoint['own_text']}, not from the little world; "
+                         "give its prompts with --data FILE.jsonl")
+
+
 def answer(config, stage, name):
     """Print the answer of a stage's policy to config.prompt. name: its folder, OUT/SIZE/NAME.
 
     config.temperature multiplies the policy's own: 1 is the policy itself, 0.5 sharpens it.
     """
+    allow_flags(config, ("name", "temperature", "top_k", "max_new_tokens", "seed", "size", "out"),
+                "prompt")
     check_name(name, stage)
     complete(stage_folder(config, name))
     path = stage_folder(config, name) / "checkpoint.pt"
@@ -339,6 +349,8 @@ def main(argv=None):
     if config.prompt:
         answer(config, "sft", "sft")
     else:
+        if config.data:
+            refuse_flags(config, ("demonstrations",), "is of the little world; leave out --data")
         train(config)
 
 

@@ -18,10 +18,10 @@ The texts themselves are taken as they are: nothing is stripped or normalised.
 
 import codecs
 import gzip
+import hashlib
 import itertools
 import json
 import os
-import random
 import re
 import sys
 import zlib
@@ -44,6 +44,10 @@ class InputError(ValueError):
 # --------------------------------------------------------------------------------------------------
 # Reading
 
+# The last place where a text may be cut: (?s:.*) is greedy.
+PIECE_END = re.compile(r"(?s:.*)\S(?=[ \t\r\n])")
+
+
 def read_chunks(path, size=2 ** 20):
     """Yield the text of a UTF-8 file in pieces of about `size` bytes; its line ends become "\\n".
 
@@ -60,6 +64,7 @@ def read_chunks(path, size=2 ** 20):
     for block in itertools.chain(read_blocks(path, size), [b""]):
         last = block == b""
         offset += len(block)
+        searched = max(0, len(rest) - 1)    # but for its last character: a line may be very long
         try:
             rest += decoder.decode(block, final=last)
         except UnicodeDecodeError as error:
@@ -73,8 +78,8 @@ def read_chunks(path, size=2 ** 20):
         if last:
             end = len(rest)
         else:
-            # (?s:.*) is greedy: this finds the last place to end a piece, or 0 if there is none.
-            end = re.match(r"(?s:.*)\S(?=[ \t\r\n])|", rest).end()
+            place = PIECE_END.match(rest, searched)
+            end = place.end() if place else 0
         text = rest[:end].replace("\r\n", "\n").replace("\r", "\n")
         rest = rest[end:]
         if "\0" in text:
@@ -154,29 +159,40 @@ def read_prompts(path):
     return list(dict.fromkeys(row["prompt"] for row in rows))
 
 
-def hold_out(rows, seed, path="the rows"):
-    """Rows with a "prompt" -> (training rows, held-out rows): a tenth of the prompts is held out.
+def hold_out(rows, path="the rows"):
+    """Rows with a "prompt" -> (training rows, held-out rows): about a tenth of the prompts is held
+    out, at least one.
 
-    At least one prompt is. All stages that read the same file with the same seed hold out the same
-    prompts, so none is measured on what an earlier one was trained on.
-    InputError, naming path, if there is only one prompt.
+    Whether a prompt is held out depends on its own text alone (a checksum), not on the seed or on
+    the other rows: no stage is measured on what an earlier one was trained on, even if the file has
+    grown since. Only where no prompt of a small file would be, the one with the smallest checksum
+    is. InputError, naming path, if there is only one prompt.
     """
-    prompts = sorted({row["prompt"] for row in rows})
+    prompts = {row["prompt"] for row in rows}
     if len(prompts) < 2:
         raise InputError(f"{path}: all have the same prompt; at least two prompts are needed, to "
                          "hold one out")
-    random.Random(f"held-out prompts {seed}").shuffle(prompts)
-    held_out_prompts = set(prompts[:max(1, len(prompts) // 10)])
+    by_checksum = sorted(prompts, key=prompt_checksum)
+    held_out_prompts = {prompt for prompt in prompts if prompt_checksum(prompt) < 2 ** 32 // 10}
+    if not held_out_prompts:
+        held_out_prompts = {by_checksum[0]}
+    if held_out_prompts == prompts:
+        held_out_prompts.remove(by_checksum[-1])
 
     train_rows = [row for row in rows if row["prompt"] not in held_out_prompts]
     held_out_rows = [row for row in rows if row["prompt"] in held_out_prompts]
     return train_rows, held_out_rows
 
 
-def split_prompts(path, seed):
+def prompt_checksum(prompt):
+    """32 bits of a prompt's SHA-256. (A CRC is not even over texts that hardly differ.)"""
+    return int.from_bytes(hashlib.sha256(prompt.encode("utf-8")).digest()[:4], "big")
+
+
+def split_prompts(path):
     """The distinct prompts of a file -> (training prompts, held-out ones), split as by hold_out."""
     rows = [{"prompt": prompt} for prompt in read_prompts(path)]
-    train_rows, held_out_rows = hold_out(rows, seed, path)
+    train_rows, held_out_rows = hold_out(rows, path)
     return [row["prompt"] for row in train_rows], [row["prompt"] for row in held_out_rows]
 
 

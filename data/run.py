@@ -57,8 +57,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     them, also of gpu's}}; needs: {flag: (another flag, values)}: the flag means something only
     where the other one has one of these values or, where none is listed, is set at all ("": is not
     set).
-    Fields must have the type int, float, str, bool or a Literal of strings, whose values are the
-    flag's choices. TypeError, a bug of ours, for a field without a comment.
+    config.given: the names of the flags on the command line. Fields must have the type int, float,
+    str, bool or a Literal of strings, whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
     """
     comments = field_comments(Config)
     parser = _Parser(description=description, allow_abbrev=False)
@@ -105,6 +105,7 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     values["size"] = size
     config = Config(**values)
     check_values(config, given)
+    config.given = tuple(given)
     return config
 
 
@@ -138,6 +139,23 @@ def check_needs(Config, given, preset, needs):
             raise InputError(f"--{name} {given[name]}: goes with --{other} only")
 
 
+def refuse_flags(config, names, why):
+    """InputError if one of these flags was given: a flag is used or refused, never ignored."""
+    for name in names:
+        if name in config.given:
+            raise InputError(f"--{name} {getattr(config, name)}: {why}")
+
+
+def allow_flags(config, names, job):
+    """InputError if a flag was given that this job, named by its flag, has no use for."""
+    others = [name for name in config.given if name not in names and name != job]
+    refuse_flags(config, others, f"cannot be used with --{job}")
+
+
+# With 0 these would make a run end as it began, without a word.
+NEVER_ZERO = ("lr", "clip", "value_clip", "penalty", "penalty_target")
+
+
 def check_values(config, given):
     """InputError for a number out of range, or a text that is empty."""
     for field in fields(config):
@@ -151,6 +169,8 @@ def check_values(config, given):
             raise InputError(f"--{field.name} {value}: must be a number, and not negative")
         if field.name == "temperature" and value == 0:
             raise InputError(f"--temperature {value}: must be positive; --top_k 1 is greedy")
+        if field.name in NEVER_ZERO and value == 0:
+            raise InputError(f"--{field.name} {value}: must be positive; with 0 nothing is learnt")
         if given.get(field.name) == "":  # an unset shell variable must not mean another job
             raise InputError(f"--{field.name}: is empty; leave the flag out or give it a value")
 
@@ -167,6 +187,20 @@ def check_name(name, stage, flag="name"):
                          "'_' or '-' behind it")
 
 
+def refuse_stale(folder):
+    """InputError if the checkpoint in a stage's folder was made from other checkpoints than those
+    in the folders beside it now: a model would be measured against what it never saw."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return
+    with refused_if_broken(path, "train the stage again"):
+        made_from = read_torch(path).get("made_from", {})
+    for name, found in made_from.items():
+        source = folder.parent / name
+        if source.exists() and checksum(source) != found:
+            raise InputError(f"{path}: was made from another {source}; train {folder.name} again")
+
+
 # How each stage is trained: its script, and the flag that chooses it there.
 COMMANDS = {"gpt": "gpt", "sft": "sft", "reward_model": "reward_model",
             "process_model": "reward_model --process", "ppo": "ppo", "dpo": "dpo"}
@@ -181,10 +215,12 @@ def train_missing(config, needed, stage):
     and seed.
 
     needed: the names of those stages, in order. What comes before the last checkpoint that exists
-    is not asked for.
+    is not asked for. InputError if one of them is stale.
     """
     for name in [*needed, stage]:
         complete(stage_folder(config, name))
+    for name in needed:
+        refuse_stale(stage_folder(config, name))
 
     missing = []
     for name in reversed(needed):
@@ -429,6 +465,9 @@ class SilentRun:
         self.pending.setdefault(name, []).append((now - self.since, 1.0))
         self.since = now
 
+    def note(self, text):
+        """Tell something that deserves attention, once in a run. A SilentRun does not."""
+
     def averages(self):
         """The weighted mean of every figure since the last row."""
         row = {}
@@ -476,6 +515,7 @@ class Run(SilentRun):
         self.header = False
         self.pace = None            # (step, time) after the first step of this process
         self.inside_loop = False
+        self.notes = []
         self.interrupted = False
 
     # ---- beginning and end
@@ -626,6 +666,11 @@ class Run(SilentRun):
 
     # ---- figures
 
+    def note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
+            print(f"note    {text}", flush=True)
+
     def add_row(self, row):
         """Keep and print a row, name -> number. Names are printed once, above the columns, split at
         the last "_"; left is the time still needed."""
@@ -651,6 +696,14 @@ class Run(SilentRun):
     def record(self, **figures):
         super().record(**figures)
         self.write_metrics()
+
+    def made_from(self):
+        """{checkpoint of an earlier stage: its checksum}, which the run's own checkpoint keeps."""
+        found = {}
+        for name, crc in self.saved["sources"].items():
+            if name.endswith("/checkpoint.pt"):
+                found[name] = crc
+        return found
 
     def figures(self):
         """The rows without what depends on the machine: what a checkpoint keeps."""
