@@ -432,8 +432,9 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        finite &= hidden.isfinite().all()
-        new = sample_token(model.logits(hidden), uniforms[rows, t], temperature, top_k)  # (b,)
+        logits = model.logits(hidden)  # (b, V)
+        finite &= logits.sum().isfinite()  # one look at them: nan and inf remain in the sum
+        new = sample_token(logits, uniforms[rows, t], temperature, top_k)  # (b,)
         responses[rows, t] = new.masked_fill(done, 0)
         lengths[rows] += ~done
         if end_token is not None:
