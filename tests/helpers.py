@@ -95,6 +95,26 @@ def optimize(policy, reference, value_model, task, config):
     return run.rows
 
 
+def first_step(monkeypatch, policy, value_model, rollouts, config, rows):
+    """What the loop of config.method takes its first step with, on these rows of made-up Rollouts:
+    ({model: its gradients}, a row of figures). No model is changed."""
+    gradients = {}
+
+    def record(optimizer, model, lr):
+        gradients[model] = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+
+    def draw_prompts(count, rng):
+        return [[0]] * count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "sample", lambda *arguments: rollouts)
+        patch.setattr(ppo, "minibatches", lambda *arguments: [torch.tensor(rows)])
+        patch.setattr(ppo, "optimizer_step", record)
+        figures, = optimize(policy, None, value_model, ppo.Task(draw_prompts, None, END), config)
+    return gradients, figures
+
+
 def response_reward(score):
     """A reward by hand, as ppo.Task takes it: score(ids of a response) -> number."""
     def reward(rollout):
