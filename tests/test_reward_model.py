@@ -801,8 +801,8 @@ def test_training_on_your_own_pairs(policy, capsys):
     # 4. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data.
     assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
     assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
-    assert " 54 pairs, dropped 0 longer than the context, 0 equal texts\n" in printed
-    assert " 6 held out, dropped 0 longer than the context, 0 equal texts\n" in printed
+    assert " 57 pairs, dropped 0 longer than the context, 0 equal texts\n" in printed
+    assert " 3 held out, dropped 0 longer than the context, 0 equal texts\n" in printed
 
 
 def test_the_files_hold_what_was_trained_on(policy, tmp_path, capsys):
@@ -818,8 +818,8 @@ def test_the_files_hold_what_was_trained_on(policy, tmp_path, capsys):
     assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
     assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
     printed = capsys.readouterr().out
-    assert " 54 pairs, dropped 54 longer than the context, 54 equal texts\n" in printed
-    assert " 6 held out, dropped 6 longer than the context, 6 equal texts\n" in printed
+    assert " 57 pairs, dropped 57 longer than the context, 57 equal texts\n" in printed
+    assert " 3 held out, dropped 3 longer than the context, 3 equal texts\n" in printed
 
 
 def test_one_seed_one_result(policy):
@@ -868,7 +868,7 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(policy, tmp_path, 
         held_out_rows = read_pairs(stage / "held_out.jsonl")
     pairs, _, _ = encode_pairs(train_rows, tokenizer, 64)
     held_out, _, _ = encode_pairs(held_out_rows, tokenizer, 64)
-    assert (len(pairs), len(held_out)) == ((306, 34) if given else (288, 32))
+    assert (len(pairs), len(held_out)) == ((296, 44) if given else (280, 40))
 
     origin, kept, left, header, *lines = capsys.readouterr().out.splitlines()
     assert origin.endswith(f" {source}")
@@ -1032,11 +1032,13 @@ def test_with_a_programs_labels_a_run_continues_bit_for_bit(out, tmp_path, monke
 
 @pytest.mark.parametrize("argv, message", [
     ("--judge constitution --data pairs.jsonl",
-     "--judge constitution: cannot be used with --data"),
+     "--judge constitution: samples nothing where --data has the pairs"),
+    ("--held_out 8 --data pairs.jsonl", "--held_out 8: samples nothing"),
+    ("--learning_curve --pairs 8", "--pairs 8: .*reward_model has its comparisons already"),
     ("--judge anotator", "--judge anotator: no such program")])
-def test_a_judge_that_would_not_be_asked_is_refused(argv, message, out):
+def test_what_would_not_be_asked_is_refused(argv, message, out):
     """A mistyped judge, found after minutes of sampling; labels of the file's under the name of
-    another judge."""
+    another judge; a number of pairs that nothing collects."""
     before = snapshot(out)
     with pytest.raises(InputError, match=message):
         reward_model.main(["--out", str(out), *argv.split()])
@@ -1146,10 +1148,10 @@ def test_the_process_model_learns_from_the_stages_own_responses(teller, capsys):
     """Responses that are another model's; the reward model's checkpoint overwritten; figures of
     other steps than those held out, or a run that continues with other marks."""
     out, tokenizer = teller
-    flags = ("--pairs 48 --held_out 24 --max_new_tokens 90 --batch 4 --report 4 --warmup 1 "
-             "--lr 0.01 --process")
+    flags = "--process --max_new_tokens 90 --batch 4 --report 4 --warmup 1 --lr 0.01"
     argv = ["--size", "cpu", "--out", str(out), *flags.split()]
-    reward_model.main(argv)     # trains the missing reward model first, with these flags
+    # This trains the missing reward model first, with these flags.
+    reward_model.main([*argv, "--pairs", "48", "--held_out", "24"])
     stage = out / "cpu/reward_model"
     folder = out / "cpu/process_model"
     before = snapshot(stage)
