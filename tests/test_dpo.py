@@ -16,7 +16,7 @@ import dpo
 import reward_model
 from data import stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
-from data.run import Run, SilentRun
+from data.run import Run, SilentRun, read_torch, write_torch
 from data.tokenizer import Pair, encode_pairs, labels_of
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, orpo_loss, simpo_loss
 from gpt import (batches_by_length, load_checkpoint, make_optimizer, pad, response_logprobs,
@@ -891,6 +891,23 @@ def test_a_run_continues_with_its_own_judge_only(out):
     save_checkpoint(path, "reward_model", "cpu", model, tokenizer)
     with pytest.raises(InputError, match="began with another reward_model/checkpoint.pt"):
         run_dpo(out, *ONLINE, "--resume")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_a_model_of_another_vocabulary(stage, out, tmp_path):
+    """A reference or a judge that reads the policy's ids as other words: a loss like any other."""
+    path = out / "cpu" / stage / "checkpoint.pt"
+    checkpoint = read_torch(path)
+    words = checkpoint["vocabulary"]
+    words[-2:] = reversed(words[-2:])
+    write_torch(path, checkpoint)
+    before = snapshot(out)
+    flags = ONLINE
+    if stage == "sft":
+        flags = ["--start", "gpt", *own_pairs(tmp_path / "pairs.jsonl")]
+    with pytest.raises(InputError, match=f"{stage}/checkpoint.pt: its vocabulary is not that of"):
+        run_dpo(out, *flags)
+    assert snapshot(out) == before
 
 
 def test_fewer_rounds_leave_no_pairs_of_a_run_before(out):
