@@ -37,7 +37,8 @@ from data.answer_key import (best_of_n_rows, compare_policies, last_with, print_
                              print_yardstick, process_scores, selection_figures)
 from data.answer_key import optimality_gap  # so that it can be imported from here
 from data.corpus import draw_requests, encode_documents, held_out_documents, prompts_with_room
-from data.files import InputError, read_demonstrations, run_script, split_prompts, write_jsonl
+from data.files import (InputError, lock_folder, read_demonstrations, run_script, split_prompts,
+                        write_jsonl)
 from data.judges import verifier
 from data.run import (Run, allow_flags, announce, check_name, complete, forget_rounds,
                       parse_config, progress, read_torch, refuse_flags, refuse_stale,
@@ -485,10 +486,9 @@ def yardstick(config):
     rows = print_yardstick(per_prompt, figures, log_ratios, losses, stages, config.beta)
     powers = {n: best_of_n_kl(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.samples}
     rows += best_of_n_rows(sft.figures, sft.texts, powers)
-    folder = stage_folder(config, "best_of_n")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "metrics.jsonl", rows)
-    print(f"\nsaved {folder / 'metrics.jsonl'}")
+    path = stage_folder(config, "best_of_n") / "metrics.jsonl"
+    write_jsonl(path, rows)
+    print(f"\nsaved {path}")
 
 
 def main(argv=None):
@@ -513,7 +513,10 @@ def main(argv=None):
         refuse_flags(config, ("n",), "goes with --prompt or --finetune only")
         if config.beta == 0:
             raise InputError("--beta 0.0: must be positive; the optimum for 0 has no finite J*")
-        yardstick(config)
+        folder = stage_folder(config, "best_of_n")
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder):  # one that can't be written to fails here, not after the sampling
+            yardstick(config)
 
 
 if __name__ == "__main__":

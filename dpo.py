@@ -46,7 +46,7 @@ from data.tokenizer import (Label, Pair, encode_comparisons, encode_labels, enco
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
                  optimizer_step, pad, response_logprobs, save_checkpoint)
 from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge
-from sft import answer, show_before_and_after
+from sft import answer, default_lr, show_before_and_after
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Config:
                                 # for the same optimum
     gamma: float = 0.5          # SimPO's margin
     lam: float = 0.5            # ORPO's λ, the weight of the odds ratio beside the SFT loss
+    desirable_weight: float = 1.0       # KTO's λ_D, the weight of a good response
+    undesirable_weight: float = 1.0     # KTO's λ_U, the weight of a bad one
     start: Literal["sft", "gpt"] = "sft"    # the policy starts as the SFT model or the base model
 
     # the comparisons
@@ -73,7 +75,8 @@ class Config:
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step (KTO: labels)
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
-    lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero)
+    lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero); SimPO: half of
+                                # it, ORPO, which learns to answer too: sft.py's
     warmup: int = 10            # steps of warm-up
 
     # this run
@@ -292,7 +295,8 @@ def kto_part(policy, reference, labels, z0, config):
     with torch.no_grad():
         ref = label_logprobs(reference, labels)
     logprobs = label_logprobs(policy, labels)
-    loss = kto_loss(logprobs, ref, desirable, z0, config.beta)
+    loss = kto_loss(logprobs, ref, desirable, z0, config.beta, config.desirable_weight,
+                    config.undesirable_weight)
     return loss, config.beta * (logprobs - ref - z0).detach(), desirable
 
 
@@ -391,6 +395,13 @@ def read_data(config, split, origin, tokenizer, block_size):
         if paired:
             items = labels_of(items)
             held_out = labels_of(held_out)
+
+    if config.loss == "kto" and not config.online:
+        good = config.desirable_weight * sum(label.desirable for label in items)
+        bad = config.undesirable_weight * sum(not label.desirable for label in items)
+        if good > 4 * bad or bad > 4 * good:
+            print(f"note    good labels weigh {good:g}, bad ones {bad:g}: KTO wants about as much of "
+                  "both (--desirable_weight, --undesirable_weight)", flush=True)
 
     rows, held_out_rows = split
     own = list(dict.fromkeys(row["prompt"] for row in rows))
@@ -514,12 +525,18 @@ def train(config):
 def main(argv=None):
     needs = {"temperature": ("prompt",), "top_k": ("prompt",), "gamma": ("loss", "simpo"),
              "beta": ("loss", "dpo", "ipo", "kto", "simpo"), "lam": ("loss", "orpo"),
+             "desirable_weight": ("loss", "kto"), "undesirable_weight": ("loss", "kto"),
              "pairs": ("online",), "judge": ("online",), "sample_batch": ("online",),
              "online": ("start", "sft")}  # a base model can't answer
     losses = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
-              "simpo": dict(beta=10.0, lr=1e-4), "orpo": dict(start="gpt", lr=2e-3, lam=2.0)}
+              "simpo": dict(beta=10.0), "orpo": dict(start="gpt", lam=2.0)}
     config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO and its family.",
                           needs, presets={"loss": losses, "size": {"gpt2": GPT2}})
+    if "lr" not in config.given:
+        if config.loss == "simpo":
+            config.lr /= 2
+        elif config.loss == "orpo":
+            config.lr = default_lr(config.size)
     if config.prompt:
         answer(config, "dpo", config.name)
     else:

@@ -478,8 +478,8 @@ def check_room(config, prompts, max_new_tokens, temperature):
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) < 1 or max_new_tokens < 1:
         raise ValueError("generate needs prompts of at least one token, and max_new_tokens >= 1")
-    if temperature <= 0:
-        raise InputError(f"temperature {temperature}: must be positive")
+    if temperature < 1e-4:
+        raise InputError(f"temperature {temperature}: must be at least 0.0001; top_k 1 is greedy")
     if max(lengths) + max_new_tokens > config.block_size:
         raise InputError(f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed "
                          f"the context of {config.block_size}: shorten the prompt or lower "

@@ -179,9 +179,9 @@ def collect_pairs(policy, tokenizer, draw_prompts, count, judge, config, rng):
     report = progress("comparisons collected", count)
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
-            raise InputError(f"the SFT model gave {len(rows)} usable pairs of samples and "
-                             f"{dropped} others: it rarely ends its answers within "
-                             f"--max_new_tokens {config.max_new_tokens}; train it longer")
+            raise InputError(f"of the policy's pairs of samples {len(rows)} can be compared, dropped "
+                             f"{counts(dropped)}: train it longer, or raise --max_new_tokens "
+                             f"{config.max_new_tokens} if its answers have no end")
         prompts = draw_prompts(min(config.sample_batch, count - len(rows)), rng)
         asked, unusable = sample_comparisons(policy, tokenizer, prompts, config.max_new_tokens,
                                              seed=rng.getrandbits(48))

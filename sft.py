@@ -78,6 +78,11 @@ GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_to
 GPT2 = dict(batch=128, micro_batch=8, lr=2e-5, max_new_tokens=128, report=16)
 
 
+def default_lr(size):
+    """The learning rate of SFT at this size, for what learns to answer elsewhere (ORPO)."""
+    return {"cpu": Config.lr, "gpu": GPU["lr"], "gpt2": GPT2["lr"]}[size]
+
+
 def response_tokens(demonstrations):
     """How many tokens the responses have, <|end|> included."""
     return sum(len(one.ids) - one.prompt_length for one in demonstrations)

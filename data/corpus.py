@@ -102,6 +102,9 @@ def world_corpus(tokenizer, vocab_size, block_size, count, seed, folder, curated
         return encode_documents(drawn, tokenizer)
 
     sequences = memory_mapped(folder / name, draw)
+    for path in folder.glob("documents-*.ids"):  # of runs with another seed, amount or vocabulary
+        if path.name != name:
+            path.unlink()
     longest = max(map(len, held_out + sequences))
     if longest > block_size:
         raise InputError(f"--block_size {block_size}: the longest document has {longest} tokens")

@@ -69,29 +69,36 @@ def constitution_judge(asked, rng):
     return [constitution_choice(prompt, first, second, rng) for prompt, first, second in asked]
 
 
-def both_judge(asked, rng):
-    """The annotator labels half of the comparisons, every other one, the constitution the rest."""
-    labels = []
-    for i, comparison in enumerate(asked):
-        if i % 2 == 0:
-            labels += annotator_judge([comparison], rng)
-        else:
-            labels += constitution_judge([comparison], rng)
-    return labels
+def both_judges():
+    """A judge: the annotator labels half of the comparisons, every other one, the constitution the
+    rest. It counts over all calls, or the annotator would label batches of one alone."""
+    count = 0
+
+    def judge(asked, rng):
+        nonlocal count
+        labels = []
+        for comparison in asked:
+            if count % 2 == 0:
+                labels += annotator_judge([comparison], rng)
+            else:
+                labels += constitution_judge([comparison], rng)
+            count += 1
+        return labels
+
+    return judge
 
 
-JUDGES = {
-    "annotator": annotator_judge,
-    "constitution": constitution_judge,
-    "both": both_judge,
-}
+JUDGES = ("annotator", "constitution", "both")  # any other name is a program of the user's
 
 
 def judge_of(name, path):
-    """The judge of this name (JUDGES), or else the command_judge, whose labels are kept in the file
-    path."""
-    if name in JUDGES:
-        return JUDGES[name]
+    """The judge of this name; a program's labels are kept in the file path (command_judge)."""
+    if name == "annotator":
+        return annotator_judge
+    if name == "constitution":
+        return constitution_judge
+    if name == "both":
+        return both_judges()
     return command_judge(name, path)
 
 

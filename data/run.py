@@ -753,7 +753,8 @@ def complete(folder):
 def forget_rounds(folder, name, rounds):
     """Remove the files NAME-N.jsonl of rounds N > rounds: an earlier run had more of them."""
     for path in folder.glob(f"{name}-*.jsonl"):
-        if int(path.stem.removeprefix(f"{name}-")) > rounds:
+        number = path.stem.removeprefix(f"{name}-")
+        if number.isdecimal() and int(number) > rounds:  # else the file is somebody else's
             path.unlink()
 
 
