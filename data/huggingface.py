@@ -103,26 +103,33 @@ def read_folder(folder):
     token embedding, whose rows come in the order of our ids: the ordinary tokens as they are
     merged, then <|user|>, <|assistant|>, <|end|>. In a published GPT-2, <|endoftext|> becomes
     <|end|>, and the other two are new: the mean of all rows.
+    Left out, with a line that says so: other special tokens that were added to GPT-2's ([PAD]), and
+    rows of the embedding that no token has (a vocabulary padded to 50,304).
     Raises InputError, one line that names the file and the tensor, for anything that is damaged or
     not a GPT-2.
     """
     folder = Path(folder)
     config = read_config(folder)
-    tokenizer, rows = read_tokenizer(folder)
+    tokenizer, rows, added = read_tokenizer(folder)
     origin, weights = read_weights(folder)
 
-    tokens = len([row for row in rows if row is not None])
-    if config["vocab_size"] != tokens or config["n_layer"] > len(weights):
-        raise InputError(f"{folder / 'config.json'}: vocab_size is {config['vocab_size']} and "
-                         f"n_layer {config['n_layer']}, but there are {tokens} tokens in the "
+    known = [row for row in rows if row is not None]
+    vocab_size = config["vocab_size"]
+    if max(known) >= vocab_size or config["n_layer"] > len(weights):
+        raise InputError(f"{folder / 'config.json'}: vocab_size is {vocab_size} and n_layer "
+                         f"{config['n_layer']}, but there are {max(known) + 1} tokens in the "
                          f"tokenizer, and {len(weights)} tensors")
+    if vocab_size > 2 * len(known):
+        raise InputError(f"{folder}: the model has {vocab_size:,} tokens, its tokenizer "
+                         f"{len(known):,}; copy the model's own tokenizer into the folder")
     check_shapes(origin, weights, config)
+    print_left_out(folder, vocab_size, known, added)
 
     # The embedding's rows in our order; the row of a new token is the mean of all.
     wte = weights["wte.weight"].float()
-    table = torch.cat([wte, wte.mean(dim=0, keepdim=True)])
+    mean = wte[known].mean(dim=0, keepdim=True)
     order = [len(wte) if row is None else row for row in rows]
-    weights["wte.weight"] = table[order]
+    weights["wte.weight"] = torch.cat([wte, mean])[order]
 
     for name, tensor in weights.items():
         if CONV1D.fullmatch(name):
@@ -132,6 +139,23 @@ def read_folder(folder):
     shape["vocab_size"] = len(rows)
     begins = config.get("bos_token_id", 0) is not None
     return shape, weights, tokenizer, begins
+
+
+def print_left_out(folder, vocab_size, known, added):
+    """Say which added tokens, {token: row}, and how many other rows of the embedding are left out.
+    known: the rows that are kept."""
+    left_out = []
+    if added:
+        names = ", ".join(added)
+        if len(names) > 60:
+            names = f"{names:.60} …"
+        left_out.append(f"added tokens: {len(added)} ({names})")
+    with_token = {row for row in [*known, *added.values()] if row < vocab_size}
+    without = vocab_size - len(with_token)
+    if without:
+        left_out.append(f"rows of the embedding without a token: {without:,} of {vocab_size:,}")
+    if left_out:
+        print(f"{folder}: left out, as no part of GPT-2: {'; '.join(left_out)}", flush=True)
 
 
 def read_json(path):
@@ -146,6 +170,9 @@ def read_json(path):
 def read_config(folder):
     """config.json as a dict. InputError if its architecture is not gpt.py's."""
     path = folder / "config.json"
+    if (folder / "adapter_config.json").exists() and not path.exists():
+        raise InputError(f"{folder}: is an adapter (LoRA), not a whole model; merge it into its "
+                         "model (peft: merge_and_unload) and save that")
     config = read_json(path)
     for name, known in ARCHITECTURE.items():
         if config.get(name, known[0]) not in known:
@@ -239,6 +266,10 @@ def read_part(path):
     if not path.exists():
         raise InputError(f"{path}: no such file")
     with broken(path):
+        with open(path, "rb") as file:
+            pointer = file.read(24) == b"version https://git-lfs."
+        if pointer:
+            raise InputError(f"{path}: is only a pointer of Git LFS; fetch the file: git lfs pull")
         if path.suffix == ".bin":
             return read_bin(path)
         return read_safetensors(path)
@@ -291,17 +322,21 @@ def read_safetensors(path):
 
 
 def read_tokenizer(folder):
-    """(Tokenizer, rows): rows[i] is the row of the folder's embedding that holds our token i, None
-    for a token that the folder does not have."""
+    """(Tokenizer, rows, added): rows[i] is the row of the folder's embedding that holds our token
+    i, None for a token that the folder does not have; added: {token: row} of the special tokens
+    that are left out."""
     options = folder / "tokenizer_config.json"
     if options.exists() and read_json(options).get("add_prefix_space"):
         raise InputError(f"{options}: add_prefix_space is true, but GPT-2's is false")
 
     path = folder / "tokenizer.json"
     if path.exists():
-        vocab, merges, pattern = read_tokenizer_json(path)
+        vocab, added, merges, pattern = read_tokenizer_json(path)
     else:
         vocab = read_json(folder / "vocab.json")
+        added = {}
+        if (folder / "added_tokens.json").exists():
+            added = read_json(folder / "added_tokens.json")
         path = folder / "merges.txt"
         merges = []
         for line in read_bytes(path).decode("utf-8", "replace").splitlines():
@@ -310,49 +345,53 @@ def read_tokenizer(folder):
         pattern = "gpt2"
 
     with broken(path):
-        for row in vocab.values():
+        tokens = {**added, **vocab}
+        for row in tokens.values():
             if type(row) is not int:
                 raise ValueError("its ids are not whole numbers")
-        if sorted(vocab.values()) != list(range(len(vocab))):
+        if sorted(tokens.values())[:len(vocab)] != list(range(len(vocab))):
             raise ValueError("its ids are not the numbers from 0 on")
 
         # The ordinary tokens are the single bytes and what the merges make; all others are special.
         merged = [left + right for left, right in merges]
-        special = {}
-        for token in vocab.keys() - merged:
-            if len(token) > 1:
-                special[token] = vocab[token]
-        if PAD in special:
-            vocab[SIGNS[0xFF]] = special.pop(PAD)
+        ordinary = set(merged).union(BYTES)
+        special = {token: row for token, row in tokens.items() if token not in ordinary}
+        if PAD in special and SIGNS[0xFF] not in tokens:
+            tokens[SIGNS[0xFF]] = special.pop(PAD)
 
         # Our order: the single bytes by their ids, then the merged tokens as they are merged.
-        single = [token for token in vocab if len(token) == 1]
-        order = sorted(single, key=vocab.get) + merged
+        single = [token for token in tokens if token in BYTES]
+        order = sorted(single, key=tokens.get) + merged
         tokenizer = Tokenizer([bytes_of(token) for token in order], pattern)
         pairs = [(bytes_of(left), bytes_of(right)) for left, right in merges]
         if tokenizer.merges() != pairs:
             raise ValueError("its merges do not make its tokens in their order")
-        rows = [vocab[token] for token in order]
+        rows = [tokens[token] for token in order]
 
-    if set(special) == {"<|endoftext|>"}:
-        rows += [None, None, special["<|endoftext|>"]]
-    elif set(special) == set(SPECIAL_TOKENS):
-        rows += [special[token] for token in SPECIAL_TOKENS]
+    if set(SPECIAL_TOKENS) <= special.keys():
+        rows += [special.pop(token) for token in SPECIAL_TOKENS]
+    elif "<|endoftext|>" in special:
+        rows += [None, None, special.pop("<|endoftext|>")]
     else:
         names = ", ".join(sorted(special)) or "(none)"
-        raise InputError(f"{path}: has the special tokens {names}; known are <|endoftext|> alone, "
-                         f"or {', '.join(SPECIAL_TOKENS)}")
-    return tokenizer, rows
+        raise InputError(f"{path}: has the special tokens {names:.60}, but neither <|endoftext|> "
+                         f"nor all of {', '.join(SPECIAL_TOKENS)}; rename the token that ends a "
+                         "text to <|endoftext|> there")
+    for token in special:
+        if token not in added:
+            raise InputError(f"{path}: no merge makes the token {token!r:.40}, and it is not among "
+                             "the added tokens; copy the tokenizer again")
+    return tokenizer, rows, special
 
 
 def read_tokenizer_json(path):
-    """(vocabulary {token: id}, merges [[left, right]], name in PATTERNS) of a tokenizer.json."""
+    """(vocabulary {token: id}, added tokens likewise, merges [[left, right]], name in PATTERNS) of
+    a tokenizer.json. What tokenizers before 0.9 do not write is what GPT-2 has."""
     with broken(path):
         found = read_json(path)
         model = found["model"]
         vocab = dict(model["vocab"])
-        for token in found.get("added_tokens", []):
-            vocab[token["content"]] = token["id"]
+        added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
         merges = []
         for merge in model["merges"]:
             if isinstance(merge, str):  # as older files write it
@@ -372,7 +411,7 @@ def read_tokenizer_json(path):
                     "ignore_merges"):
             if model.get(key):
                 odd.append(key)
-        if model["type"] != "BPE":
+        if model.get("type", "BPE") != "BPE":
             odd.append("model's type")
         if pattern is None:
             odd.append("pre_tokenizer")
@@ -380,7 +419,7 @@ def read_tokenizer_json(path):
             odd.append("normalizer")
         if odd:
             raise InputError(f"{path}: its {odd[0]} is not a GPT-2's")
-    return vocab, merges, pattern
+    return vocab, added, merges, pattern
 
 
 def bytes_of(token):

@@ -42,7 +42,7 @@ def copies(tmp_path):
 
 def own_ids(folder):
     """The ids that the folder's own tokenizer has, for ours: {theirs: ours}."""
-    _, rows = huggingface.read_tokenizer(folder)
+    _, rows, _ = huggingface.read_tokenizer(folder)
     return {row: i for i, row in enumerate(rows)}
 
 
@@ -112,21 +112,138 @@ def test_special_rows(folder):
     assert torch.equal(table[tokenizer.end_token], raw[vocab["<|endoftext|>"]])
 
 
+def layouts(folder):
+    """tokenizer.json of the published folder, as tokenizers before 0.9 wrote it, which is how GPT-2
+    is published, and as it is written today."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=True, special=True)
+    end = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", **flags}
+    model = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+             "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab, "merges": merges}
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    legacy = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
+              "normalizer": None, "pre_tokenizer": split,
+              "post_processor": {**split, "add_prefix_space": True, "trim_offsets": False},
+              "decoder": {**split, "add_prefix_space": True}, "model": model}
+    today = {**legacy, "pre_tokenizer": {**split, "use_regex": True},
+             "model": {**model, "type": "BPE", "byte_fallback": False, "ignore_merges": False,
+                       "merges": [merge.split(" ") for merge in merges]}}
+    return legacy, today
+
+
+def test_tokenizer_json_of_every_version(copies, tmp_path):
+    """GPT-2's own tokenizer.json has no "type" of the model and no "use_regex": the first file that
+    anybody loads was refused as damaged."""
+    folder = copies / "published"
+    expected = huggingface.read_tokenizer(folder)
+    found = layouts(folder)
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+    for layout in found:
+        (folder / "tokenizer.json").write_text(json.dumps(layout, ensure_ascii=False))
+        tokenizer, rows, added = huggingface.read_tokenizer(folder)
+        assert tokenizer.vocabulary == expected[0].vocabulary
+        assert (tokenizer.pattern, rows, added) == ("gpt2", expected[1], {})
+        huggingface.main(["load", str(folder), "--size", "gpt2", "--out", str(tmp_path)])
+        (folder / "tokenizer.json").unlink()
+
+
+def resize(folder, rows):
+    """Give the published folder's model this many rows; new ones hold large numbers."""
+    path, weights = huggingface.read_weights(folder)
+    weights = {name: x.clone() for name, x in weights.items()}
+    wte = weights["wte.weight"]
+    weights["wte.weight"] = torch.cat([wte, torch.full((rows - len(wte), 8), 1e3)])
+    path.unlink()
+    huggingface.write_safetensors(path, weights)
+    edit(folder / "config.json", vocab_size=rows)
+
+
+@pytest.mark.parametrize("rows, tokens, said", [
+    (320, [], "rows of the embedding without a token: 20 of 320"),
+    (301, ["[PAD]"], "added tokens: 1 ([PAD])"),
+    (300, ["[PAD]"], "added tokens: 1 ([PAD])"),    # without a row
+    (304, ["[PAD]", "<|im_start|>", "é"], "added tokens: 2 ([PAD], <|im_start|>); rows of the "
+                                          "embedding without a token: 2 of 304"),
+    (303, ["日", "Ġkite", "<|pad|>"], "added tokens: 3 (日, Ġkite, <|pad|>)"),
+])
+@pytest.mark.parametrize("json_file", [False, True])
+def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, json_file):
+    """A vocabulary padded to 50,304 rows, a [PAD] of somebody's: the whole model was refused. Or
+    their rows move the mean that new tokens start from; or an added "é" takes the row of a byte."""
+    folder = copies / "published"
+    shape, weights, tokenizer, _ = read_folder(folder)
+    weights = {name: x.clone() for name, x in weights.items()}
+    resize(folder, rows)
+    if json_file:
+        layout = layouts(folder)[0]
+        for i, token in enumerate(tokens):
+            layout["added_tokens"].append({"content": token, "id": 300 + i})
+        (folder / "tokenizer.json").write_text(json.dumps(layout))
+    elif tokens:
+        added = {token: 300 + i for i, token in enumerate(tokens)}
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    assert capsys.readouterr().out == ""
+    again, found, other, _ = read_folder(folder)
+    assert again == shape and other.vocabulary == tokenizer.vocabulary
+    assert_same_weights(found, weights)
+    printed = capsys.readouterr().out
+    assert printed == f"{folder}: left out, as no part of GPT-2: {said}\n"
+
+
+def test_where_it_cannot_be_the_way_is_named(copies):
+    """A model whose tokenizer is another one's, or ends texts with a token of another name; a clone
+    without Git LFS; an adapter without its model."""
+    folder = copies / "published"
+    layout = layouts(folder)[1]
+    text = json.dumps(layout)
+    (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "</s>"))
+    refused(folder, "special tokens </s>, but neither .* rename the token that ends a text")
+    layout["model"]["vocab"]["zzzz"] = 300
+    (folder / "tokenizer.json").write_text(json.dumps(layout))
+    resize(folder, 301)
+    refused(folder, "no merge makes the token 'zzzz'")
+    (folder / "tokenizer.json").write_text(text)
+    resize(folder, 1000)
+    refused(folder, "the model has 1,000 tokens, its tokenizer 300; copy the model's own")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid ")
+    refused(folder, "model.safetensors: is only a pointer of Git LFS; .* git lfs pull")
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    refused(folder, "is an adapter .*, not a whole model; merge it")
+
+
 def test_other_containers(copies):
     """The weights as pytorch_model.bin, new and old, with a prefix, with a copy of the tied head,
-    and as float16."""
+    and as float16; the masks of every version; in parts with an index."""
     folder = copies / "published"
     weights = {name: x.clone() for name, x in read_folder(folder)[1].items()}
     path, raw = huggingface.read_weights(folder)
     raw = {name: x.clone() for name, x in raw.items()}
     path.unlink()
-    prefixed = {f"transformer.{name}": x for name, x in raw.items()}
-    prefixed["lm_head.weight"] = raw["wte.weight"]
-    for new in (True, False):
-        torch.save(prefixed, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
-        assert_same_weights(read_folder(folder)[1], weights)
+    for dtype in (torch.float32, torch.uint8, torch.bool):
+        raw["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril().to(dtype)
+        raw["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        prefixed = {f"transformer.{name}": x for name, x in raw.items()}
+        prefixed["lm_head.weight"] = raw["wte.weight"]
+        for tensors in (raw, prefixed):
+            for new in (True, False):
+                torch.save(tensors, folder / "pytorch_model.bin",
+                           _use_new_zipfile_serialization=new)
+                assert_same_weights(read_folder(folder)[1], weights)
     torch.save({name: x.half() for name, x in raw.items()}, folder / "pytorch_model.bin")
     assert torch.equal(read_folder(folder)[1]["wpe.weight"], weights["wpe.weight"].half())
+
+    (folder / "pytorch_model.bin").unlink()
+    index = {}
+    for number in (1, 2):
+        part = f"pytorch_model-{number:05}-of-00002.bin"
+        names = list(prefixed)[number - 1::2]
+        torch.save({name: prefixed[name] for name in names}, folder / part)
+        index.update({name: part for name in names})
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    assert_same_weights(read_folder(folder)[1], weights)
 
 
 def edit(path, **changes):
@@ -148,7 +265,8 @@ def edit(path, **changes):
     (dict(n_layer=3), "h.2.ln_1.weight is missing"),
     (dict(n_layer=1), "h.1.* none of a GPT-2's"),
     (dict(n_positions=8), r"wpe.weight is \(16, 8\)"),
-    (dict(vocab_size=302), "vocab_size is 302"),
+    (dict(vocab_size=299), "vocab_size is 299"),
+    (dict(vocab_size=302), r"wte.weight is \(300, 8\), but by config.json \(302"),
     (dict(n_embd=None), "n_embd is None"),
 ])
 def test_another_architecture_is_named(copies, changes, match):
@@ -170,11 +288,9 @@ def test_another_tokenizer_is_named(copies):
     path = copies / "saved" / "tokenizer.json"
     whole = json.loads(path.read_text())
     model = whole["model"]
-    added = whole["added_tokens"] + [{"content": "[PAD]", "id": len(model["vocab"])}]
     merges = model["merges"]
     for changes, match in (
             (dict(normalizer={"type": "NFC"}), "normalizer"),
-            (dict(added_tokens=added), "the special tokens .*PAD"),
             (dict(pre_tokenizer={**whole["pre_tokenizer"], "add_prefix_space": True}),
              "pre_tokenizer"),
             (dict(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
@@ -182,7 +298,7 @@ def test_another_tokenizer_is_named(copies):
             (dict(model={**model, "type": "Unigram"}), "type"),
             (dict(model={**model, "dropout": 0.1}), "dropout"),
             (dict(model={**model, "merges": merges[::-1]}), "not a whole file"),
-            (dict(model={**model, "merges": merges[:-1]}), "the special tokens"),
+            (dict(model={**model, "merges": merges[:-1]}), "no merge makes the token"),
             (dict(model={**model, "merges": merges + [["Ġlal", "a"]]}), "not a whole file")):
         path.write_text(json.dumps({**whole, **changes}))
         refused(copies / "saved", f"{path}: .*{match}")
