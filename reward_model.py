@@ -376,7 +376,8 @@ def stage_comparisons(config):
     folder = stage_folder(config, "reward_model")
     if (folder / "checkpoint.pt").exists():
         refuse_stale(folder)
-        refuse_flags(config, COLLECTING, f"{folder} has its comparisons already")
+        if not config.resume:  # a run that trained the stage first is resumed with its flags
+            refuse_flags(config, COLLECTING, f"{folder} has its comparisons already")
     else:
         train(config)
     return read_comparisons(folder)

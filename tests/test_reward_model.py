@@ -739,13 +739,14 @@ def train(folder, *flags):
 
 
 @contextlib.contextmanager
-def stopped_after(step):
-    """A run inside is stopped after this step, when its state has been saved if it was due."""
+def stopped_after(step, stage="reward_model"):
+    """A stage's run inside is stopped after this step, when its state has been saved if it was
+    due."""
     end_step = Run.end_step
 
     def stop(run, state):
         end_step(run, state)
-        if run.step == step:
+        if (run.stage, run.step) == (stage, step):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -1151,7 +1152,9 @@ def test_the_process_model_learns_from_the_stages_own_responses(teller, capsys):
     flags = "--process --max_new_tokens 90 --batch 4 --report 4 --warmup 1 --lr 0.01"
     argv = ["--size", "cpu", "--out", str(out), *flags.split()]
     # This trains the missing reward model first, with these flags.
-    reward_model.main([*argv, "--pairs", "48", "--held_out", "24"])
+    with stopped_after(6, "process_model"):
+        reward_model.main([*argv, "--pairs", "48", "--held_out", "24"])
+    reward_model.main([*argv, "--pairs", "48", "--held_out", "24", "--resume"])
     stage = out / "cpu/reward_model"
     folder = out / "cpu/process_model"
     before = snapshot(stage)
@@ -1177,11 +1180,9 @@ def test_the_process_model_learns_from_the_stages_own_responses(teller, capsys):
     marks = sum(len(response.marks) for response in responses)
     assert f"steps   {marks} in 96 responses, " in capsys.readouterr().out
 
-    whole = folder.rename(out / "whole")
-    with stopped_after(6):
-        reward_model.main(argv)
-    reward_model.main([*argv, "--resume"])
-    check_same(folder, whole)
+    resumed = folder.rename(out / "resumed")
+    reward_model.main(argv)
+    check_same(folder, resumed)
     assert snapshot(stage) == before
 
 
