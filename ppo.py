@@ -276,11 +276,11 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
     return rollouts
 
 
-def minibatches(count, epochs, size, rng):
+def minibatches(count, epochs, size, rng, device):
     """The rows of every optimizer step: `epochs` passes over `count` rows, each in a new order."""
     batches = []
     for epoch in range(epochs):
-        order = torch.tensor(rng.sample(range(count), count))
+        order = torch.tensor(rng.sample(range(count), count), device=device)
         batches += order.split(size)
     return batches
 
@@ -344,7 +344,8 @@ def ppo(policy, reference, value_model, task, config, run):
         log_rollouts(run, iteration, rollouts, rewards, beta, task, config)
 
         # 4. Update: K epochs of minibatches on the same rollouts.
-        for rows in minibatches(config.rollouts, config.epochs, config.minibatch, rng):
+        for rows in minibatches(config.rollouts, config.epochs, config.minibatch, rng,
+                                mask.device):
             tokens_in_batch = mask[rows].sum()
             for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):
                 batch = rollouts.pick(part)
@@ -530,7 +531,7 @@ def policy_gradients(policy, reference, value_model, task, config, run):
         log_rollouts(run, iteration, rollouts, rewards, config.beta, task, config)
 
         # 4. Update.
-        for rows in minibatches(config.rollouts, epochs, size, rng):
+        for rows in minibatches(config.rollouts, epochs, size, rng, mask.device):
             tokens_in_batch = mask[rows].sum()
             for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):
                 batch = rollouts.pick(part)
@@ -593,6 +594,9 @@ def train(config):
     if config.group < least or config.rollouts % config.group:
         raise InputError(f"--group {config.group}: must be at least {least} and divide --rollouts "
                          f"{config.rollouts}")
+    if config.kl_target and not config.beta:
+        raise InputError(f"--kl_target {config.kl_target}: has no use with --beta 0, which no factor "
+                         "changes")
     reward_of(config.reward, config.data)  # refused before minutes of training
     own = None
     held_out = None
