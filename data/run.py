@@ -58,7 +58,8 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     where the other one has one of these values or, where none is listed, is set at all ("": is not
     set).
     config.given: the names of the flags on the command line. Fields must have the type int, float,
-    str, bool or a Literal of strings, whose values are the flag's choices. TypeError, a bug of ours, for a field without a comment.
+    str, bool or a Literal of strings, whose values are the flag's choices. TypeError, a bug of
+    ours, for a field without a comment.
     """
     comments = field_comments(Config)
     parser = _Parser(description=description, allow_abbrev=False)
@@ -698,11 +699,14 @@ class Run(SilentRun):
         self.write_metrics()
 
     def made_from(self):
-        """{checkpoint of an earlier stage: its checksum}, which the run's own checkpoint keeps."""
+        """{checkpoint in a folder beside this one: its checksum}, of the earlier stages, which the
+        run's own checkpoint keeps."""
         found = {}
-        for name, crc in self.saved["sources"].items():
-            if name.endswith("/checkpoint.pt"):
-                found[name] = crc
+        for path in self.sources:
+            beside = path.parent.resolve().parent == self.home.resolve().parent
+            if beside and path.name == "checkpoint.pt":
+                name = f"{path.parent.name}/{path.name}"
+                found[name] = self.saved["sources"][name]
         return found
 
     def figures(self):
