@@ -301,7 +301,7 @@ def log_rollouts(run, iteration, rollouts, rewards, beta, task, config):
 
     G = returns_to_go(rewards, rollouts.mask, config.gamma)[rollouts.mask]
     V = rollouts.old_values[rollouts.mask]
-    if V.any() and G.var() > 1e-8:
+    if V.any() and G.var(correction=0) > 1e-8:
         run.log(iteration, value_explained=1 - (G - V).var(correction=0) / G.var(correction=0))
 
 
