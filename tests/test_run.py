@@ -20,8 +20,8 @@ import torch
 import gpt
 from data import run
 from data.files import InputError, lock_folder
-from data.run import (Run, SilentRun, check_name, complete, memory_mapped, parse_config, progress,
-                      train_missing)
+from data.run import (Run, SilentRun, allow_flags, check_name, complete, memory_mapped,
+                      parse_config, progress, refuse_flags, train_missing, write_torch)
 from helpers import metrics, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,6 +278,18 @@ def test_flags_that_would_be_ignored_are_refused(argv, message):
     assert str(error.value) == message
 
 
+def test_flags_that_a_job_has_no_use_for():
+    """A flag that is ignored: somebody thinks that it has done something. A default is no flag."""
+    config = choose(*"--count 0 --width 3 --text a".split())
+    assert set(config.given) == {"count", "width", "text"}
+    refuse_flags(config, ("size", "rate"), "is not said")
+    allow_flags(config, ("count", "width"), "text")
+    with pytest.raises(InputError, match="^--width 3: is too much$"):
+        refuse_flags(config, ("rate", "width"), "is too much")
+    with pytest.raises(InputError, match="^--count 0: cannot be used with --text$"):
+        allow_flags(config, ("width", "rate"), "text")
+
+
 def test_presets(capsys):
     """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or is
     not in --help."""
@@ -347,8 +359,12 @@ def test_numbers_that_are_none_are_refused(name, flag, value):
     message = f"--{flag} {float(value)}: must be a number, and not negative"
     with pytest.raises(InputError, match=message):
         parse_config(module.Config, module.GPU, [f"--{flag}={value}"], "")
-    config = parse_config(module.Config, module.GPU, ["--size", "cpu", f"--{flag}=0"], "")
-    assert getattr(config, flag) == 0      # beta 0 is the README's experiment
+    zero = ["--size", "cpu", f"--{flag}=0"]
+    if flag == "lr":
+        with pytest.raises(InputError, match="^--lr 0.0: must be positive; with 0 nothing is lear"):
+            parse_config(module.Config, module.GPU, zero, "")
+    else:   # beta 0 is the README's experiment
+        assert getattr(parse_config(module.Config, module.GPU, zero, ""), flag) == 0
 
 
 @pytest.mark.parametrize("name, asked", [
@@ -405,11 +421,11 @@ def test_a_runs_name_begins_with_its_stage(stage, other):
 # Stages that are missing
 
 
-def trained(out, *names):
-    """Put a checkpoint into the folders of these stages."""
+def trained(out, *names, **values):
+    """Put a checkpoint, which holds these values, into the folders of these stages."""
     for name in names:
         (out / "cpu" / name).mkdir(parents=True, exist_ok=True)
-        (out / "cpu" / name / "checkpoint.pt").touch()
+        write_torch(out / "cpu" / name / "checkpoint.pt", values)
 
 
 @pytest.fixture
@@ -467,6 +483,38 @@ def test_what_is_missing_is_announced_and_trained(there, needed, stage, asked, p
         train_missing(gpt.Config(size="gpu", out=str(tmp_path)), needed, stage)
         plan = "plan    gpt → sft → reward_model → ppo\n"    # the minutes are another machine's
         assert capsys.readouterr().out.startswith(plan)
+
+
+def test_a_stage_that_is_stale_is_refused(calls, tmp_path):
+    """The base model is trained again, and the old SFT model is compared with the new one's loss;
+    a base model from another folder that is taken for the one in this folder."""
+    trained(tmp_path, "gpt")
+    trained(tmp_path / "elsewhere", "gpt", seed=2)
+    folder = tmp_path / "cpu/sft"
+    base = tmp_path / "cpu/gpt/checkpoint.pt"
+    other = tmp_path / "elsewhere/cpu/gpt/checkpoint.pt"
+    data = tmp_path / "cpu/gpt/pairs.jsonl"
+    data.write_text("{}")
+    config = gpt.Config(size="cpu", out=str(tmp_path))
+    with Run("sft", folder, config, 1, [other]) as one:
+        assert one.made_from() == {}
+    with Run("sft", folder, config, 1, [base, data]) as one:
+        made_from = one.made_from()
+        write_torch(one.folder / "checkpoint.pt", {"made_from": made_from})
+        one.finish()
+    assert list(made_from) == ["gpt/checkpoint.pt"]
+    train_missing(config, ["gpt", "sft"], "ppo")
+    trained(tmp_path, "gpt", seed=3)
+    with pytest.raises(InputError) as error:
+        train_missing(config, ["gpt", "sft"], "ppo")
+    message = f"{folder / 'checkpoint.pt'}: was made from another {base}; train sft again"
+    assert str(error.value) == message
+    base.unlink()   # not known to be another one
+    train_missing(config, ["gpt", "sft"], "ppo")
+    (folder / "checkpoint.pt").write_text("not a checkpoint")
+    with pytest.raises(InputError, match=f"checkpoint.pt: {BROKEN}"):
+        train_missing(config, ["gpt", "sft"], "ppo")
+    assert calls == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -611,6 +659,7 @@ def test_a_runs_figures(tmp_path, clock, monkeypatch, capsys):
             one.time("rollout_s")
             clock[0] += 1.5
             one.time("update_s")
+            one.note("once")
             if one.due(step):
                 row = rows[step // 6]
                 one.log(step, lr=row["lr"], tall_name=row["tall_name"], excess=row["excess"])
@@ -619,6 +668,7 @@ def test_a_runs_figures(tmp_path, clock, monkeypatch, capsys):
         assert one.rows == rows == metrics(one.folder / "metrics.jsonl")
         assert one.figures() == untimed(rows)
     assert capsys.readouterr().out.splitlines() == [
+        "note    once",
         "                                tall",
         "     step     loss       lr     name   excess   left",
         "   6/8       0.500  1.5e-05  -12.000    25.0%   1:00",
