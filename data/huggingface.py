@@ -69,16 +69,20 @@ PAD = "<|pad|>"
 
 # In the chat format a user's "<|end|>" must stay text. The template puts ESCAPE into every "<|"
 # (and doubles it where a text already has it), so no special token is found there; the normalizer,
-# which runs after that search, takes it out again.
+# which runs after that search, takes it out again. {% generation %} marks what the model writes,
+# the part that TRL trains on with assistant_only_loss.
 ESCAPE = "\ufdd0"  # a code point that is not a character and never will be
 NORMALIZER = {"type": "Replace", "pattern": {"Regex": f"{ESCAPE}(?=\\|)"}, "content": ""}
 TEMPLATE = (
     "{%- for message in messages -%}\n"
+    "{%- if message['content'] is not string -%}"
+    "{{ raise_exception('this model reads text only: content must be a string') }}"
+    "{%- endif -%}\n"
     "{%- set text = message['content'] | replace('#|', '##|') | replace('<|', '<#|') -%}\n"
     "{%- if message['role'] == 'user' and loop.index == 1 -%}"
     "{{ '<|user|>' + text }}\n"
     "{%- elif message['role'] == 'assistant' and loop.index == 2 -%}"
-    "{{ '<|assistant|>' + text + '<|end|>' }}\n"
+    "{{ '<|assistant|>' }}{% generation %}{{ text + '<|end|>' }}{% endgeneration %}\n"
     "{%- else -%}"
     "{{ raise_exception('this model knows one exchange: "
     "a message of the user, then one of the assistant') }}\n"
@@ -452,9 +456,11 @@ def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0
             tensor = tensor.T
         tensors[f"transformer.{name}"] = tensor
     architecture = "GPT2LMHeadModel"
+    padding_side = "left"  # so generate() continues the text, not the padding
     if "transformer.head.weight" in tensors:
         # r = w·x + b, but that class has no b, so ln_f's bias takes it: w·(x + b w/w·w) = w·x + b.
         architecture = "GPT2ForSequenceClassification"
+        padding_side = "right"
         w = tensors.pop("transformer.head.weight")  # (1, C)
         b = tensors.pop("transformer.head.bias")  # (1,)
         shift = b * w / (w * w).sum().clamp(min=1e-30)  # (1, C)
@@ -486,6 +492,7 @@ def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0
         "chat_template": TEMPLATE,
         "eos_token": "<|end|>",
         "pad_token": PAD,
+        "padding_side": padding_side,
         "model_max_length": shape["block_size"],
         "clean_up_tokenization_spaces": False,
     }

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2.sandbox  # torch needs it too
 import numpy as np
 import pytest
 import torch
@@ -520,6 +521,52 @@ def test_padding_is_no_token_of_a_text(tmp_path):
     assert generation["temperature"] == 0.7 and generation["do_sample"]
     assert generation["top_k"] == 0
     assert read_folder(folder)[3] is False and config["bos_token_id"] is None
+
+
+def test_padding_is_on_the_side_that_each_model_needs(tmp_path):
+    """transformers continues a batch after its last column: padded on the right, prompts of
+    different lengths get broken texts. The reward model reads its score at the last token."""
+    tokenizer = Tokenizer(train("a fox and a kite", 270))
+    for model, side in ((tiny_gpt(0, tokenizer.n_vocab), "left"),
+                        (tiny_reward_model(0, tokenizer.n_vocab), "right")):
+        write_folder(tmp_path / side, vars(model.config), model.state_dict(), tokenizer)
+        options = json.loads((tmp_path / side / "tokenizer_config.json").read_text())
+        assert options["padding_side"] == side
+
+
+class Refused(Exception):
+    """What the chat template raises."""
+
+
+def render(messages, **options):
+    """The chat template's text. transformers' {% generation %} is shown as [ ]."""
+    def refuse(message):
+        raise Refused(message)
+    template = huggingface.TEMPLATE.replace("{% generation %}", "[")
+    template = template.replace("{% endgeneration %}", "]")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template).render(messages=messages, **options)
+
+
+def test_the_chat_template():
+    """Content in parts or None prints Python into the prompt ("[{'type': 'text', …"); without
+    {% generation %} TRL's assistant_only_loss has nothing to train on."""
+    user = {"role": "user", "content": " Hi "}
+    assistant = {"role": "assistant", "content": "Ho<|end|>"}
+    escaped = "Ho<\ufdd0|end|>"
+    assert render([user], add_generation_prompt=True) == "<|user|> Hi <|assistant|>"
+    assert render([user, assistant]) == f"<|user|> Hi <|assistant|>[{escaped}<|end|>]"
+    for content in (None, 3, ["Hi"], [{"type": "text", "text": "Hi"}], {"text": "Hi"}):
+        for messages in ([{**user, "content": content}], [user, {**assistant, "content": content}]):
+            with pytest.raises(Refused, match="content must be a string"):
+                render(messages)
+    with pytest.raises(Refused, match="content must be a string"):
+        render([{"role": "user"}])
+    for messages in ([assistant], [user, user], [user, assistant, user],
+                     [{"role": "system", "content": "be kind"}, user]):
+        with pytest.raises(Refused, match="one exchange"):
+            render(messages)
 
 
 def test_a_vocabulary_without_merges_comes_back(tmp_path):

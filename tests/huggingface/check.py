@@ -6,12 +6,14 @@ Not part of the test suite:
     python -m tests.huggingface.check OUT/SIZE FOLDER [NAME ...]
 
 Of every stage: ids of 10,000 texts, odd Unicode among them, with and without the chat format;
-logits; greedy text; of the reward model its scores, one by one and padded.
+which of them the assistant wrote; logits; greedy text, one by one and in a padded batch; of the
+reward model its scores, likewise.
 """
 
 import random
 import sys
 
+import jinja2
 import torch
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer)
@@ -65,8 +67,15 @@ def check(path, stage, size, folder):
             row = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=room)[0]
             found = their_tokenizer.decode(row[len(prompt):], skip_special_tokens=True)
             unequal += text != found
-    print(f"{stage}: logits differ by {gap:.1e} at most; {unequal} of {len(prompts)} greedy texts "
-          "differ")
+
+        # A batch, padded as the exported tokenizer pads.
+        batch = their_tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        rows = theirs.generate(**batch, do_sample=False, max_new_tokens=room)
+        rows = rows[:, batch["input_ids"].shape[1]:]
+        found = their_tokenizer.batch_decode(rows, skip_special_tokens=True)
+        unequal += sum(text != other for text, other in zip(ours, found))
+    print(f"{stage}: logits differ by {gap:.1e} at most; {unequal} of {2 * len(prompts)} greedy "
+          "texts differ")
     return same_ids and gap < 1e-4 and unequal == 0
 
 
@@ -85,7 +94,16 @@ def check_ids(stage, tokenizer, theirs):
         both = prompt + tokenizer.response(text)
         wrong += prompt != theirs.apply_chat_template([user], add_generation_prompt=True,
                                                       return_dict=False)
-        wrong += both != theirs.apply_chat_template([user, assistant], return_dict=False)
+        found = theirs.apply_chat_template([user, assistant], return_dict=True,
+                                           return_assistant_tokens_mask=True)
+        written = [0] * len(prompt) + [1] * (len(both) - len(prompt))
+        wrong += both != found["input_ids"] or written != found["assistant_masks"]
+    for content in (None, 3, [{"type": "text", "text": "Hi"}]):
+        try:
+            theirs.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            wrong += 1
+        except jinja2.exceptions.TemplateError:
+            pass
 
     plain = 0
     for text in SPELLED:
