@@ -595,8 +595,7 @@ def train(config):
         raise InputError(f"--group {config.group}: must be at least {least} and divide --rollouts "
                          f"{config.rollouts}")
     if config.kl_target and not config.beta:
-        raise InputError(f"--kl_target {config.kl_target}: has no use with --beta 0, which no factor "
-                         "changes")
+        raise InputError(f"--kl_target {config.kl_target}: cannot be used with --beta 0")
     reward_of(config.reward, config.data)  # refused before minutes of training
     own = None
     held_out = None
