@@ -285,8 +285,8 @@ def minibatches(count, epochs, size, rng, device):
     return batches
 
 
-def log_rollouts(run, iteration, rollouts, rewards, beta, task, config):
-    """Log what a batch of rollouts says of the policy and of V."""
+def log_rollouts(run, iteration, rollouts, rewards, beta, value_model, task, config):
+    """Log what a batch of rollouts says of the policy and, if there is one, of V."""
     R = rollouts.scores + rollouts.token_rewards.sum(dim=1)  # R(x, y)
     if R[rollouts.ended].mean() < config.missing_end_score:
         run.note("finished responses score less than unfinished ones: never ending pays; lower "
@@ -299,10 +299,12 @@ def log_rollouts(run, iteration, rollouts, rewards, beta, task, config):
             length=rollouts.mask.sum(dim=1).float().mean(),
             no_end=1 - rollouts.ended.float().mean())
 
-    G = returns_to_go(rewards, rollouts.mask, config.gamma)[rollouts.mask]
-    V = rollouts.old_values[rollouts.mask]
-    if V.any() and G.var(correction=0) > 1e-8:
-        run.log(iteration, value_explained=1 - (G - V).var(correction=0) / G.var(correction=0))
+    if value_model:
+        G = returns_to_go(rewards, rollouts.mask, config.gamma)[rollouts.mask]
+        V = rollouts.old_values[rollouts.mask]
+        explained = 1 - (G - V).var(correction=0) / G.var(correction=0)
+        nothing = G.var(correction=0) < 1e-8  # only rounding is left to explain
+        run.log(iteration, value_explained=torch.where(nothing, 0.0, explained))
 
 
 def ptx_backward(policy, documents, tokens_in_batch, config):
@@ -341,7 +343,7 @@ def ppo(policy, reference, value_model, task, config, run):
         advantages, returns = gae(rewards, rollouts.old_values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)
         rollouts = rollouts._replace(advantages=advantages, returns=returns)
-        log_rollouts(run, iteration, rollouts, rewards, beta, task, config)
+        log_rollouts(run, iteration, rollouts, rewards, beta, value_model, task, config)
 
         # 4. Update: K epochs of minibatches on the same rollouts.
         for rows in minibatches(config.rollouts, config.epochs, config.minibatch, rng,
@@ -528,7 +530,7 @@ def policy_gradients(policy, reference, value_model, task, config, run):
         rewards = rewards + rollouts.token_rewards
         advantages, returns = estimate_advantages(rewards, rollouts, adaptive["mean"], config)
         rollouts = rollouts._replace(advantages=advantages, returns=returns)
-        log_rollouts(run, iteration, rollouts, rewards, config.beta, task, config)
+        log_rollouts(run, iteration, rollouts, rewards, config.beta, value_model, task, config)
 
         # 4. Update.
         for rows in minibatches(config.rollouts, epochs, size, rng, mask.device):
