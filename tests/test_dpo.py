@@ -14,8 +14,10 @@ import torch
 
 import dpo
 import reward_model
+import sft
 from data import stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
+from data.judges import annotator_judge, constitution_judge
 from data.run import Run, SilentRun, read_torch, write_torch
 from data.tokenizer import Pair, encode_pairs, labels_of
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, orpo_loss, simpo_loss
@@ -393,17 +395,19 @@ def test_the_loss_that_is_reported_is_the_one_that_was_trained_on(loop, monkeypa
 
 
 def label_by_hand(policy, reference, label, z0):
-    """(KTO's loss, r̂ - z0 on the label's side) of a Label, with β 0.3."""
+    """(KTO's loss with β 0.3, λ_D 1.5 and λ_U 0.75; r̂ - z0 on the label's side) of a Label."""
     r = 0.3 * (log_ratio_by_hand(policy, reference, label.ids, label.prompt_length) - z0)
     margin = r if label.desirable else -r
-    return 1 - 1 / (1 + (-margin).exp()), margin
+    weight = 1.5 if label.desirable else 0.75
+    return weight * (1 - 1 / (1 + (-margin).exp())), margin
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 10])
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_step_label_by_label(paired, micro_batch, monkeypatch):
-    """A micro-batch with a weight or a baseline of its own; a gradient through the baseline; an
-    accuracy of pairs beside that of labels, or of responses to different prompts."""
+    """A micro-batch with a weight or a baseline of its own; a gradient through the baseline; the
+    good labels' weight on the bad ones; an accuracy of pairs beside that of labels, or of responses
+    to different prompts."""
     labels = random.Random(3).sample(LABELS, len(LABELS))
     held_out = LABELS if paired else labels
     [order] = batches_by_length([len(label.ids) for label in labels], 10, random.Random(0))
@@ -418,7 +422,8 @@ def test_a_step_label_by_label(paired, micro_batch, monkeypatch):
 
     gradients = record_gradients(policy, monkeypatch)
     run = SilentRun()
-    config = dpo.Config(loss="kto", beta=0.3, batch=10, micro_batch=micro_batch)
+    config = dpo.Config(loss="kto", beta=0.3, batch=10, micro_batch=micro_batch,
+                        desirable_weight=1.5, undesirable_weight=0.75)
     dpo.kto(policy, reference, labels, held_out, paired, make_optimizer(policy, weight_decay=0.0),
             config, random.Random(0), run)
     assert all(parameter.grad is None for parameter in reference.parameters())
@@ -663,6 +668,7 @@ def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     ("--loss kto --gamma 1", "--gamma 1.0: goes with"),
     ("--loss ipo --lam 1", "--lam 1.0: goes with --loss orpo only"),
     ("--loss simpo --lam 1", "--lam 1.0: goes with"),
+    ("--undesirable_weight 2", "--undesirable_weight 2.0: goes with --loss kto only"),
     ("--loss orpo --beta 0.1", "--beta 0.1: goes with --loss dpo or ipo or kto or simpo only"),
     ("--pairs 8", "--pairs 8: goes with --online only"),
     ("--online 0 --pairs 8", "--pairs 8: goes with --online only"),
@@ -697,8 +703,8 @@ def test_a_loss_brings_its_defaults(monkeypatch, capsys):
     assert plain == dpo.Config(size="cpu")
     assert (plain.loss, plain.start, plain.batch) == ("dpo", "sft", 32)
     assert (kto.batch, kto.beta, kto.start) == (64, plain.beta, "sft")  # 64 labels: 32 pairs
-    assert (simpo.beta, simpo.start) == (10.0, "sft")
-    assert orpo.start == "gpt" and orpo.lr != plain.lr
+    assert (simpo.beta, simpo.start, simpo.lr) == (10.0, "sft", plain.lr / 2)
+    assert (orpo.start, orpo.lr) == ("gpt", sft.Config.lr)  # it learns to answer, as SFT does
     assert (own_orpo.start, own_orpo.lr, own_simpo.beta, ipo.beta) == ("sft", 0.5, 3.0, 0.05)
     with pytest.raises(SystemExit):
         dpo.main(["--help"])
@@ -790,10 +796,11 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, cap
     a round trained on the pairs of another, or with its prompts; an optimizer or a schedule that
     starts again; a judge who isn't asked, or is in memory and isn't."""
     loaded = record_loads(monkeypatch)
-    sft, tokenizer = load(out / "cpu/sft", "sft")
+    start, tokenizer = load(out / "cpu/sft", "sft")
     collect_pairs = dpo.collect_pairs
     name = "kto" if loss == "kto" else "fit_pairs"
     learn = getattr(dpo, name)
+    others = {"annotator": annotator_judge, "constitution": constitution_judge}
     sampled = []    # the policy's weights at each round
     learnt = []     # the pairs or labels of each round
     policies = []   # of each round
@@ -810,14 +817,15 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, cap
         policies.append(policy)
         sampled.append({name: x.clone() for name, x in policy.state_dict().items()})
         assert ("reward_model" in loaded) == (judge == "reward_model")
-        assert (dpo.JUDGES.get(judge) in rest) == (judge != "reward_model")
+        asked = [other for other in others if others[other] in rest]
+        assert asked == ([] if judge == "reward_model" else [judge])
         return collect_pairs(policy, *rest)
 
     def recorded_learn(policy, reference, items, held_out, *rest):
         assert policy is policies[-1]
         learnt.append(items)
         learn(policy, reference, items, held_out, *rest)
-        assert reference is None if loss == "simpo" else same_weights(reference, sft)
+        assert reference is None if loss == "simpo" else same_weights(reference, start)
 
     monkeypatch.setattr(dpo, "collect_pairs", recorded_collect)
     monkeypatch.setattr(dpo, name, recorded_learn)
@@ -829,8 +837,8 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, cap
     peak = rates.index(max(rates))
     assert peak < steps // 2 and rates[peak:] == sorted(rates[peak:], reverse=True)
     first, second = sampled
-    assert all(torch.equal(x, first[name]) for name, x in sft.state_dict().items())
-    assert not all(torch.equal(x, second[name]) for name, x in sft.state_dict().items())
+    assert all(torch.equal(x, first[name]) for name, x in start.state_dict().items())
+    assert not all(torch.equal(x, second[name]) for name, x in start.state_dict().items())
 
     prompts = []
     for number in (1, 2):
