@@ -159,6 +159,18 @@ for seed in ${SEEDS:-1 2 3}; do
     cp -r "$out/pairs4/cpu/dpo-pairs4" "$out/cpu/"
     yardstick 9-more ppo,ppo-400,ppo-4x,dpo,dpo-pairs4 --samples 32
 
+    # A small reward model is put beside the SFT model of the usual size, which it was not made from:
+    # without this a run would refuse it as stale.
+    forget_source() {  # checkpoint
+        python - "$1" << 'END'
+import sys
+from pathlib import Path
+from data.run import read_torch, write_torch
+path = Path(sys.argv[1])
+write_torch(path, read_torch(path) | {"made_from": {}})
+END
+    }
+
     # The laws of over-optimization: fewer comparisons, and smaller reward models on all of them
     for law in 256 1024 4096 1-layer 2-layers; do
         copy_stages "$out/laws/$law" gpt sft
@@ -166,12 +178,19 @@ for seed in ${SEEDS:-1 2 3}; do
             pairs=$out/cpu/reward_model/pairs.jsonl
             out=$out/laws/$law
             case $law in
-                *layer*) (out=$out/small
-                          run gpt.py gpt --n_layer ${law%%-*}
-                          run sft.py sft
-                          run reward_model.py reward_model --data "$pairs")
-                         cp -r "$out/small/cpu/reward_model" "$out/cpu/" ;;
-                *) run reward_model.py reward_model --pairs $law ;;
+                *layer*)
+                    (
+                        out=$out/small
+                        run gpt.py gpt --n_layer ${law%%-*}
+                        run sft.py sft
+                        run reward_model.py reward_model --data "$pairs"
+                    )
+                    cp -r "$out/small/cpu/reward_model" "$out/cpu/"
+                    forget_source "$out/cpu/reward_model/checkpoint.pt"
+                    ;;
+                *)
+                    run reward_model.py reward_model --pairs $law
+                    ;;
             esac
             run ppo.py ppo-beta0 --name ppo-beta0 --beta 0
             python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies ppo-beta0 \
