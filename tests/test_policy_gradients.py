@@ -363,12 +363,12 @@ def test_pretraining_gradient(micro_batch):
     documents = []
     for length in (5, 2, 11, 3, 3, 7):
         documents.append([rng.randrange(V) for _ in range(length)])
-    config = ppo.Config(ptx=0.3, micro_batch=micro_batch)
+    config = ppo.Config(ptx=0.3, micro_batch=micro_batch, temperature=0.8)
     ppo.ptx_backward(policy, documents, torch.tensor(47), config)
     double = copy.deepcopy(policy).double()
     surprise = 0.0
     for row in documents:
-        logprobs = double(torch.tensor([row]))[0, :-1].log_softmax(dim=1)
+        logprobs = (double(torch.tensor([row]))[0, :-1] / 0.8).log_softmax(dim=1)
         surprise -= logprobs[range(len(row) - 1), row[1:]].sum()
     expected = torch.autograd.grad(0.3 * surprise / 47, double.parameters())
     for parameter, gradient in zip(policy.parameters(), expected):
