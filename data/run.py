@@ -13,6 +13,7 @@ Nothing in this file knows what a GPT is.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import inspect
 import io
@@ -33,7 +34,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import InputError, checksum, lock_folder, write_atomic, write_jsonl
+from data.files import (InputError, checksum, is_out_of_memory, lock_folder, write_atomic,
+                        write_jsonl)
 
 try:
     import resource
@@ -103,7 +105,7 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     if size == "gpu":
         values = {**gpu, **preset}
     values.update(given)
-    values["size"] = size
+    values["size"] = sys.intern(size)  # see Run.figures
     config = Config(**values)
     check_values(config, given)
     config.given = tuple(given)
@@ -711,8 +713,13 @@ class Run(SilentRun):
 
     def figures(self):
         """The rows without what depends on the machine: what a checkpoint keeps."""
-        return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE}
-                for row in self.rows]
+        rows = []
+        for row in self.rows:
+            # A pickle writes equal texts once if they are one object. They are not where one was
+            # read from a file: after --resume the checkpoint would be another file.
+            rows.append({sys.intern(name): value for name, value in row.items()
+                         if name not in OF_THE_MACHINE})
+        return rows
 
     def write_metrics(self):
         """Write all rows so far, atomically: a killed run leaves no half line, a resumed one
@@ -790,13 +797,20 @@ def read_torch(path):
 @contextlib.contextmanager
 def refused_if_broken(path, advice, of="this project"):
     """Whatever a damaged file makes torch or us raise becomes an InputError, one line with its
-    name."""
+    name. Only what is damaged is called so: a file that can't be read may be good, and memory that
+    runs out (see run_script) says nothing about it."""
     try:
         yield
     except InputError:
         raise
     except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, ValueError,
             LookupError, TypeError, EOFError, ArithmeticError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        # Where a damaged archive has the reader seek before the start of the file: EINVAL.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            message = f"{error.filename or path}: cannot be read: {error.strerror}"
+            raise InputError(message) from error
         reason = type(error).__name__
         if str(error):
             reason = str(error).splitlines()[0]
