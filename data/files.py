@@ -6,7 +6,8 @@
     labels.jsonl           {"prompt": "...", "completion": "...", "label": true}   or false
 
 A text may also be TRL's list of messages, [{"role": "user" or "assistant", "content": "..."}], and
-a demonstration {"messages": [...]}, but only one exchange (see plain). A .jsonl.gz is unpacked.
+a demonstration {"messages": [...]}, but only one exchange (see plain). A .jsonl.gz, .jsonl.bz2 or
+.jsonl.xz is unpacked; of Parquet, Arrow and others one line says how to convert them.
 
 A wrong file ends the script with one line that says where and why, never with a traceback:
 
@@ -16,13 +17,19 @@ Other fields are ignored, and so are blank lines, a byte order mark and the line
 The texts themselves are taken as they are: nothing is stripped or normalised.
 """
 
+import bz2
 import codecs
+import contextlib
+import errno
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import re
+import shlex
+import stat
 import sys
 import zlib
 from pathlib import Path
@@ -53,9 +60,11 @@ def read_chunks(path, size=2 ** 20):
 
     So the file is never in memory as a whole. A piece ends after a character that is not white
     space and before one that is, where a tokenizer splits the text as well.
-    InputError if the file is missing, empty, not UTF-8 or holds a NUL.
+    InputError if the file is missing, empty, not UTF-8 or holds a NUL; it names the format if the
+    file is of another one.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
+    start = b""         # of the file
     rest = ""           # decoded, but not yet yielded
     offset = 0          # bytes read
     characters = 0      # characters yielded
@@ -63,12 +72,14 @@ def read_chunks(path, size=2 ** 20):
     blank = True
     for block in itertools.chain(read_blocks(path, size), [b""]):
         last = block == b""
+        start = start or block[:10]
         offset += len(block)
         searched = max(0, len(rest) - 1)    # but for its last character: a line may be very long
         try:
             rest += decoder.decode(block, final=last)
         except UnicodeDecodeError as error:
             offset -= len(error.object) - error.start
+            refuse_other_formats(path, start)
             raise InputError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
                              f"{offset}; save the file as UTF-8") from None
         if at_start and rest:
@@ -83,6 +94,7 @@ def read_chunks(path, size=2 ** 20):
         text = rest[:end].replace("\r\n", "\n").replace("\r", "\n")
         rest = rest[end:]
         if "\0" in text:
+            refuse_other_formats(path, start)
             place = characters + text.index("\0") + 1
             raise InputError(f"{path}: holds a NUL at character {place}; "
                              "save the file as UTF-8 text")
@@ -103,20 +115,33 @@ def read_jsonl(path, fields):
     if there are no rows.
     """
     rows = []
-    for row, where in objects(path):
+    for row, where in objects(path, fields):
         rows.append({field: text_of(row, field, where) for field in fields})
     return rows
 
 
 def read_demonstrations(path):
-    """Rows {"prompt", "completion"}. In a row of a file of pairs, "chosen" is the completion."""
+    """Rows {"prompt", "completion"}. In a row of a file of pairs, "chosen" is the completion.
+
+    Rows with "label": false, which KTO has, are no demonstrations: they are left out, and a line
+    says how many. InputError if no other is left.
+    """
     rows = []
-    for row, where in objects(path):
+    bad = 0
+    for row, where in objects(path, ("prompt", "completion", "chosen")):
+        if row.get("label", True) == 0:     # false, or a 0 for it
+            bad += 1
+            continue
         field = "completion"
         if "completion" not in row and "chosen" in row:
             field = "chosen"
         rows.append({"prompt": text_of(row, "prompt", where),
                      "completion": text_of(row, field, where)})
+    if bad and not rows:
+        raise InputError(f'{path}: every row has "label": false; fine-tuning needs good completions')
+    if bad:
+        print(f'{path}: left out {bad:,} of {bad + len(rows):,} rows, whose "label" is false',
+              flush=True)
     return rows
 
 
@@ -133,9 +158,13 @@ def read_comparisons(folder):
 
 
 def read_labels(path):
-    """Rows {"prompt", "completion", "label"}, label true for a good response; a pair makes two."""
+    """Rows {"prompt", "completion", "label"}, label true for a good response; a pair makes two.
+
+    Pairs of equal texts are left out, and a line says how many.
+    """
     rows = []
-    for row, where in objects(path):
+    equal = 0
+    for row, where in objects(path, ("prompt", "completion", "chosen", "rejected")):
         if "label" not in row and "completion" in row:
             raise InputError(f'{where}: the field "label" is missing; true for a good completion, '
                              "false for a bad one")
@@ -146,10 +175,19 @@ def read_labels(path):
             labels = {"completion": row["label"]}
         else:
             labels = {"chosen": True, "rejected": False}
+        found = []
         for field, label in labels.items():
-            rows.append({"prompt": text_of(row, "prompt", where),
-                         "completion": text_of(row, field, where),
-                         "label": label})
+            found.append({"prompt": text_of(row, "prompt", where),
+                          "completion": text_of(row, field, where),
+                          "label": label})
+        if len(found) == 2 and found[0]["completion"] == found[1]["completion"]:
+            equal += 1
+        else:
+            rows += found
+    if equal and not rows:
+        raise InputError(f"{path}: every pair has two equal texts, which say nothing")
+    if equal:
+        print(f"{path}: left out {equal:,} pairs of two equal texts", flush=True)
     return rows
 
 
@@ -197,8 +235,14 @@ def split_prompts(path):
 
 
 def read_blocks(path, size=2 ** 20):
-    """Yield the bytes of a file, `size` at a time; InputError if it is missing or unreadable."""
+    """Yield the bytes of a file, `size` at a time; InputError if it is missing or unreadable, or a
+    pipe: files are read more than once, also to see whether they are the same when a run resumes.
+    """
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is a pipe or a device, but will be read more than once; save "
+                             "its content as a file and name that")
         with open(path, "rb") as file:
             while block := file.read(size):
                 yield block
@@ -223,22 +267,14 @@ def checksum(path):
     return crc
 
 
-def objects(path):
+def objects(path, fields):
     """Yield (row, "FILE:LINE") for each line that isn't blank; messages become plain texts.
 
-    InputError if a line is not a JSON object, or if there is none.
+    fields: the texts that are wanted. InputError if a line is not a JSON object, or if there is
+    none.
     """
-    data = read_bytes(path)
-    if data.startswith(b"PAR1"):
-        new_path = Path(path).with_suffix(".jsonl")
-        raise InputError(f"{path}: is a Parquet file; convert it (pip install pandas pyarrow): "
-                         f"python -c \"import pandas; pandas.read_parquet('{path}')"
-                         f".to_json('{new_path}', orient='records', lines=True)\"")
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error}); copy it again") from None
+    data = unpacked(path, read_bytes(path))
+    refuse_other_formats(path, data)
     data = data.removeprefix(b"\xef\xbb\xbf")
 
     found = False
@@ -247,40 +283,104 @@ def objects(path):
         if line.strip():
             found = True
             where = f"{path}:{number}"
-            yield plain(parse_object(line, where), where), where
+            yield plain(parse_object(line, where), where, fields), where
     if not found:
         raise InputError(f"{path}: the file is empty; each line must be one JSON object")
 
 
-def plain(row, where):
+# How compressed files begin.
+GZIP = b"\x1f\x8b"
+BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
+XZ = b"\xfd7zXZ\0"
+ZSTD = b"\x28\xb5\x2f\xfd"
+ZIP = b"PK\x03\x04"
+
+
+def unpacked(path, data):
+    """The content of a gzip, bzip2 or xz file; other data as it is. InputError if it is damaged."""
+    name = "gzip"
+    try:
+        if data.startswith(GZIP):
+            return gzip.decompress(data)
+        if BZIP2.match(data):
+            name = "bzip2"
+            return bz2.decompress(data)
+        if data.startswith(XZ):
+            name = "xz"
+            return lzma.decompress(data)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(f"{path}: not a whole {name} file ({error}); copy it again") from None
+    return data
+
+
+def refuse_other_formats(path, data):
+    """InputError with the command that converts a file, if data, its first bytes, are not those of
+    a text but of a format that people's texts come in."""
+    quoted = shlex.quote(str(path))
+    command = None
+    if data.startswith(GZIP):
+        name, command = "gzip", "gzip -dk"
+    elif BZIP2.match(data):
+        name, command = "bzip2", "bzip2 -dk"
+    elif data.startswith(XZ):
+        name, command = "xz", "xz -dk"
+    elif data.startswith(ZSTD):
+        name, command = "zstd", "zstd -dk"
+    elif data.startswith(ZIP):
+        name, command = "zip", "unzip"
+    if command:
+        raise InputError(f"{path}: is a {name} file; unpack it: {command} {quoted}")
+
+    read = None
+    if data.startswith(b"PAR1"):
+        name, read = "Parquet", "pandas.read_parquet(sys.argv[1])"
+    elif data.startswith(b"ARROW1"):
+        name, read = "Arrow", "pandas.read_feather(sys.argv[1])"
+    elif data.startswith(b"\xff\xff\xff\xff"):
+        name = "Arrow"
+        read = "pyarrow.ipc.open_stream(open(sys.argv[1], 'rb')).read_pandas()"
+    if read:
+        new_path = shlex.quote(str(Path(path).with_suffix(".jsonl")))
+        raise InputError(f"{path}: is {name}; convert it (pip install pandas pyarrow): python -c "
+                         f"\"import sys, pandas, pyarrow; {read}.to_json(sys.argv[2], "
+                         f"orient='records', lines=True)\" {quoted} {new_path}")
+
+
+def plain(row, where, fields):
     """A row whose texts may be TRL's lists of messages -> the row with plain texts in their place.
 
     A "prompt" is one message of the user. The other texts are one message of the assistant, perhaps
-    after one of the user, which then is the prompt. Nothing is cut: InputError if there are more
-    turns, another role, or two different prompts.
+    after one of the user, which then is the prompt; "messages" is the "completion" of a row without
+    other answers. Nothing is cut: InputError if there are more turns, another role, or two
+    different prompts. Texts that are not wanted, not in fields, may be anything.
     """
     row = dict(row)
-    texts = ("prompt", "completion", "chosen", "rejected")
-    if isinstance(row.get("messages"), list) and not row.keys() & texts:
+    no_answers = not row.keys() & {"completion", "chosen", "rejected"}
+    from_messages = no_answers and isinstance(row.get("messages"), list)
+    if from_messages:
         row["completion"] = row["messages"]
-    for field in texts:
+    for field in ("prompt", "completion", "chosen", "rejected"):
         turns = row.get(field)
-        if not is_conversation(turns):
+        wanted = field in fields or "prompt" not in row
+        if not wanted or not is_conversation(turns):
             continue
-        if field == "prompt":
-            wanted = ["user"]
-        else:
-            wanted = ["user", "assistant"]
+
+        name = "messages" if from_messages and field == "completion" else field
+        exchange = ["user"] if field == "prompt" else ["user", "assistant"]
         roles = [turn["role"] for turn in turns]
-        if roles != wanted and roles != wanted[-1:]:
+        if "system" in roles or "developer" in roles:
+            raise InputError(f'{where}: "{name}" has a system message, and the chat format here has '
+                             "none; write its text at the beginning of the user's, or leave it out")
+        if roles != exchange and roles != exchange[-1:]:
             found = shown(", ".join(map(str, roles)))
-            raise InputError(f'{where}: "{field}" has the turns {found}, but must be one exchange, '
-                             f'{" then ".join(wanted)}; make a row of each')
+            raise InputError(f'{where}: "{name}" has the turns {found}, but only one exchange is '
+                             f'supported, {" then ".join(exchange)}; keep its first one, or remove '
+                             "the line")
 
         if len(turns) == 2:
             prompt = turns[0]["content"]
             if row.get("prompt", prompt) != prompt:
-                raise InputError(f'{where}: "{field}" begins with another prompt than the row has; '
+                raise InputError(f'{where}: "{name}" begins with another prompt than the row has; '
                                  "keep one of them")
             row["prompt"] = prompt
         row[field] = turns[-1]["content"]
@@ -333,6 +433,8 @@ def text_of(row, field, where):
     """row[field] if it is text that a tokenizer can take; InputError if it is not."""
     if field not in row:
         found = ", ".join(shown(key) for key in list(row)[:5]) or "an empty object"
+        if field == "prompt" and "chosen" in row:
+            found += "; if both texts begin with the prompt, cut it off and give it by itself"
         raise InputError(f'{where}: the field "{field}" is missing; found {found}')
     value = row[field]
     if not isinstance(value, str):
@@ -420,7 +522,8 @@ def lock_folder(folder):
     """Claim a folder for this process. Returns an open file to keep: closing it, or the end of the
     process, releases the folder.
 
-    InputError if another process has it. Half-written files of a killed run are removed.
+    InputError if another process has it. Where files can't be locked, a line says so. Half-written
+    files of processes that have ended are removed.
     """
     file = open(os.path.join(folder, "lock"), "w")
     try:
@@ -431,25 +534,101 @@ def lock_folder(folder):
         else:
             print(f"{folder}: this system locks no files; start no second run in this folder",
                   flush=True)
-    except OSError:
-        file.close()
-        raise InputError(f"{folder}: another run is using this folder; wait for it, or choose "
-                         "another one") from None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            print(f"{folder}: this file system locks no files; start no second run in this folder",
+                  flush=True)
+        else:
+            file.close()
+            raise InputError(f"{folder}: another run is using this folder; wait for it, or choose "
+                             "another one") from None
     for path in Path(folder).rglob("*.tmp"):
-        path.unlink()
+        writer = re.search(r"\.(\d+)\.tmp$", path.name)    # see write_atomic
+        if writer and not is_running(int(writer[1])):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                path.unlink()   # Windows refuses while a process has it open
     return file
+
+
+# What file systems say that have no locks: Lustre without -o flock, NFS without a lock daemon, some
+# of FUSE.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def is_running(process):
+    """Whether a process with this number is running. (On Windows never: os.kill would end it.)"""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:     # it is another user's
+        return True
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
 # Running a script
 
+def with_home(arguments):
+    """Command-line arguments with the home folder in place of ~ in paths. The shell does that in
+    "--out ~/x", but leaves "--out=~/x", and nobody wants a folder named ~."""
+    replaced = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--out", "--text", "--data", "--start"):
+            argument = flag + equals + os.path.expanduser(value)
+        elif replaced and replaced[-1] in ("--out", "--text", "--data", "--start"):
+            argument = os.path.expanduser(argument)
+        replaced.append(argument)
+    return replaced
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that there is no memory left: Python's, the system's, or one of
+    torch's, on a GPU or not."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    said = any(words in text for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
+                 "not enough memory", "bad alloc", "bad_alloc", "alloc_failed",
+                 "can't start new thread")
+
+
+def memory_advice(error):
+    """One line about an error that is_out_of_memory."""
+    asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    found = f" ({asked[0].replace('Tried', 'tried')})" if asked else ""
+    return (f"out of memory{found}: lower --micro_batch, --sample_batch or --rollouts (gpt.py: "
+            "--batch), or take a smaller model; no file is damaged")
+
+
+def prepare_output():
+    """Printing never fails: what the terminal's encoding does not have becomes "?", and a standard
+    output that is closed (`python ppo.py >&-`) becomes the null device."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def run_script(main):
     """Run a script's main(). What the user can fix becomes one line and exit status 1.
 
-    That is InputError, OSError, and FloatingPointError of a training run that went wrong. Ctrl-C
-    exits with 130. Every other exception is a bug of ours and keeps its traceback.
+    That is InputError, OSError, FloatingPointError of a training run that went wrong, and memory
+    that runs out. Ctrl-C exits with 130. Every other exception is a bug of ours and keeps its
+    traceback.
     """
     status = 1
+    prepare_output()
+    sys.argv[1:] = with_home(sys.argv[1:])
     try:
         main()
         sys.stdout.flush()
@@ -460,9 +639,13 @@ def run_script(main):
         reason = "no one reads the output any more"
     except (InputError, FloatingPointError) as error:
         reason = str(error)
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         reason = str(error)
-        if error.filename:
+        if is_out_of_memory(error):
+            reason = memory_advice(error)
+        elif not isinstance(error, OSError):
+            raise
+        elif error.filename:
             reason = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"

@@ -1,13 +1,18 @@
 """Reading people's files: thousands of damaged ones, each of which must end in one line that says
 where and why."""
 
+import contextlib
+import errno
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -232,6 +237,35 @@ def test_labels_and_pairs_as_two_labels(tmp_path):
         {"prompt": "s", "completion": "e", "label": False}]
 
 
+def test_bad_completions_are_no_demonstrations(tmp_path, capsys):
+    """SFT on KTO's labels: half of what the model is taught is what people called bad."""
+    path = tmp_path / "labels.jsonl"
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}", "label": label}
+            for i, label in enumerate([True, False, 0, None, "fable"])]
+    write_jsonl(path, rows)
+    assert [row["completion"] for row in read_demonstrations(path)] == ["c0", "c3", "c4"]
+    assert capsys.readouterr().out == f'{path}: left out 2 of 5 rows, whose "label" is false\n'
+    write_jsonl(path, rows[1:3])
+    with pytest.raises(InputError, match='labels.jsonl: every row has "label": false'):
+        read_demonstrations(path)
+    write_jsonl(path, rows[:1])
+    read_demonstrations(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_pairs_of_equal_texts_are_no_labels(tmp_path, capsys):
+    """DPO drops a pair of equal texts; KTO called the same answer good and bad."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "p1", "chosen": "same", "rejected": "same"},
+            {"prompt": "p2", "chosen": "a", "rejected": "b"}]
+    write_jsonl(path, rows)
+    assert [row["completion"] for row in read_labels(path)] == ["a", "b"]
+    assert capsys.readouterr().out == f"{path}: left out 1 pairs of two equal texts\n"
+    write_jsonl(path, rows[:1])
+    with pytest.raises(InputError, match="pairs.jsonl: every pair has two equal texts"):
+        read_labels(path)
+
+
 @pytest.mark.parametrize("row, reason", [
     ({"completion": "b", "label": 1}, '"label" must be true or false, found the number 1'),
     ({"completion": "b", "label": "true"}, '"label" must be true or false, found a string'),
@@ -268,31 +302,31 @@ def test_no_prompt_on_both_sides_of_the_split():
     rng = random.Random(8)
     rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": ""}
             for i in range(300)]
-    train, held_out = hold_out(rows, 1)
+    train, held_out = hold_out(rows)
     prompts = [{row["prompt"] for row in part} for part in (train, held_out)]
-    assert not prompts[0] & prompts[1] and len(prompts[1]) == len(prompts[0] | prompts[1]) // 10
+    assert not prompts[0] & prompts[1] and all(prompts)
     for part in (train, held_out):  # rows as they were, in the file's order, none lost, none twice
         assert part == [row for row in rows if row in part]
     assert sorted(int(row["chosen"]) for row in train + held_out) == list(range(300))
 
 
-def test_what_is_held_out_depends_on_the_prompts_and_the_seed_alone():
-    """A stage that sees the rows in another order, once or twice, or without their answers, holds
-    out other prompts."""
+def test_what_is_held_out_depends_on_the_prompt_alone():
+    """One more row in the file, another order or another stage's seed, and a prompt that one stage
+    holds out is trained on by the next."""
     rng = random.Random(9)
-    rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}"} for i in range(300)]
+    rows = [{"prompt": f"{rng.randrange(400)}", "chosen": f"{i}"} for i in range(900)]
 
-    def prompts(rows, seed=1):
-        return {row["prompt"] for row in hold_out(rows, seed)[1]}
+    def prompts(rows):
+        return {row["prompt"] for row in hold_out(rows)[1]}
 
     expected = prompts(rows)
     for _ in range(5):
         random.seed()
-        assert prompts(rng.sample(rows, 300)) == expected
+        assert prompts(rng.sample(rows, 900)) == expected
     distinct = {row["prompt"] for row in rows}
     assert prompts([{"prompt": prompt} for prompt in distinct]) == expected
-    assert prompts(rows + rows[:7]) == expected
-    assert len({frozenset(prompts(rows, seed)) for seed in range(20)}) > 10     # every seed its own
+    assert prompts(rows + rows[:7] + [{"prompt": "a new one"}]) - {"a new one"} == expected
+    assert prompts(rows[:500]) == expected & {row["prompt"] for row in rows[:500]}
 
 
 def test_prompts_are_split_as_the_rows_are(tmp_path):
@@ -302,23 +336,27 @@ def test_prompts_are_split_as_the_rows_are(tmp_path):
     rows = [{"prompt": f"{rng.randrange(60)}", "chosen": f"{i}", "rejected": "no"}
             for i in range(300)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    for found, part in zip(split_prompts(tmp_path / "pairs.jsonl", 3), hold_out(rows, 3)):
+    for found, part in zip(split_prompts(tmp_path / "pairs.jsonl"), hold_out(rows)):
         assert found == list(dict.fromkeys(row["prompt"] for row in part))
 
 
-@pytest.mark.parametrize("count, expected", [(2, 1), (3, 1), (19, 1), (20, 2), (105, 10)])
-def test_a_tenth_of_the_prompts_but_one_at_least(count, expected):
+def test_a_tenth_of_the_prompts_but_one_at_least():
     """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to
     train on."""
-    train, held_out = hold_out([{"prompt": f"{i}"} for i in range(count) for _ in range(3)], 1)
-    assert (len(train), len(held_out)) == (3 * (count - expected), 3 * expected)
+    for count in range(2, 40):
+        for start in range(0, 400, 40):
+            prompts = [f"{start + i}" for i in range(count)]
+            train, held_out = hold_out([{"prompt": prompt} for prompt in prompts])
+            assert train and held_out
+    _, held_out = hold_out([{"prompt": f"{i}"} for i in range(5000)])
+    assert 400 < len(held_out) < 600
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_single_prompt_cannot_be_held_out(rows):
     """Trained on and measured on the same prompt, or a traceback about an empty batch."""
     with pytest.raises(InputError, match="all have the same prompt") as error:
-        hold_out([{"prompt": "a"}] * rows, 1)
+        hold_out([{"prompt": "a"}] * rows)
     assert "\n" not in str(error.value)
 
 
@@ -350,6 +388,35 @@ def test_the_forms_of_trl(tmp_path):
     assert read_labels(path) == [{"prompt": "q", "completion": chosen, "label": True}]
 
 
+def test_a_prompt_beside_messages(tmp_path):
+    """The rows of ultrachat and no_robots were refused for a "completion" that they lack. Of a long
+    dialogue, the prompt alone can still be used; a text that nobody wants may be anything."""
+    path = tmp_path / "trl.jsonl"
+    row = {"prompt": "q", "prompt_id": "a1", "messages": conversation("q", "a")}
+    put(path, json.dumps(row).encode())
+    assert read_demonstrations(path) == [{"prompt": "q", "completion": "a"}]
+    put(path, json.dumps({**row, "label": True}).encode())
+    assert read_labels(path) == [{"prompt": "q", "completion": "a", "label": True}]
+    put(path, json.dumps({**row, "messages": conversation("q", "a", "b", "c")}).encode())
+    assert read_prompts(path) == ["q"]
+    with pytest.raises(InputError, match='"messages" has the turns'):
+        read_demonstrations(path)
+    put(path, json.dumps({**row, "messages": conversation("another", "a")}).encode())
+    with pytest.raises(InputError, match='"messages" begins with another prompt'):
+        read_demonstrations(path)
+    pair = {"prompt": "q", "chosen": "a", "rejected": conversation("q", "a", "b", "c")}
+    put(path, json.dumps(pair).encode())
+    assert read_demonstrations(path) == [{"prompt": "q", "completion": "a"}]
+
+
+def test_a_prompt_inside_both_texts(tmp_path):
+    """HH-RLHF has no "prompt": chosen and rejected both begin with it."""
+    path = put(tmp_path / "hh.jsonl", b'{"chosen": "Human: q A: a", "rejected": "Human: q A: b"}')
+    with pytest.raises(InputError, match="\"prompt\" is missing; .*; if both texts begin with the "
+                                         "prompt, cut it off"):
+        read_pairs(path)
+
+
 def test_more_turns_than_one_are_refused(tmp_path):
     """A dialogue cut to its last turn, or a system's message left out, trains on something that
     nobody wrote."""
@@ -359,13 +426,14 @@ def test_more_turns_than_one_are_refused(tmp_path):
             "rejected": conversation("q", "b")[1:]}
     for reader, row, match in (
             (read_demonstrations, {"messages": long},
-             "completion.*user, assistant, user, assistant"),
+             '"messages" has the turns .user, assistant, user, assistant., but only one exchange is '
+             "supported, user then assistant"),
             (read_demonstrations, {"messages": system + conversation("q", "a")},
-             "system, user, assistant"),
+             '"messages" has a system message, and the chat format here has none'),
             (read_demonstrations, {"messages": conversation("q")},
-             '"completion" has the turns .user.'),
+             '"messages" has the turns .user.'),
             (read_pairs, {**pair, "prompt": system + pair["prompt"]},
-             '"prompt" has the turns .system, user.'),
+             '"prompt" has a system message'),
             (read_pairs, {**pair, "chosen": long}, '"chosen" has the turns'),
             (read_pairs, {**pair, "prompt": long[:3]}, '"prompt" has the turns'),
             (read_pairs, {**pair, "rejected": conversation("another", "b")},
@@ -381,21 +449,89 @@ def test_more_turns_than_one_are_refused(tmp_path):
         assert message.startswith(f"{tmp_path / 'trl.jsonl'}:1: ") and "\n" not in message
 
 
-def test_packed_files(tmp_path):
-    """A .jsonl.gz whose download broke off is not a shorter file; Parquet's bytes are no wrong
-    UTF-8, but another format."""
+@pytest.mark.parametrize("name, module, magic", [("gzip", gzip, 3), ("bzip2", bz2, 11),
+                                                 ("xz", lzma, 7)])
+def test_packed_files(tmp_path, name, module, magic):
+    """A packed file whose download broke off is not a shorter file."""
     rows = random_rows(random.Random(0), FORMATS[read_pairs]) * 20
-    whole = gzip.compress(b"\n".join(as_line(random.Random(0), row) for row in rows))
-    path = put(tmp_path / "pairs.jsonl.gz", whole)
+    whole = module.compress(b"\n".join(as_line(random.Random(0), row) for row in rows))
+    path = put(tmp_path / "pairs.jsonl.packed", whole)
     assert read_pairs(path) == rows
-    for data in (whole[:-1], whole[:len(whole) // 2], whole[:3], whole[:-8] + bytes(8),
-                 whole + b"x"):
-        with pytest.raises(InputError, match="pairs.jsonl.gz: not a whole gzip file"):
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for data in (whole[:-1], whole[:len(whole) // 2], whole[:magic], bytes(damaged)):
+        with pytest.raises(InputError, match=f"pairs.jsonl.packed: not a whole {name} file"):
             read_pairs(put(path, data))
-    command = r"read_parquet\('.*pairs.parquet'\).to_json\('.*pairs.jsonl', orient"
-    with pytest.raises(InputError, match=command) as error:
-        read_pairs(put(tmp_path / "pairs.parquet", b"PAR1" + bytes(100) + b"PAR1"))
-    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=f"is a {name} file; unpack it: {name} -dk "):
+        read_text(put(path, whole))
+
+
+FOREIGN = [("zstd", b"\x28\xb5\x2f\xfd\x04\0", "zstd -dk"), ("zip", b"PK\x03\x04\x14\0", "unzip"),
+           ("Parquet", b"PAR1\x15\x04\0", "read_parquet"), ("Arrow", b"ARROW1\0\0", "read_feather"),
+           ("Arrow", b"\xff\xff\xff\xff\x10\0", "open_stream")]
+PANDAS = """
+import sys
+class Table:
+    def read_pandas(self):
+        return self
+    def to_json(self, path, **how):
+        open(path, "w").write(repr(how))
+def read_parquet(path):
+    assert open(path, "rb")
+    return Table()
+read_feather = read_parquet
+class ipc:
+    def open_stream(file):
+        return Table()
+"""
+
+
+@pytest.mark.parametrize("reader", [read_text, *FORMATS], ids=lambda reader: reader.__name__)
+@pytest.mark.parametrize("name, start, command", FOREIGN)
+def test_other_formats_are_named(tmp_path, reader, name, start, command):
+    """Parquet's bytes are no wrong UTF-8: "save the file as UTF-8" ruins it. And the command that
+    converts it was none in a folder with an apostrophe."""
+    folder = tmp_path / "it's $HOME"
+    folder.mkdir()
+    path = put(folder / "rows.data", start + bytes(100))
+    with pytest.raises(InputError) as error:
+        reader(path)
+    message = str(error.value)
+    assert f"{path}: is " in message and name in message and command in message
+    assert "\n" not in message
+    if "pandas" in message:
+        for module in ("pandas", "pyarrow"):
+            (tmp_path / f"{module}.py").write_text(PANDAS)
+        line = message.partition("pyarrow): ")[2].replace("python", sys.executable, 1)
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        subprocess.run(["bash", "-c", line], check=True, env=environment)
+        assert (folder / "rows.jsonl").read_text() == "{'orient': 'records', 'lines': True}"
+
+
+def test_a_text_may_begin_like_another_format(tmp_path):
+    """A story of a BZh and a PAR1, refused for its first letters."""
+    for text in ("PAR1 was his name.", "BZh91 said the fox.", "ARROW1", "PK"):
+        assert read_text(put(tmp_path / "text.txt", text.encode())) == text
+
+
+@pytest.mark.parametrize("reader", [read_text, *FORMATS], ids=lambda reader: reader.__name__)
+def test_pipes_are_named(tmp_path, reader):
+    """--text <(...): the first of several readings gets the text, the next one nothing, and "the
+    file is empty". A pipe that nobody writes to is waited for without end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(InputError) as error:
+            reader(path)
+        assert str(error.value).startswith(f"{path}: is a pipe or a device")
+        assert "save its content as a file" in str(error.value)
+
+
+def test_a_line_of_many_blocks(tmp_path):
+    """One line without a blank: every block that is read searches all those before it again."""
+    path = put(tmp_path / "dna.txt", b"ACGT" * 2 ** 19)
+    began = time.process_time()
+    assert read_text(path, 2 ** 10) == "ACGT" * 2 ** 19
+    assert time.process_time() - began < 5
 
 
 def test_huge_line(tmp_path):
@@ -522,12 +658,15 @@ def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["rows.jsonl"]
 
 
+NO_PROCESS = 2 ** 30     # larger than a process's number can be
+
+
 def test_a_lock_is_held_until_it_is_closed(tmp_path):
     """Two runs in one folder; a folder that stays locked; what a killed run left half written,
     there for ever."""
     (tmp_path / "unfinished").mkdir()
-    for path in (tmp_path / "a.7.tmp", tmp_path / "unfinished/b.8.tmp"):
-        path.write_bytes(b"half")
+    for name in (f"a.{NO_PROCESS}.tmp", f"unfinished/b.{NO_PROCESS + 1}.tmp"):
+        (tmp_path / name).write_bytes(b"half")
     lock = lock_folder(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     (tmp_path / "c.9.tmp").write_bytes(b"the first run is writing this")
@@ -596,6 +735,16 @@ def test_script_ends_in_one_line(tmp_path, body, status, message):
     assert run(body, tmp_path)[::2] == (status, message)
 
 
+def test_home_in_a_path(tmp_path):
+    """--out=~/x: the shell replaces ~ only at the beginning of a word, and we made a folder ~."""
+    home = os.path.expanduser("~")
+    shell = "{} --out=~/x --data='~/y.jsonl' --text '~/z' --prompt=~/no --seed=1 '~'"
+    status, printed, _ = run("print(sys.argv[1:])", tmp_path, shell)
+    expected = [f"--out={home}/x", f"--data={home}/y.jsonl", "--text", f"{home}/z",
+                "--prompt=~/no", "--seed=1", "~"]
+    assert status == 0 and printed == f"{expected}\n"
+
+
 def test_our_bugs_keep_their_traceback(tmp_path):
     """InputError is a ValueError, but a ValueError of torch or of ours must not pass for the user's
     mistake."""
@@ -611,3 +760,75 @@ def test_closed_pipe(tmp_path):
     # A short output stays in the buffer until the end, and meets the closed pipe only there.
     _, _, stderr = run("import time; time.sleep(0.5); print('step')", tmp_path, "{} | true")
     assert stderr == "script.py: no one reads the output any more\n"
+
+
+@pytest.mark.parametrize("body, found", [
+    ("raise MemoryError", ""),
+    ("raise OSError(12, 'Cannot allocate memory')", ""),
+    ("import torch; torch.empty(2 ** 55)", " (tried to allocate 144115188075855872 bytes)"),
+    ("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. "
+     "GPU 0 has a total capacity of 7.60 GiB\\nof which')", " (tried to allocate 2.00 GiB)"),
+    ("raise RuntimeError('std::bad_alloc')", ""),
+])
+def test_out_of_memory_is_one_line_with_the_flags_that_help(tmp_path, body, found):
+    """Twenty lines of traceback where a smaller --micro_batch would do; or the last good checkpoint
+    deleted, because the message says nothing about files."""
+    status, _, stderr = run(body, tmp_path)
+    assert status == 1 and stderr == (
+        f"script.py: out of memory{found}: lower --micro_batch, --sample_batch or --rollouts "
+        "(gpt.py: --batch), or take a smaller model; no file is damaged\n")
+
+
+def test_other_runtime_errors_keep_their_traceback(tmp_path):
+    """Every RuntimeError of torch, a wrong shape too, would pass for a lack of memory."""
+    status, _, stderr = run("raise RuntimeError('shapes (2, 3) and (4, 5)')", tmp_path)
+    assert status == 1 and stderr.startswith("Traceback") and "out of memory" not in stderr
+
+
+def test_printing_never_fails(tmp_path):
+    """A redirect on Windows (cp1252), LANG=C, a closed output, a path that is not UTF-8: a traceback
+    on "→" or "Δ", after the training and before the saving, and again with --resume."""
+    body = "print('sft → ppo'); print('caf\\udce9.jsonl'); raise InputError('Δ \\udce9')"
+    for encoding, arrow in (("cp1252", "?"), ("ascii", "?"), ("utf-8:strict", "→")):
+        status, stdout, stderr = run(body, tmp_path, f"PYTHONIOENCODING={encoding} {{}}")
+        delta = "Δ" if arrow == "→" else "?"
+        assert status == 1 and stdout == f"sft {arrow} ppo\ncaf?.jsonl\n"
+        assert stderr == f"script.py: {delta} ?\n"
+    put(tmp_path / "kept", b"")
+    body = "print('lost'); file = open('{}', 'w'); file.write('kept'); file.close()"
+    assert run(body.format(tmp_path / "kept"), tmp_path, "{} >&-") == (0, "", "")
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert run("raise InputError('no')", tmp_path, "{} >&- 2>&-") == (1, "", "")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+    """NFS without a lock daemon, Lustre without -o flock: "another run is using this folder" of
+    every folder there, and nothing can be trained."""
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    lock_folder(tmp_path).close()
+    printed = capsys.readouterr().out
+    assert printed == (f"{tmp_path}: this file system locks no files; start no second run in this "
+                       "folder\n")
+
+
+def test_what_a_running_process_writes_is_not_removed(tmp_path):
+    """Two runs are started in one folder; the second one has the lock first, and removes the file
+    that the other one is writing: that one dies with a traceback."""
+    body = "from data.files import write_atomic; import sys, time; " \
+           "write_atomic(sys.argv[1], lambda file: (file.write(b'half'), file.flush(), " \
+           "print(flush=True), sys.stdin.read()))"
+    path = tmp_path / "documents.ids"
+    writer = subprocess.Popen([sys.executable, "-c", body, path], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    writer.stdout.readline()    # now it is writing
+    (tmp_path / f"state.pt.{NO_PROCESS}.tmp").write_bytes(b"of a killed run")
+    (tmp_path / "mine.tmp").write_bytes(b"somebody else's")
+    with contextlib.closing(lock_folder(tmp_path)):
+        assert sorted(os.listdir(tmp_path)) == [f"documents.ids.{writer.pid}.tmp", "lock",
+                                                "mine.tmp"]
+    writer.communicate()
+    assert writer.returncode == 0 and path.read_bytes() == b"half"

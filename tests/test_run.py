@@ -21,7 +21,8 @@ import gpt
 from data import run
 from data.files import InputError, lock_folder
 from data.run import (Run, SilentRun, allow_flags, check_name, complete, memory_mapped,
-                      parse_config, progress, refuse_flags, train_missing, write_torch)
+                      parse_config, progress, refuse_flags, refused_if_broken, train_missing,
+                      write_torch)
 from helpers import metrics, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -901,3 +902,31 @@ def test_an_interrupted_draw_leaves_no_file_of_documents(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             memory_mapped(path, some_documents)
     assert not os.listdir(tmp_path) and len(memory_mapped(path, some_documents)) == 51
+
+
+@pytest.mark.parametrize("error, message", [
+    (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
+    (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+    (OSError(22, "Invalid argument"), f"{BROKEN} ([Errno 22] Invalid argument); delete it and x"),
+    (ValueError("its values are none"), f"{BROKEN} (its values are none); delete it and x"),
+])
+def test_only_damage_is_called_damage(tmp_path, error, message):
+    """ "not a whole file ...; delete it and train the stage again" of a file without the right to
+    read it: who obeys loses a good checkpoint."""
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(InputError) as found:
+        with refused_if_broken(path, "x"):
+            raise error
+    assert str(found.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    OSError(12, "Cannot allocate memory"), RuntimeError("std::bad_alloc"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_not_called_damage(tmp_path, error):
+    """A checkpoint that does not fit the GPU beside another program's memory: "delete it"."""
+    with pytest.raises(type(error)) as found:
+        with refused_if_broken(tmp_path / "checkpoint.pt", "train the stage again"):
+            raise error
+    assert found.value is error
