@@ -138,7 +138,7 @@ def read_demonstrations(path):
         rows.append({"prompt": text_of(row, "prompt", where),
                      "completion": text_of(row, field, where)})
     if bad and not rows:
-        raise InputError(f'{path}: every row has "label": false; fine-tuning needs good completions')
+        raise InputError(f'{path}: every row has "label": false; fine-tuning needs good answers')
     if bad:
         print(f'{path}: left out {bad:,} of {bad + len(rows):,} rows, whose "label" is false',
               flush=True)
@@ -241,8 +241,8 @@ def read_blocks(path, size=2 ** 20):
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise InputError(f"{path}: is a pipe or a device, but will be read more than once; save "
-                             "its content as a file and name that")
+            raise InputError(f"{path}: is a pipe or a device, but will be read more than once; "
+                             "save its content as a file and name that")
         with open(path, "rb") as file:
             while block := file.read(size):
                 yield block
@@ -369,8 +369,9 @@ def plain(row, where, fields):
         exchange = ["user"] if field == "prompt" else ["user", "assistant"]
         roles = [turn["role"] for turn in turns]
         if "system" in roles or "developer" in roles:
-            raise InputError(f'{where}: "{name}" has a system message, and the chat format here has '
-                             "none; write its text at the beginning of the user's, or leave it out")
+            raise InputError(f'{where}: "{name}" has a system message, and the chat format here '
+                             "has none; write its text at the beginning of the user's, or remove "
+                             "it")
         if roles != exchange and roles != exchange[-1:]:
             found = shown(", ".join(map(str, roles)))
             raise InputError(f'{where}: "{name}" has the turns {found}, but only one exchange is '

@@ -426,8 +426,8 @@ def test_more_turns_than_one_are_refused(tmp_path):
             "rejected": conversation("q", "b")[1:]}
     for reader, row, match in (
             (read_demonstrations, {"messages": long},
-             '"messages" has the turns .user, assistant, user, assistant., but only one exchange is '
-             "supported, user then assistant"),
+             '"messages" has the turns .user, assistant, user, assistant., but only one exchange '
+             "is supported, user then assistant"),
             (read_demonstrations, {"messages": system + conversation("q", "a")},
              '"messages" has a system message, and the chat format here has none'),
             (read_demonstrations, {"messages": conversation("q")},
