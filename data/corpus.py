@@ -10,7 +10,8 @@ from typing import NamedTuple
 from data import stories
 from data.files import InputError
 from data.run import memory_mapped, progress
-from data.tokenizer import Tokenizer, encode_file, sample_text, train as train_vocabulary
+from data.tokenizer import Tokenizer, encode_file, remark_on_file, sample_text
+from data.tokenizer import train as train_vocabulary
 
 # --------------------------------------------------------------------------------------------------
 # Pretraining text
@@ -35,6 +36,7 @@ def text_corpus(path, tokenizer, vocab_size, block_size, count, seed, folder):
     if tokenizer is None:
         tokenizer = Tokenizer(train_vocabulary(sample_text(path), vocab_size))
     tokens, held_out, description = split_text(path, tokenizer, block_size, folder)
+    description += remark_on_file(path)
     windows = draw_windows(tokens, count, block_size, random.Random(f"pretraining {seed}"))
     return Corpus(tokenizer, windows, held_out, [], None, description)
 

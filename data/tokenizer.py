@@ -23,6 +23,7 @@ tokens have the last three ids, and only prompt() and response() produce them: a
 import heapq
 import itertools
 import os
+import re
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -36,6 +37,10 @@ from data.files import InputError, checksum, read_blocks, read_chunks
 from data.run import counts, memory_mapped, progress
 
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+# A text may spell one of them, or GPT-2's.
+SPELLED = re.compile(r"<\|(?:user|assistant|end|endoftext)\|>")
+STAYS_TEXT = "that stays ordinary text, which the model learns to write; better remove it"
 
 # A word, a number, or a run of other characters, each with the space before it; or white space:
 # GPT-2's rule without its English contractions. White space is cut at 64 characters, because the
@@ -278,7 +283,8 @@ class Tokenizer:
 def sample_text(path, size=2 ** 24):
     """The text of a file to learn a vocabulary from.
 
-    All of it, or of a file larger than `size` bytes, about that much in pieces from everywhere.
+    All of it, or of a file larger than `size` bytes, about that much in pieces from everywhere; of
+    a piece that is larger still, a line without blanks, the beginning.
     """
     file_size = 0
     for block in read_blocks(path):
@@ -288,7 +294,7 @@ def sample_text(path, size=2 ** 24):
     sample = []
     for number, text in enumerate(read_chunks(path)):
         if number % every == 0:
-            sample.append(text)
+            sample.append(text[:size])
     return "".join(sample)
 
 
@@ -313,8 +319,46 @@ def encode_file(path, tokenizer, folder):
     return memory_mapped(folder / name, encode, joined=True)[0]
 
 
+def remark_on_file(path):
+    """What to say about the text of a file before a model is trained on it: a line, or "".
+
+    Many texts separate their documents with a spelled <|endoftext|>.
+    """
+    spelled = Counter()
+    for text in read_chunks(path):  # no piece ends inside of one
+        spelled.update(SPELLED.findall(text))
+    if not spelled:
+        return ""
+    found = ", ".join(f"{name} {count:,} times" for name, count in spelled.most_common())
+    return f"\n        spells {found}: {STAYS_TEXT}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Pairs in the chat format: whole ones only, never cut
+
+
+def remarks(rows):
+    """What to say about rows of texts before a model is trained on them: lines that end a
+    description, or "". Special tokens that somebody spelled out, and answers that begin with their
+    prompt, which the chat format has before them already."""
+    spelling = 0
+    repeating = 0
+    spelled = set()
+    for row in rows:
+        answers = [row[field] for field in ("completion", "chosen", "rejected") if field in row]
+        found = SPELLED.findall("\n".join([row["prompt"], *answers]))
+        spelled.update(found)
+        spelling += bool(found)
+        repeating += all(answer.startswith(row["prompt"]) for answer in answers)
+    lines = ""
+    if spelling:
+        names = ", ".join(sorted(spelled))
+        lines += f"\n        {spelling:,} of {len(rows):,} rows spell {names}: {STAYS_TEXT}"
+    if repeating:
+        lines += (f"\n        {repeating:,} of {len(rows):,} rows repeat their prompt at the "
+                  "beginning of the answers, so it is read twice;\n        cut it off: "
+                  "answer.removeprefix(prompt)")
+    return lines
 
 
 class Pair(NamedTuple):
@@ -358,6 +402,7 @@ def encode_comparisons(split, origin, tokenizer, block_size):
     Raises InputError, naming origin, if no pair is left of one of the two.
     """
     train_rows, held_out_rows = split
+    about = remarks(train_rows + held_out_rows)
     pairs, train_rows, dropped = encode_pairs(train_rows, tokenizer, block_size)
     held_out, held_out_rows, held_out_dropped = encode_pairs(held_out_rows, tokenizer, block_size)
     if not pairs or not held_out:
@@ -366,7 +411,7 @@ def encode_comparisons(split, origin, tokenizer, block_size):
                          f"and {counts(held_out_dropped)}")
     description = (f"{origin}\n"
                    f"        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
-                   f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}")
+                   f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}{about}")
     return Comparisons(pairs, train_rows, held_out, held_out_rows, description)
 
 
@@ -423,5 +468,5 @@ def encode_labels(split, origin, tokenizer, block_size):
         raise InputError(f"{origin}: no label is left to {purpose}; dropped {dropped} longer than "
                          "the context")
     description = (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped "
-                   f"{dropped} longer than the context")
+                   f"{dropped} longer than the context{remarks(split[0] + split[1])}")
     return labels, held_out, description

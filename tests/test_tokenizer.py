@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 import regex
 
+from data.corpus import text_corpus
 from data.files import read_chunks
-from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_file, encode_pairs,
-                            merge, sample_text, train)
+from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_comparisons,
+                            encode_file, encode_labels, encode_pairs, merge, remark_on_file,
+                            remarks, sample_text, train)
 
 TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
 Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the
@@ -204,6 +206,8 @@ def test_a_file_is_encoded_once(tmp_path):
     path.write_text(text, encoding="utf-8")
     sample = sample_text(path, 2 ** 19)
     assert len(text) / 2 < len(sample) < len(text) and sample[:1000] == text[:1000]
+    path.write_text("x" * 2 ** 21, encoding="utf-8")    # one word is one piece
+    assert sample_text(path, 2 ** 19) == "x" * 2 ** 19
 
 
 def test_merges_are_those_of_training():
@@ -255,6 +259,44 @@ def test_pairs_are_whole(tokenizer):
     for ids, text in ((pairs[0].chosen, "Once upon a time."), (pairs[0].rejected, "No.")):
         assert ids[:pairs[0].prompt_length] == prompt
         assert ids[pairs[0].prompt_length:] == tokenizer.response(text)
+
+
+def test_answers_that_repeat_their_prompt_are_counted(tokenizer):
+    """HH and others: chosen and rejected hold the whole dialogue. The model reads every prompt
+    twice, learns to write prompts, and nothing says so."""
+    rows = []
+    for i in range(6):
+        prompt = f"Human: {i}\n\nAssistant:"
+        rows.append({"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"})
+    rows.append({"prompt": "Human: 7", "chosen": "Human: 7? Yes.", "rejected": "No."})
+    said = "6 of 7 rows repeat their prompt at the beginning of the answers"
+    description = encode_comparisons((rows[:4], rows[4:]), "rows", tokenizer, 99).description
+    assert description.count(said) == 1 and "answer.removeprefix(prompt)" in description
+    labels = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
+    _, _, description = encode_labels((labels[:4], labels[4:]), "rows", tokenizer, 99)
+    assert description.count(said.replace("6 of 7", "7 of 7")) == 1
+    assert remarks(rows[6:]) == ""
+
+
+def test_spelled_special_tokens_are_counted(tokenizer, tmp_path):
+    """Texts whose end is spelled "<|endoftext|>": the model learns to write that, or half of it,
+    and every answer ends in rubbish."""
+    rows = [{"prompt": "A kite?", "completion": "A toy.<|endoftext|>"},
+            {"prompt": "<|user|>A fox?<|assistant|>", "completion": "Red.<|endoftext|>"},
+            {"prompt": "A <|hen|>?", "completion": "<end>"}]
+    assert remarks(rows) == ("\n        2 of 3 rows spell <|assistant|>, <|endoftext|>, <|user|>: "
+                             "that stays ordinary text, which the model learns to write; better "
+                             "remove it")
+    assert remarks(rows[2:]) == "" and tokenizer.end_token not in tokenizer.encode("<|endoftext|>")
+
+    path = tmp_path / "text.txt"
+    path.write_text("A story.\n<|endoftext|>\n" * 200_000 + "<|end|>", encoding="utf-8")
+    said = "spells <|endoftext|> 200,000 times, <|end|> 1 times: that stays ordinary text"
+    assert said in remark_on_file(path)
+    corpus = text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path)
+    assert said in corpus.description
+    path.write_text(TEXT, encoding="utf-8")
+    assert remark_on_file(path) == ""
 
 
 def test_every_id_is_a_token(tokenizer):
