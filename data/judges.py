@@ -132,7 +132,7 @@ def read_labels(path):
     write_atomic(path, content)
     labels = {}
     if content:
-        for row, where in objects(path):
+        for row, where in objects(path, ("prompt",)):
             labels[row["prompt"], row["first"], row["second"]] = read_label(row, where)
     return labels
 
