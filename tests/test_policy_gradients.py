@@ -357,7 +357,7 @@ def test_the_gradient_of_every_loss(method, rows, monkeypatch):
 def test_pretraining_gradient(micro_batch):
     """γ times a mean over the documents' tokens, for a sum over the divisor of the policy's own
     loss: then γ means another price for every length of document; a document's first tokens masked
-    like a prompt; padding that is learnt."""
+    like a prompt; padding that is learnt; the loss of another temperature than the policy's."""
     policy = tiny_gpt(0)
     rng = random.Random(0)
     documents = []
