@@ -239,7 +239,7 @@ SEEN_BY = {returns_for_advantages: "test_ppo.py::test_gae_is_the_sum_of_residual
            advantages_with_gradient: "test_policy_gradients.py::test_the_gradient_of_every_loss",
            whitened_over_padding: "test_ppo.py::test_padding_never_counts",
            mean_of_means: "test_policy_gradients.py::test_the_gradient_of_every_loss",
-           prompt_in_dpo: "test_dpo.py::test_response_logprobs_are_sums_token_by_token"}
+           prompt_in_dpo: "test_dpo.py::test_logprobs_are_sums_token_by_token"}
 
 
 def ppo_distance(world):
