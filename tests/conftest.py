@@ -33,7 +33,7 @@ def stages(tmp_path_factory):
     gpt.main(common + "--n_layer 1 --n_head 2 --n_embd 32 --steps 20 --batch 8".split())
     data = out / "demonstrations.jsonl"
     short_demonstrations(data)
-    flags = "--batch 16 --lr 1e-2 --epochs 2 --max_new_tokens 16"
+    flags = "--batch 16 --lr 1e-2 --epochs 2 --max_new_tokens 16 --seed 2"
     sft.main(common + ["--data", str(data)] + flags.split())
     flags = "--pairs 64 --held_out 16 --batch 8 --epochs 2 --max_new_tokens 16"
     reward_model.main(common + flags.split())

@@ -411,14 +411,15 @@ def test_yardstick_on_somebodys_own_prompts(trained, tmp_path, capsys, monkeypat
     rows = [{"prompt": f"Who sings {i}?"} for i in range(20)]
     rows += [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
     write_jsonl(path, rows)
-    held_out = hold_out(rows, 1)[1]
+    held_out = hold_out(rows)[1]
     short = [row["prompt"] for row in held_out if "long" not in row["prompt"]]
-    assert len(held_out) == 4 and 0 < len(short) < 4  # so the test sees both kinds
+    assert 0 < len(short) < len(held_out)  # so the test sees both kinds
     flags = ["--data", str(path), "--samples", "4", "--policies", "dpo"]
     drawn = watch_draw(monkeypatch)
     printed = run(trained, capsys, *flags)
     assert [arguments[4] for arguments, _ in drawn] == [short] * 2  # SFT and DPO, each once
-    assert (f"held out of {path}: {len(short)} prompts, dropped {4 - len(short)} that leave no "
+    dropped = len(held_out) - len(short)
+    assert (f"held out of {path}: {len(short)} prompts, dropped {dropped} that leave no "
             f"room for 16 new tokens; {len(short)} of them; 4 samples each, 8 of SFT\n") in printed
     assert "gold" not in printed and "win_rate" not in printed
     found = metrics(trained / "cpu/best_of_n/metrics.jsonl")
@@ -488,7 +489,7 @@ def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, capsys, monke
                       "--epochs 1".split())
     dpo.main(common)
     held_out = {stage: set(names) - prompts for stage, prompts in seen.items()}
-    assert len(held_out["sft"]) == 3
+    assert held_out["sft"] == {row["prompt"] for row in hold_out(rows)[1]}
     assert all(prompts == held_out["sft"] for prompts in held_out.values())
     pairs = read_pairs(out / "cpu/reward_model/held_out.jsonl")
     assert {row["prompt"] for row in pairs} == held_out["sft"]
@@ -581,7 +582,10 @@ def test_damaged_checkpoint_of_a_stage(trained, tmp_path, capsys, damage):
         del content["metrics"]
         write_torch(path, content)
     before = snapshot(out)
-    with pytest.raises(InputError, match="gpt.checkpoint.pt: .*train the stage again") as error:
+    reason = "gpt.checkpoint.pt: .*train the stage again"
+    if damage == "no figures":  # a whole file, but not the one that SFT began with
+        reason = "sft.checkpoint.pt: was made from another .*gpt.checkpoint.pt; train sft again"
+    with pytest.raises(InputError, match=reason) as error:
         run(out, capsys, "--prompts", "2", "--samples", "4")
     assert "\n" not in str(error.value) and "sampled" not in capsys.readouterr().out
     assert snapshot(out) == before
@@ -906,12 +910,14 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch, capsys)
     rows = [{"prompt": f"Who sings {i}?"} for i in range(20)]
     rows += [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
     write_jsonl(path, rows)
-    short = [row["prompt"] for row in hold_out(rows, 1)[0] if "long" not in row["prompt"]]
+    trained_on = hold_out(rows)[0]
+    short = [row["prompt"] for row in trained_on if "long" not in row["prompt"]]
     rounds = watch(monkeypatch)
     rsft(out, "--data", str(path), "--rsft_prompts", "999", "--rounds", "2")
     assert [sorted(prompts) for prompts, *_ in rounds] == [sorted(short)] * 2 and len(short) < 20
     count = len(short)
-    assert (f"prompts.jsonl: {count} prompts, dropped {36 - count} that leave no room for 16 new "
+    dropped = len(trained_on) - count
+    assert (f"prompts.jsonl: {count} prompts, dropped {dropped} that leave no room for 16 new "
             f"tokens; 2 rounds of 4 responses to each of {count}\n") in capsys.readouterr().out
     rsft(out, "--data", str(path), "--rsft_prompts", "7")
     assert len(set(rounds[-1][0])) == 7 and set(rounds[-1][0]) < set(short)
