@@ -689,7 +689,8 @@ def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
         figures = folder / "unfinished/metrics.jsonl"
         wait_for(lambda: figures.exists() and figures.read_text())
         time.sleep(0.2)
-        (folder / "unfinished/state.pt.1.tmp").write_bytes(b"the first run is writing this")
+        written = folder / f"unfinished/state.pt.{process.pid}.tmp"
+        written.write_bytes(b"the first run is writing this")
         found = snapshot(folder)
         for flags in ([], ["--resume"]):
             status, _, stderr = run("dpo", argv + flags, out)
