@@ -12,7 +12,7 @@ import torch
 
 from data.annotator import gold_reward, read_texts
 from data.files import InputError
-from data.judges import (CONSTITUTION, TextReward, both_judge, command_judge, command_reward,
+from data.judges import (CONSTITUTION, TextReward, both_judges, command_judge, command_reward,
                          constitution_choice, judge_of, print_agreement, verifier)
 from data.tokenizer import Tokenizer, train as train_vocabulary
 
@@ -112,14 +112,21 @@ def test_where_no_principle_decides_a_coin_does():
 
 
 def test_both_label_in_turn():
-    """Both judges, of whom one gets all the labels; or every label counted for the other one."""
+    """Both judges, of whom one gets all the labels, where every batch has one comparison too; or
+    every label counted for the other one."""
     asked = [(PROMPT, story_of(HAPPY), story_of(UNKIND[0]))] * 6
-    found = both_judge(asked, random.Random(0))
-    assert [why for _, why in found] == ["", HARMLESS] * 3
-    assert [choice for choice, _ in found[1::2]] == [0] * 3
+    for size in (6, 1):
+        judge = both_judges()
+        rng = random.Random(0)
+        found = []
+        for start in range(0, 6, size):
+            found += judge(asked[start:start + size], rng)
+        assert [why for _, why in found] == ["", HARMLESS] * 3
+        assert [choice for choice, _ in found[1::2]] == [0] * 3
 
     _, first, second = asked[0]
-    by_annotator = [choice for choice, why in both_judge(asked * 200, random.Random(1)) if not why]
+    found = both_judges()(asked * 200, random.Random(1))
+    by_annotator = [choice for choice, why in found if not why]
     p = 1 / (1 + math.exp(gold_reward(PROMPT, first) - gold_reward(PROMPT, second)))
     assert len(by_annotator) == 600 and abs(sum(by_annotator) / 600 - p) < 0.03
 
