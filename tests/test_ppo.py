@@ -688,7 +688,7 @@ def test_a_prompt_is_answered_by_the_stages_own_policy(out, capsys):
         assert hotter == sampled(name, 3, 2 * trained) != sampled(name, 3, 2.5)
         likeliest = greedy(policies[name], ids, 12, tokenizer.end_token)
         assert ask(name, "--top_k", "1") == tokenizer.decode(likeliest)
-        with pytest.raises(InputError, match="--temperature 0.0: must be positive"):
+        with pytest.raises(InputError, match="--temperature 0.0: must be at least"):
             ask(name, "--temperature", "0")
     assert len(set(answers)) == 4
     assert snapshot(out) == before
@@ -741,7 +741,7 @@ def test_no_prompt_is_left(out, tmp_path):
     ("--name sft", "--name sft: must be ppo"), ("--name reward_model", "--name .*must be ppo"),
     ("--name dpo", "--name .*must be ppo"), ("--name my-ppo", "--name .*must be ppo"),
     ("--name ../ppo", "--name .*must be ppo"), ("--name ppo/../sft", "--name .*must be ppo"),
-    ("--temperature 0", "--temperature 0.0: must be positive"),
+    ("--temperature 0", "--temperature 0.0: must be at least"),
     ("--beta 0 --kl_target 6", "--kl_target 6.0: cannot be used with --beta 0")])
 def test_flags_that_would_cost_another_stage(out, flags, reason):
     """--name sft: the policy takes the reference's place. --temperature 0: a division by zero in
