@@ -61,6 +61,8 @@ class Config:
     n: int = 16                 # N: candidates for one prompt, with --prompt and --finetune
     max_new_tokens: int = 96    # the longest response
     sample_batch: int = 256     # responses in one batch of sampling or scoring
+    micro_batch: int = 32       # responses whose log-probabilities are computed at once, and with
+                                # --finetune those of a forward pass; less memory, the same gradient
 
     # the yardstick
     policies: str = "ppo,dpo"   # the folders of the policies to compare, with commas between
@@ -79,7 +81,6 @@ class Config:
     rsft_prompts: int = 1024    # prompts to train on in a round; as many responses are kept
     epochs: int = 4             # passes over the responses that a round kept
     batch: int = 32             # responses in a step
-    micro_batch: int = 32       # responses in one forward pass; less memory, the same gradient
     lr: float = 3e-4            # peak learning rate of a round (linear warm-up, cosine to zero)
     warmup: int = 10            # steps of warm-up
     weight_decay: float = 0.1   # AdamW's, on matrices only
@@ -371,12 +372,13 @@ def stage_metrics(config, stage):
 
 
 @torch.no_grad()
-def sequence_logprobs(policy, rollouts):
-    """log π(y|x) of every sampled response under a Policy: (M·N,)."""
+def sequence_logprobs(policy, rollouts, micro_batch=128):
+    """log π(y|x) of every sampled response under a Policy, micro_batch in one forward pass:
+    (M·N,)."""
     logprobs = []
     for tokens, prompt_lengths, lengths in rollouts:
         part = torch.empty(len(lengths), device=lengths.device)
-        for rows in lengths.argsort().split(128):  # rows of one length together: little padding
+        for rows in lengths.argsort().split(micro_batch):  # by length: little padding
             longest = int(lengths[rows].max())
             part[rows] = response_logprobs(policy.model, tokens[rows, :longest],
                                            prompt_lengths[rows], lengths[rows], policy.temperature)
@@ -384,7 +386,7 @@ def sequence_logprobs(policy, rollouts):
     return torch.cat(logprobs).cpu()
 
 
-def log_ratios_of(drawn, policies):
+def log_ratios_of(drawn, policies, micro_batch):
     """log π_k/π_ref of every sample under each of K policies, SFT first: {policy that drew it:
     (M, N, K)}."""
     log_ratios = {}
@@ -392,7 +394,7 @@ def log_ratios_of(drawn, policies):
     for name, samples in drawn.items():
         logprobs = []
         for policy in policies.values():
-            logprobs.append(sequence_logprobs(policy, samples.rollouts))
+            logprobs.append(sequence_logprobs(policy, samples.rollouts, micro_batch))
             report(len(log_ratios) * len(policies) + len(logprobs))
         logprobs = torch.stack(logprobs, dim=1)     # (M·N, K)
         ratios = logprobs - logprobs[:, :1]
@@ -400,11 +402,11 @@ def log_ratios_of(drawn, policies):
     return log_ratios
 
 
-def judge_steps(samples, process_model, tokenizer):
+def judge_steps(samples, process_model, tokenizer, micro_batch):
     """process_scores of Samples, each (M, N); -inf for a response without <|end|> or a sentence."""
     parts = {"smallest": [], "product": [], "sum": []}
     for rollout in samples.rollouts:
-        rewards, steps = step_rewards(process_model, rollout, tokenizer)
+        rewards, steps = step_rewards(process_model, rollout, tokenizer, micro_batch)
         whole = rollout.ended(tokenizer.end_token) & steps.any(dim=1)
         for rule, scores in process_scores(rewards, steps).items():
             parts[rule].append(torch.where(whole, scores, -math.inf).cpu())
@@ -412,14 +414,14 @@ def judge_steps(samples, process_model, tokenizer):
     return {rule: torch.cat(scores).view(shape) for rule, scores in parts.items()}
 
 
-def forgetting(metrics, policies, tokenizer):
+def forgetting(metrics, policies, tokenizer, micro_batch=64):
     """Every policy's loss on the held-out pretraining text, nats a token, and the base model's own:
     what alignment forgets (CME 295, "catastrophic forgetting"; Ouyang et al. 2022). metrics: gpt's
     stage_metrics."""
     documents = encode_documents(held_out_documents(), tokenizer)
     losses = {"base": last_with(metrics, "held_out")["held_out"]}
     for name, policy in policies.items():
-        losses[name] = held_out_loss(policy.model, documents, 1)
+        losses[name] = held_out_loss(policy.model, documents, 1, micro_batch)
     return losses
 
 
@@ -465,13 +467,13 @@ def yardstick(config):
         drawn[name] = draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng)
 
     # 3. log π_k/π_ref of every sample under every policy.
-    log_ratios = log_ratios_of(drawn, policies)
+    log_ratios = log_ratios_of(drawn, policies, config.micro_batch)
 
     # 4. Best-of-N picks among SFT's samples, by the reward model.
     sft = drawn["sft"]
     judges = {"": sft.figures["reward"]}
     if config.process:
-        judges.update(judge_steps(sft, process_model, tokenizer))
+        judges.update(judge_steps(sft, process_model, tokenizer, config.micro_batch))
     sizes = {4, 16, 64}
     sizes.update(policy.distils for policy in policies.values() if policy.distils > 1)
     kls = {n: best_of_n_kl(n) for n in sorted(sizes) if n <= config.samples}
@@ -482,7 +484,7 @@ def yardstick(config):
     # 5. The tables.
     losses = {}
     if gold and last_with(stages["gpt"], "entropy"):  # it was pretrained on the world's text
-        losses = forgetting(stages["gpt"], policies, tokenizer)
+        losses = forgetting(stages["gpt"], policies, tokenizer, config.micro_batch)
     rows = print_yardstick(per_prompt, figures, log_ratios, losses, stages, config.beta)
     powers = {n: best_of_n_kl(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.samples}
     rows += best_of_n_rows(sft.figures, sft.texts, powers)
@@ -495,7 +497,7 @@ def main(argv=None):
     needs = {"process": ("data", ""), "verify": ("data", "")}
     for flag in ("policies", "prompts", "samples", "beta"):
         needs[flag] = ("finetune", "no")
-    for flag in ("name", "rounds", "rsft_prompts", "epochs", "batch", "micro_batch", "lr", "warmup",
+    for flag in ("name", "rounds", "rsft_prompts", "epochs", "batch", "lr", "warmup",
                  "weight_decay", "report"):
         needs[flag] = ("finetune", "per_prompt", "overall")
     description = ("Best-of-N for one prompt, rejection-sampling fine-tuning, or the yardstick "

@@ -68,15 +68,15 @@ class Config:
     pairs: int = 2048           # new comparisons in a round
     judge: str = "reward_model"     # who labels them: reward_model, annotator, constitution, both,
                                     # or a program: "COMMAND"
-    sample_batch: int = 512     # prompts in one batch of sampling them
+    sample_batch: int = 512     # prompts in one batch of sampling
     max_new_tokens: int = 96    # the longest sampled response
 
     # optimization
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step (KTO: labels)
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
-    lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero); SimPO: half of
-                                # it, ORPO, which learns to answer too: sft.py's
+    lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero); SimPO: half
+                                # of it, ORPO, which learns to answer too: sft.py's
     warmup: int = 10            # steps of warm-up
 
     # this run
@@ -271,7 +271,7 @@ def label_logprobs(model, labels):
 def kto_baseline(policy, reference, labels, rows=64):
     """KTO's z0, an estimate of KL(π_θ || π_ref) in nats: the mean log-ratio of a batch's prompts,
     each with the next label's response, but not below 0. Left out: couples longer than the context,
-    and responses to that very prompt."""
+    and responses to that very prompt. rows: couples in one forward pass."""
     couples = []
     for i, label in enumerate(labels):
         other = labels[(i + 1) % len(labels)]
@@ -307,7 +307,7 @@ def kto(policy, reference, labels, held_out, paired, optimizer, config, rng, run
     batches = batches_by_length(lengths, config.batch, rng, config.epochs)
     for step in run.steps(len(batches), policy=policy, optimizer=optimizer):
         batch = [labels[i] for i in batches[step]]
-        z0 = kto_baseline(policy, reference, batch)
+        z0 = kto_baseline(policy, reference, batch, config.micro_batch)
         for start in range(0, len(batch), config.micro_batch):
             part = batch[start:start + config.micro_batch]
             loss, r, desirable = kto_part(policy, reference, part, z0, config)
@@ -325,7 +325,7 @@ def kto(policy, reference, labels, held_out, paired, optimizer, config, rng, run
 @torch.no_grad()
 def log_kto_held_out(policy, reference, held_out, paired, config, run, step):
     """Log KTO's loss and accuracy on held-out Labels."""
-    z0 = kto_baseline(policy, reference, held_out)
+    z0 = kto_baseline(policy, reference, held_out, config.micro_batch)
     margins = []
     for start in range(0, len(held_out), config.micro_batch):
         part = held_out[start:start + config.micro_batch]
@@ -400,8 +400,8 @@ def read_data(config, split, origin, tokenizer, block_size):
         good = config.desirable_weight * sum(label.desirable for label in items)
         bad = config.undesirable_weight * sum(not label.desirable for label in items)
         if good > 4 * bad or bad > 4 * good:
-            print(f"note    good labels weigh {good:g}, bad ones {bad:g}: KTO wants about as much of "
-                  "both (--desirable_weight, --undesirable_weight)", flush=True)
+            print(f"note    good labels weigh {good:g}, bad ones {bad:g}: KTO wants about as much "
+                  "of both (--desirable_weight, --undesirable_weight)", flush=True)
 
     rows, held_out_rows = split
     own = list(dict.fromkeys(row["prompt"] for row in rows))
@@ -455,7 +455,7 @@ def train(config):
     if judged:
         reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
         refuse_other_tokens(config, tokenizer, "reward_model", reward_tokenizer)
-        judge = reward_model_judge(reward_model, reward_tokenizer)
+        judge = reward_model_judge(reward_model, reward_tokenizer, 4 * config.micro_batch)
         used.append("reward_model")
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
 
@@ -526,7 +526,7 @@ def main(argv=None):
     needs = {"temperature": ("prompt",), "top_k": ("prompt",), "gamma": ("loss", "simpo"),
              "beta": ("loss", "dpo", "ipo", "kto", "simpo"), "lam": ("loss", "orpo"),
              "desirable_weight": ("loss", "kto"), "undesirable_weight": ("loss", "kto"),
-             "pairs": ("online",), "judge": ("online",), "sample_batch": ("online",),
+             "pairs": ("online",), "judge": ("online",),
              "online": ("start", "sft")}  # a base model can't answer
     losses = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
               "simpo": dict(beta=10.0), "orpo": dict(start="gpt", lam=2.0)}

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 
 from data.corpus import encode_documents, held_out_documents, text_corpus, world_corpus
 from data.files import InputError, run_script
-from data.run import (Run, allow_flags, announce, check_name, complete, parse_config, read_torch,
-                      refused_if_broken, show, stage_folder, write_torch)
+from data.run import (Run, allow_flags, announce, check_name, complete, gpu_has_bf16, parse_config,
+                      read_torch, refused_if_broken, show, stage_folder, write_torch)
 from data.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -180,8 +180,9 @@ def get_device():
 
 
 def autocast(device):
-    """bf16 on a GPU, plain float32 on the CPU. Losses and log-probabilities are always float32."""
-    if device.type == "cuda":
+    """bf16 on a GPU that has it, else plain float32. Losses and log-probabilities are always
+    float32."""
+    if device.type == "cuda" and gpu_has_bf16():
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -393,29 +394,47 @@ def sample_token(logits, u, temperature=1.0, top_k=None):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, top_k=None,
-             seed=None):
-    """Sample one response for each prompt, all in one batch, with a key-value cache.
+             seed=None, rows=None):
+    """Sample one response for each prompt, with a key-value cache.
 
     prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early);
     temperature and top_k: see sample_token (training rollouts must not truncate); seed: an int for
-    a reproducible draw. A row's draw depends on its place in the batch, the seed and
-    max_new_tokens, not on the other rows (on a GPU also on the size of the batch). Returns a
-    Rollout; a response that hits max_new_tokens has no end_token.
+    a reproducible draw; rows: how many prompts are in memory at once (None: all). A row's draw
+    depends on its place among the prompts, the seed and max_new_tokens, not on the other rows nor
+    on `rows` (on a GPU also on the number of prompts). Returns a Rollout; a response that hits
+    max_new_tokens has no end_token.
     Raises ValueError if a prompt is empty, InputError, a ValueError, if prompt + max_new_tokens
     exceed the context or temperature is not positive, FloatingPointError if the model's output is
     not finite.
     """
     check_room(model.config, prompts, max_new_tokens, temperature)
     device = model.wte.weight.device
-    prompt_tokens, prompt_lengths = pad(prompts, device)  # (B, longest)
-    B = len(prompts)
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, device=device,
+    uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, device=device,
                           generator=generator)
+
+    rows = rows or len(prompts)
+    parts = []
+    for start in range(0, len(prompts), rows):
+        end = start + rows
+        parts.append(generate_batch(model, prompts[start:end], uniforms[start:end], end_token,
+                                    temperature, top_k))
+    T = max(part.tokens.shape[1] for part in parts)
+    tokens = [F.pad(part.tokens, (0, T - part.tokens.shape[1])) for part in parts]
+    return Rollout(torch.cat(tokens), torch.cat([part.prompt_lengths for part in parts]),
+                   torch.cat([part.lengths for part in parts]))
+
+
+def generate_batch(model, prompts, uniforms, end_token, temperature, top_k):
+    """generate for prompts that are in memory all at once. uniforms (B, max_new_tokens): the random
+    numbers that choose the tokens."""
+    B, max_new_tokens = uniforms.shape
+    device = uniforms.device
+    prompt_tokens, prompt_lengths = pad(prompts, device)  # (B, longest)
 
     # 1. Prefill: all prompts at once; the first token comes from the last one of each prompt.
     dtype = model.wte.weight.dtype
@@ -497,11 +516,13 @@ def response_texts(rollout, tokenizer):
     return texts
 
 
-def respond(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_k=None):
-    """Sample a response for each prompt (lists of ids): (texts without <|end|>, ended: bools)."""
+def respond(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_k=None,
+            rows=None):
+    """Sample a response for each prompt (lists of ids), `rows` at once: (texts without <|end|>,
+    ended: bools)."""
     with autocast(model.wte.weight.device):
         rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, temperature, top_k,
-                           seed)
+                           seed, rows)
     return response_texts(rollout, tokenizer), rollout.ended(tokenizer.end_token).tolist()
 
 
@@ -580,8 +601,8 @@ def optimizer_step(optimizer, model, lr, max_norm=1.0):
 
 @torch.inference_mode()
 def held_out_loss(model, sequences, prompt_lengths, rows=64, temperature=1.0):
-    """Nats per token, a mean over all response tokens of all sequences (lists of ids). Prompts are
-    not counted; prompt_lengths: a list, or one number for all."""
+    """Nats per token, a mean over all response tokens of all sequences (lists of ids), `rows` in
+    one forward pass. Prompts are not counted; prompt_lengths: a list, or one number for all."""
     device = model.wte.weight.device
     prompt_lengths = torch.tensor(prompt_lengths, device=device).expand(len(sequences))
     total = 0.0
@@ -667,15 +688,17 @@ def pretrain(model, corpus, old_documents, config, run):
 
         run.log(step, weight=mask.sum(), loss=loss / mask.sum())  # nats a token
         if run.due(step):
-            run.log(step, **held_out_figures(model, corpus, old_documents), grad_norm=norm, lr=lr)
+            run.log(step, **held_out_figures(model, corpus, old_documents, config.batch),
+                    grad_norm=norm, lr=lr)
 
 
-def held_out_figures(model, corpus, old_documents):
-    """The loss on held-out text beside its source's entropy, and on old documents."""
-    loss = held_out_loss(model, corpus.held_out, 1)
+def held_out_figures(model, corpus, old_documents, rows):
+    """The loss on held-out text beside its source's entropy, and on old documents; `rows` of them
+    in one forward pass."""
+    loss = held_out_loss(model, corpus.held_out, 1, rows)
     figures = dict(held_out=loss, **excess(loss, corpus.entropy))
     if old_documents:
-        figures["old_held_out"] = held_out_loss(model, old_documents, 1)
+        figures["old_held_out"] = held_out_loss(model, old_documents, 1, rows)
     return figures
 
 
@@ -739,7 +762,7 @@ def train(config):
     # 2. Next-token prediction.
     with Run(config.name, folder, config, config.report, sources) as run:
         if config.start and not run.rows:
-            figures = held_out_figures(model, corpus, old_documents)
+            figures = held_out_figures(model, corpus, old_documents, config.batch)
             run.record(**figures)
             losses = [f"{name} {x:.3f}" for name, x in figures.items() if "held_out" in name]
             print("before  " + ", ".join(losses))

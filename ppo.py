@@ -83,6 +83,7 @@ class Config:
     # sampling
     data: str = ""              # prompts of your own, a .jsonl file, instead of the little world's
     max_new_tokens: int = 96    # the longest response
+    sample_batch: int = 512     # responses in one batch of sampling; less memory, the same draws
     temperature: float = 1.0    # of the policy that samples and is scored; --prompt: times that
     prompt: str = ""            # answer this prompt with the policy of --name, and stop
     top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: all
@@ -101,7 +102,7 @@ GPU = dict(rollouts=512, epochs=4, minibatch=128, micro_batch=128, lr=5e-5, valu
            max_new_tokens=128)
 # Ziegler et al. 2019's code for GPT-2, 124M, stylistic tasks: lr 1e-5, 4 passes over 512 rollouts
 GPT2 = dict(rollouts=512, epochs=4, minibatch=512, micro_batch=8, lr=1e-5, value_lr=1e-5,
-            value_clip=0.2, lam=0.95, max_new_tokens=128)
+            value_clip=0.2, lam=0.95, max_new_tokens=128, sample_batch=128)
 
 # --------------------------------------------------------------------------------------------------
 # The formulas. Every per-token tensor is (B, T-1): column t is the action a_t = tokens[:, t+1],
@@ -257,7 +258,8 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
     # 1. Generate completions with π_θ, from its full distribution.
     with autocast(policy.wte.weight.device):
         rollout = generate(policy, prompts, config.max_new_tokens, task.end_token,
-                           config.temperature, seed=rng.getrandbits(48))
+                           config.temperature, seed=rng.getrandbits(48),
+                           rows=config.sample_batch)
     run.time("rollout_s")
 
     # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref, which is the
@@ -666,8 +668,8 @@ def train(config):
         run.finish()
 
     if documents:
-        before = held_out_loss(reference, documents, 1)
-        after = held_out_loss(policy, documents, 1, temperature=config.temperature)
+        before = held_out_loss(reference, documents, 1, config.micro_batch)
+        after = held_out_loss(policy, documents, 1, config.micro_batch, config.temperature)
         print(f"pretraining loss {before:.3f} → {after:.3f} nats per token")
     sft.show_before_and_after(held_out, reference, policy, tokenizer, config, task.reward,
                               config.temperature)

@@ -57,7 +57,7 @@ class Config:
 
     # sampling
     max_new_tokens: int = 96    # the longest sampled response
-    sample_batch: int = 512     # prompts in one batch of sampling
+    sample_batch: int = 512     # prompts in one batch of sampling, two responses to each
 
     # optimization
     epochs: int = 1             # passes over the pairs
@@ -179,9 +179,9 @@ def collect_pairs(policy, tokenizer, draw_prompts, count, judge, config, rng):
     report = progress("comparisons collected", count)
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
-            raise InputError(f"of the policy's pairs of samples {len(rows)} can be compared, dropped "
-                             f"{counts(dropped)}: train it longer, or raise --max_new_tokens "
-                             f"{config.max_new_tokens} if its answers have no end")
+            raise InputError(f"of the policy's pairs of samples {len(rows)} can be compared, "
+                             f"dropped {counts(dropped)}: train it longer, or raise "
+                             f"--max_new_tokens {config.max_new_tokens} if its answers have no end")
         prompts = draw_prompts(min(config.sample_batch, count - len(rows)), rng)
         asked, unusable = sample_comparisons(policy, tokenizer, prompts, config.max_new_tokens,
                                              seed=rng.getrandbits(48))
@@ -200,9 +200,9 @@ def collect_pairs(policy, tokenizer, draw_prompts, count, judge, config, rng):
     return rows, dropped
 
 
-def reward_model_judge(model, tokenizer):
-    """A judge (data/judges.py) by Bradley-Terry on a reward model's scores:
-    P(first) = σ(r(first) - r(second))."""
+def reward_model_judge(model, tokenizer, rows=128):
+    """A judge (data/judges.py) by Bradley-Terry on a reward model's scores, `rows` in one forward
+    pass: P(first) = σ(r(first) - r(second))."""
     def judge(asked, rng):
         if not asked:
             return []
@@ -210,7 +210,7 @@ def reward_model_judge(model, tokenizer):
         for prompt, first, second in asked:
             ids.append(tokenizer.prompt(prompt) + tokenizer.response(first))
             ids.append(tokenizer.prompt(prompt) + tokenizer.response(second))
-        scores = score_all(model, ids)
+        scores = score_all(model, ids, rows)
         p_first = torch.sigmoid(scores[0::2] - scores[1::2])
         return [(int(rng.random() >= p), "") for p in p_first.tolist()]
 
@@ -243,15 +243,16 @@ def fit(model, pairs, held_out, config, rng, run):
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
         optimizer_step(optimizer, model, lr)
         if run.due(step):
-            margin = held_out_margins(model, held_out)
+            margin = held_out_margins(model, held_out, 4 * config.micro_batch)
             run.log(step, held_out_loss=-F.logsigmoid(margin).mean(),
                     held_out_accuracy=(margin > 0).float().mean())
 
 
-def held_out_margins(model, pairs):
-    """r(x, y_w) - r(x, y_l) of every Pair: (N,)."""
-    chosen = score_all(model, [pair.chosen for pair in pairs])
-    rejected = score_all(model, [pair.rejected for pair in pairs])
+def held_out_margins(model, pairs, rows=128):
+    """r(x, y_w) - r(x, y_l) of every Pair, `rows` sequences in one forward pass: (N,). Callers take
+    twice those of a micro-batch of pairs: without gradients they need less."""
+    chosen = score_all(model, [pair.chosen for pair in pairs], rows)
+    rejected = score_all(model, [pair.rejected for pair in pairs], rows)
     return chosen - rejected
 
 
@@ -270,10 +271,11 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     ids = [tokenizer.prompt(prompt) for prompt in asked]
     with autocast(get_device()):
         rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token,
-                           seed=config.seed)
+                           seed=config.seed, rows=config.sample_batch)
     lengths = rollout.lengths.tolist()
     rows = rollout.tokens.tolist()
-    scores = score_all(model, [row[:length] for row, length in zip(rows, lengths)])
+    responses = [row[:length] for row, length in zip(rows, lengths)]
+    scores = score_all(model, responses, 4 * config.micro_batch)
     with torch.no_grad():
         model.head.bias -= scores.mean().to(model.head.bias.device)
     print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard "
@@ -329,7 +331,7 @@ def train(config):
         shift_to_zero(model, policy, tokenizer, prompts, config)
 
         # 4. Compare with the answer key, if there is one. Save.
-        margin = held_out_margins(model, data.held_out)
+        margin = held_out_margins(model, data.held_out, 4 * config.micro_batch)
         if config.data:
             print(f"held-out accuracy {(margin > 0).float().mean():.3f}, "
                   f"loss {-F.logsigmoid(margin).mean():.3f}")
@@ -405,7 +407,7 @@ def learning_curve(config):
         model = start_from(policy)
         rng = random.Random(f"learning curve {config.seed}")
         fit(model, data.pairs[:count], data.held_out, config, rng, SilentRun())
-        margin = held_out_margins(model, data.held_out)
+        margin = held_out_margins(model, data.held_out, 4 * config.micro_batch)
         row = f"{(margin > 0).float().mean():17.3f}"
         if world:  # the true rewards are known
             x, _ = reward_model_figures(margin, gold_margins(data.held_out_rows))
@@ -440,7 +442,7 @@ def fit_process(model, responses, held_out, config, rng, run):
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
         optimizer_step(optimizer, model, lr)
         if run.due(step):
-            margin = step_margins(model, held_out)
+            margin = step_margins(model, held_out, 4 * config.micro_batch)
             run.log(step, held_out_loss=-F.logsigmoid(margin).mean(),
                     held_out_accuracy=(margin > 0).float().mean())
 
@@ -469,9 +471,10 @@ def step_margins(model, responses, rows=128):
 
 
 @torch.inference_mode()
-def step_rewards(model, rollout, tokenizer):
-    """What a process reward model gives the steps of a Rollout: (rewards, steps), both (B, T-1).
-    steps is true at the action that emits the last token of a sentence; rewards is 0 elsewhere."""
+def step_rewards(model, rollout, tokenizer, rows=128):
+    """What a process reward model gives the steps of a Rollout, `rows` in one forward pass:
+    (rewards, steps), both (B, T-1). steps is true at the action that emits the last token of a
+    sentence; rewards is 0 elsewhere."""
     steps = torch.zeros(rollout.tokens.shape, dtype=torch.bool)
     starts = rollout.prompt_lengths.tolist()
     for row, ids in enumerate(rollout.responses()):
@@ -480,7 +483,8 @@ def step_rewards(model, rollout, tokenizer):
         for end in step_ends(tokenizer.pieces(ids)):
             steps[row, starts[row] + end] = True
     steps = steps[:, 1:].to(rollout.tokens.device)
-    return torch.where(steps, model(rollout.tokens)[:, 1:], 0.0), steps
+    values = torch.cat([model(tokens) for tokens in rollout.tokens.split(rows)])  # (B, T)
+    return torch.where(steps, values[:, 1:], 0.0), steps
 
 
 def train_process(config):
@@ -517,7 +521,7 @@ def train_process(config):
         for response in held_out:
             for reward, is_good in zip(response.steps, response.marks):
                 true_margins.append(reward if is_good else -reward)
-        margin = step_margins(model, held_out)
+        margin = step_margins(model, held_out, 4 * config.micro_batch)
         figures, table = reward_model_figures(margin, torch.tensor(true_margins))
         run.record(**figures)
         print_answer_key(figures, table)
@@ -558,7 +562,7 @@ def make_reward(name, model, tokenizer, micro_batch):
         if texts:
             scores = texts.score(rollout.tokens, rollout.lengths)
         elif name == "process":
-            token_rewards, _ = step_rewards(model, rollout, tokenizer)
+            token_rewards, _ = step_rewards(model, rollout, tokenizer, micro_batch)
         else:
             for rows in rollout.lengths.argsort().split(micro_batch):  # little padding
                 T = int(rollout.lengths[rows].max())
@@ -574,7 +578,8 @@ def main(argv=None):
                           needs={"process": ("data", "")},
                           presets={"size": {"gpt2": GPT2}})
     if config.data:
-        refuse_flags(config, COLLECTING, "samples nothing where --data has the pairs")
+        refuse_flags(config, ("judge", "pairs", "held_out"),
+                     "compares nothing where --data has the pairs")
     if config.process and config.learning_curve:
         raise InputError("--learning_curve True: is a curve of pairs, but --process trains on "
                          "steps")

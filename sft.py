@@ -34,7 +34,7 @@ from data.corpus import draw_demonstrations, draw_requests, has_room
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
                       parse_config, refuse_flags, show, stage_folder, train_missing, with_error)
-from data.tokenizer import encode_demonstrations
+from data.tokenizer import encode_demonstrations, remarks
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
                  learning_rate, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step,
                  pad, respond, response_mask, response_texts, save_checkpoint)
@@ -58,6 +58,7 @@ class Config:
     # sampling
     max_new_tokens: int = 96    # the longest sampled response
     questions: int = 200        # held-out requests put to the model before and after
+    sample_batch: int = 256     # questions in one batch of sampling
     prompt: str = ""            # answer this prompt with the fine-tuned model, and stop
     temperature: float = 1.0    # of the answer to --prompt
     top_k: int = 0              # the answer to --prompt draws from the k likeliest tokens; 0: all
@@ -75,7 +76,7 @@ class Config:
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
 # batch: Stiennon et al. 2020, appendix B; lr: the default of TRL's SFTTrainer
-GPT2 = dict(batch=128, micro_batch=8, lr=2e-5, max_new_tokens=128, report=16)
+GPT2 = dict(batch=128, micro_batch=8, lr=2e-5, max_new_tokens=128, sample_batch=128, report=16)
 
 
 def default_lr(size):
@@ -118,14 +119,15 @@ def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
         norm = optimizer_step(optimizer, model, lr)
         if run.due(step):
             if held_out:
-                run.log(step, **held_out_figures(model, held_out, entropy))
+                run.log(step, **held_out_figures(model, held_out, entropy, config.micro_batch))
             run.log(step, grad_norm=norm)
 
 
-def held_out_figures(model, held_out, entropy):
-    """Nats per response token of held-out Demonstrations, beside their source's entropy."""
+def held_out_figures(model, held_out, entropy, rows):
+    """Nats per response token of held-out Demonstrations, `rows` in one forward pass, beside their
+    source's entropy."""
     ids = [one.ids for one in held_out]
-    loss = held_out_loss(model, ids, [one.prompt_length for one in held_out])
+    loss = held_out_loss(model, ids, [one.prompt_length for one in held_out], rows)
     return dict(held_out=loss, **excess(loss, entropy))
 
 
@@ -173,7 +175,7 @@ def read_data(config, split, tokenizer, block_size):
         if has_room(row["prompt"], tokenizer, config.max_new_tokens, block_size):
             questions.append(row["prompt"])
     description = (f"{origin}: {len(demonstrations):,} demonstrations, {len(held_out)} held out; "
-                   f"dropped {dropped} longer than the context")
+                   f"dropped {dropped} longer than the context{remarks(rows + held_out_rows)}")
     return Data(demonstrations, held_out, questions[:config.questions], entropy, description)
 
 
@@ -229,7 +231,8 @@ def ask(model, tokenizer, prompts, config):
     """(texts, ended) of a response to each prompt, lists of ids; there may be none."""
     if not prompts:
         return [], []
-    return respond(model, tokenizer, prompts, config.max_new_tokens, config.seed)
+    return respond(model, tokenizer, prompts, config.max_new_tokens, config.seed,
+                   rows=config.sample_batch)
 
 
 def record_answers(run, before, after):
@@ -337,7 +340,7 @@ def scored_answers(prompts, policy, tokenizer, config, reward, temperature, worl
     found = {}
     with autocast(get_device()):
         rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, temperature,
-                           seed=config.seed)
+                           seed=config.seed, rows=config.sample_batch)
     if reward:
         scores, token_rewards = reward(rollout)
         found["reward"] = (scores + token_rewards.sum(dim=1)).cpu()

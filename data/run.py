@@ -170,8 +170,8 @@ def check_values(config, given):
             raise InputError(f"--seed {value}: is too large; 63 bits are the most")
         if field.type is float and (not math.isfinite(value) or value < 0 <= field.default):
             raise InputError(f"--{field.name} {value}: must be a number, and not negative")
-        if field.name == "temperature" and value == 0:
-            raise InputError(f"--temperature {value}: must be positive; --top_k 1 is greedy")
+        if field.name == "temperature" and value < 1e-4:
+            raise InputError(f"--temperature {value}: must be at least 0.0001; --top_k 1 is greedy")
         if field.name in NEVER_ZERO and value == 0:
             raise InputError(f"--{field.name} {value}: must be positive; with 0 nothing is learnt")
         if given.get(field.name) == "":  # an unset shell variable must not mean another job
@@ -257,12 +257,20 @@ def announce(stage, config, device, data, model):
     where = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()
+        if not gpu_has_bf16():
+            where += " in float32, for it has no bf16"
     parameters = sum(p.numel() for p in model.parameters())
     print(f"\n== {stage} ==\n"
           f"device  {where}, size {config.size}, seed {config.seed}\n"
           f"model   {parameters:,} parameters, context {model.config.block_size}\n"
           f"data    {data}\n"
           f"saves   {stage_folder(config, stage)}", flush=True)
+
+
+def gpu_has_bf16():
+    """Whether the GPU computes in bf16, and not by an emulation, which is slow: those from 2020 on
+    (Ampere) do, a T4, GTX 16xx or RTX 20xx does not."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def show_models(trained, **models):
@@ -489,6 +497,11 @@ class SilentRun:
         self.rows.append({"step": self.step, **figures, "seconds": seconds, **peak_memory()})
 
 
+# What --resume may change. micro_batch: the gradient is the same, but for rounding; sample_batch:
+# what memory runs out with; report and save: how often.
+MAY_CHANGE = ("micro_batch", "sample_batch", "report", "save")
+
+
 class Run(SilentRun):
     """A training stage's run in its folder: a lock, metrics.jsonl, and state.pt for --resume.
 
@@ -543,9 +556,9 @@ class Run(SilentRun):
         for name, value in asdict(self.config).items():
             if name not in ("resume", "out"):
                 settings[name] = value
-        for name in ("text", "data"):  # a file may have changed under its name
+        for name in ("text", "data"):  # the same file may have another name, and change under it
             if settings.get(name):
-                settings[name] += f" (checksum {checksum(settings[name]):08x})"
+                settings[name] = f"of checksum {checksum(settings[name]):08x}"
         sources = {}
         for path in self.sources:
             sources[f"{path.parent.name}/{path.name}"] = checksum(path)
@@ -587,7 +600,7 @@ class Run(SilentRun):
                                  f"{self.stage} is wanted")
             for name, value in self.saved["settings"].items():
                 before = found["settings"].get(name)
-                if before != value:
+                if before != value and name not in MAY_CHANGE:
                     raise InputError(f"{self.path}: the run began with --{name} {before}, not "
                                      f"{value}; resume it with its settings, or start again "
                                      "without --resume")

@@ -932,8 +932,8 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch, capsys)
     assert snapshot(out) == before
 
 
-RSFT_ONLY = ("name rsft-x", "rounds 2", "rsft_prompts 8", "epochs 2", "batch 8", "micro_batch 8",
-             "lr 0.1", "warmup 1", "weight_decay 0.0", "report 2")
+RSFT_ONLY = ("name rsft-x", "rounds 2", "rsft_prompts 8", "epochs 2", "batch 8", "lr 0.1",
+             "warmup 1", "weight_decay 0.0", "report 2")
 YARDSTICK_ONLY = ("policies ppo", "prompts 8", "samples 8", "beta 0.2")
 
 

@@ -772,7 +772,7 @@ def interrupted(stage, chain, tmp_path, n=5):
 
 @pytest.mark.parametrize("stage, flags, began", [
     ("dpo", "--lr 0.001", "--lr 0.0002"), ("dpo", "--seed 2", "--seed 1"),
-    ("dpo", "--batch 5", "--batch 4"), ("dpo", "--report 1", "--report 3"),
+    ("dpo", "--batch 5", "--batch 4"),
     ("dpo", "--beta 0.7", "--beta 0.2"), ("sft", "--epochs 2", "--epochs 1")])
 def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
     """Half of a run with one learning rate and half with another, under the name of one of them."""
