@@ -143,15 +143,15 @@ def unshifted(code):
 
 def sampled_colder(code):
     """Sampled at temperature 0.7, scored at 1. Found in OpenRLHF/OpenRLHF#853."""
-    code.patch(ppo, "generate", lambda right, model, prompts, new, end, temperature, seed:
-               right(model, prompts, new, end, 0.7 * temperature, seed=seed))
+    code.patch(ppo, "generate", lambda right, model, prompts, new, end, temperature, **named:
+               right(model, prompts, new, end, 0.7 * temperature, **named))
 
 
 def top_k_rollouts(code):
     """Rollouts from the 2 likeliest tokens, scored as if from all. Found in
     NVIDIA/NeMo-Aligner#46."""
-    code.patch(ppo, "generate", lambda right, model, prompts, new, end, temperature, seed:
-               right(model, prompts, new, end, temperature, top_k=2, seed=seed))
+    code.patch(ppo, "generate", lambda right, model, prompts, new, end, temperature, **named:
+               right(model, prompts, new, end, temperature, top_k=2, **named))
 
 
 def ratio_of_one(code):

@@ -673,7 +673,6 @@ def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     ("--pairs 8", "--pairs 8: goes with --online only"),
     ("--online 0 --pairs 8", "--pairs 8: goes with --online only"),
     ("--judge annotator", "--judge annotator: goes with --online only"),
-    ("--sample_batch 8", "--sample_batch 8: goes"),
     ("--beta 0", "--beta 0.0: must be positive"),
     ("--loss ipo --beta 0", "--beta 0.0: must be positive"),
     ("--lr 0", "--lr 0.0: must be positive"),

@@ -628,7 +628,7 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
     if not world:
         prompts = [f"Color {i}?" for i in range(40)] + ["long " * 400]
 
-    def generate(policy, ids, max_new_tokens, end_token, temperature, seed):
+    def generate(policy, ids, max_new_tokens, end_token, temperature, seed, rows):
         asked = [tokenizer.decode(row[1:-1]) for row in ids]
         texts = []
         for i, request in enumerate(asked):
@@ -1033,8 +1033,8 @@ def test_with_a_programs_labels_a_run_continues_bit_for_bit(out, tmp_path, monke
 
 @pytest.mark.parametrize("argv, message", [
     ("--judge constitution --data pairs.jsonl",
-     "--judge constitution: samples nothing where --data has the pairs"),
-    ("--held_out 8 --data pairs.jsonl", "--held_out 8: samples nothing"),
+     "--judge constitution: compares nothing where --data has the pairs"),
+    ("--held_out 8 --data pairs.jsonl", "--held_out 8: compares nothing"),
     ("--learning_curve --pairs 8", "--pairs 8: .*reward_model has its comparisons already"),
     ("--judge anotator", "--judge anotator: no such program")])
 def test_what_would_not_be_asked_is_refused(argv, message, out):

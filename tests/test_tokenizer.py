@@ -204,7 +204,7 @@ def test_a_file_is_encoded_once(tmp_path):
     assert encode_file(path, tokenizer, tmp_path / "ids").tolist() == tokenizer.encode(TEXT)
     assert sample_text(path) == TEXT
     path.write_text(text, encoding="utf-8")
-    sample = sample_text(path, 2 ** 19)
+    sample = sample_text(path, 2 ** 20)
     assert len(text) / 2 < len(sample) < len(text) and sample[:1000] == text[:1000]
     path.write_text("x" * 2 ** 21, encoding="utf-8")    # one word is one piece
     assert sample_text(path, 2 ** 19) == "x" * 2 ** 19
