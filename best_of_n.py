@@ -438,6 +438,10 @@ def yardstick(config):
             path, "process_model", config.size, get_device(), RewardModel)
     names = [name for name in dict.fromkeys(config.policies.replace(" ", "").split(",")) if name]
     policies, reward_model, tokenizer = load_policies(config, names, "best_of_n")
+    path = stage_folder(config, "best_of_n") / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_folder(path.parent):  # a folder that can't be written to fails before the sampling
+        pass
     reference = policies["sft"].model
     gold = not config.data  # the annotator knows the world's requests only
     stages = {}
@@ -488,7 +492,6 @@ def yardstick(config):
     rows = print_yardstick(per_prompt, figures, log_ratios, losses, stages, config.beta)
     powers = {n: best_of_n_kl(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.samples}
     rows += best_of_n_rows(sft.figures, sft.texts, powers)
-    path = stage_folder(config, "best_of_n") / "metrics.jsonl"
     write_jsonl(path, rows)
     print(f"\nsaved {path}")
 
@@ -515,10 +518,7 @@ def main(argv=None):
         refuse_flags(config, ("n",), "goes with --prompt or --finetune only")
         if config.beta == 0:
             raise InputError("--beta 0.0: must be positive; the optimum for 0 has no finite J*")
-        folder = stage_folder(config, "best_of_n")
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder):  # one that can't be written to fails here, not after the sampling
-            yardstick(config)
+        yardstick(config)
 
 
 if __name__ == "__main__":

@@ -764,17 +764,17 @@ def test_missing_truncated_and_foreign_files(saved, tmp_path):
 
 def test_a_file_that_cannot_be_read(saved, tmp_path, monkeypatch):
     """A folder in the checkpoint's place, or a disk that fails: forty lines of somebody else's
-    code."""
+    code, or the advice to delete a file that is whole."""
     (tmp_path / "folder.pt").mkdir()
     message = refusal(tmp_path / "folder.pt")
-    assert BROKEN in message and "directory" in message
+    assert "cannot be read: " in message and "directory" in message and BROKEN not in message
 
     def fail(*arguments, **keywords):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(torch, "load", fail)
     message = refusal(saved[0])
-    assert BROKEN in message and "Input/output error" in message
+    assert "cannot be read: Input/output error" in message and BROKEN not in message
 
 
 @pytest.mark.parametrize("content", [
