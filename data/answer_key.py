@@ -348,7 +348,7 @@ def print_table(rows, formats):
     columns = [name for name in formats if name in rows[0]]
     lines = [[""] + columns]
     for row in rows:
-        cells = [cell(row[name], row.get(f"{name}_error"), formats[name]) for name in columns]
+        cells = [cell(row.get(name), row.get(f"{name}_error"), formats[name]) for name in columns]
         lines.append([row["policy"]] + cells)
 
     widths = []

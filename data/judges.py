@@ -218,14 +218,6 @@ class TextReward:
         scores = self.rewards(read_texts(tokens, lengths, self.tokenizer))
         return torch.tensor(scores, dtype=torch.float32, device=tokens.device)
 
-    def token_rewards(self, rollout):
-        """(B, T-1): the rewards of a whole Rollout, each at its last action. One program is started
-        for all of it."""
-        scores = self.score(rollout.tokens, rollout.lengths)
-        rewards = torch.zeros(rollout.tokens[:, 1:].shape, device=rollout.tokens.device)
-        last_actions = rollout.lengths[:, None] - 2
-        return rewards.scatter(1, last_actions, scores[:, None])
-
 
 # --------------------------------------------------------------------------------------------------
 # Programs of the user's
