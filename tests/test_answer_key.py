@@ -583,7 +583,7 @@ def test_tables_fit_100_columns(capsys):
 
 
 def test_a_figure_that_only_some_rows_have(capsys):
-    """best_of_n.py --verify --samples 8: 16 samples of SFT have a pass@16, 8 of the others none; the
-    table ended in a KeyError after all the sampling."""
+    """best_of_n.py --verify --samples 8: 16 samples of SFT have a pass@16, 8 of the others none;
+    the table ended in a KeyError after all the sampling."""
     print_table([dict(policy="sft", pass_16=0.5), dict(policy="ppo")], {"pass_16": ".1%"})
     assert capsys.readouterr().out.splitlines()[1:] == ["sft   50.0 %", "ppo        -"]
