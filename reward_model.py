@@ -578,8 +578,8 @@ def main(argv=None):
                           needs={"process": ("data", "")},
                           presets={"size": {"gpt2": GPT2}})
     if config.data:
-        refuse_flags(config, ("judge", "pairs", "held_out"),
-                     "compares nothing where --data has the pairs")
+        unused = COLLECTING if config.learning_curve else ("judge", "pairs", "held_out")
+        refuse_flags(config, unused, "compares nothing where --data has the pairs")
     if config.process and config.learning_curve:
         raise InputError("--learning_curve True: is a curve of pairs, but --process trains on "
                          "steps")

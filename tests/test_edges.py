@@ -808,3 +808,35 @@ def test_no_text_spells_a_special_token(tokenizers):
         assert places == [0, len(prompt) - 1, len(prompt) + len(response) - 1]
         assert tokenizer.decode(prompt + response) == f"<|user|>{text}<|assistant|>{text}<|end|>"
         assert tokenizer.encode_batch([text]) == [prompt[1:-1]] == [response[:-1]]
+
+
+@pytest.mark.parametrize("stage, flags", [
+    (sft, "--sample_batch 3 --demonstrations 40 --questions 20 --batch 16"),
+    (reward_model, "--sample_batch 3 --pairs 16 --held_out 16 --batch 8"),
+    (reward_model, "--process --batch 8"),
+    (ppo, "--sample_batch 3 --iterations 1 --rollouts 16 --minibatch 8 --ptx 0.1"),
+    (ppo, "--sample_batch 3 --iterations 1 --rollouts 16 --minibatch 8 --reward process"),
+    (dpo, "--sample_batch 3 --batch 8"),
+    (dpo, "--sample_batch 3 --batch 8 --loss kto"),
+    (dpo, "--sample_batch 3 --batch 8 --online 1 --pairs 16"),
+    (best_of_n, "--sample_batch 3 --prompts 2 --samples 16 --policies ,"),
+    (best_of_n, "--sample_batch 3 --prompts 2 --samples 16 --policies , --process"),
+    (best_of_n, "--sample_batch 3 --finetune per_prompt --rsft_prompts 12 --n 2 --batch 8")])
+def test_no_stage_has_more_in_memory_than_the_flags_say(stage, flags, out, monkeypatch):
+    """64 rows of logits for a held-out loss, at GPT-2's vocabulary five times the memory of a
+    micro-batch; 512 prompts at once after an hour of training: memory that no flag makes less."""
+    common = ["--size", "cpu", "--out", str(out), "--max_new_tokens", "16"]
+    if "process" in flags and stage != reward_model:
+        reward_model.main(common + ["--process"])
+    sampled = []
+    scored = []
+    hidden = GPT.hidden
+
+    def watched(model, tokens, positions=None, cache=None):
+        (scored if cache is None else sampled).append(len(tokens))
+        return hidden(model, tokens, positions, cache)
+
+    monkeypatch.setattr(GPT, "hidden", watched)
+    stage.main(common + ["--micro_batch", "2", *flags.split()])
+    assert max(sampled, default=0) <= 6     # both responses to a prompt that are to be compared
+    assert 2 <= max(scored) <= 8            # without gradients, of rewards: two micro-batches' pairs

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import data.corpus
 import gpt
 import sft
+from data import run
 from data.corpus import Corpus, encode_documents, held_out_documents, world_corpus
 from data.files import InputError
 from data.run import SilentRun
@@ -1288,3 +1289,43 @@ def test_a_base_model_that_there_is_not(stage, change, message, out):
     with pytest.raises(InputError, match=message):
         stage.main(["--size", "cpu", "--out", str(out), *change.split()])
     assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_sampling_in_pieces_draws_the_same(rows, monkeypatch):
+    """All rollouts of a batch in memory at once, whatever the flags; or other samples on a smaller
+    GPU, where only the memory should be less."""
+    model = tiny_model()
+    prompts = [[1] * n for n in (5, 1, 3, 8, 2, 1, 4)]
+    whole = generate(model, prompts, 20, END, seed=5)
+    batches = []
+    hidden = model.hidden
+
+    def watched(tokens, *others, **named):
+        batches.append(len(tokens))
+        return hidden(tokens, *others, **named)
+
+    monkeypatch.setattr(model, "hidden", watched)
+    pieces = generate(model, prompts, 20, END, seed=5, rows=rows)
+    assert max(batches) == min(rows, len(prompts))
+    for expected, found in zip(whole, pieces):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_without_bf16(supported, monkeypatch, capsys):
+    """A T4 or an RTX 20xx, which students have: bf16 is emulated there, many times slower than
+    float32, and torch says by default that it is supported."""
+    def is_bf16_supported(including_emulation=True):
+        return supported or including_emulation
+
+    casts = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: casts.append(arguments))
+    with gpt.autocast(torch.device("cuda")) or contextlib.nullcontext():
+        assert casts == ([("cuda", torch.bfloat16)] if supported else [])
+
+    run.announce("sft", sft.Config(size="gpu"), torch.device("cuda"), "some", tiny_model())
+    where = "Tesla T4" if supported else "Tesla T4 in float32, for it has no bf16"
+    assert f"device  {where}, size gpu, seed 1\n" in capsys.readouterr().out
