@@ -930,3 +930,11 @@ def test_out_of_memory_is_not_called_damage(tmp_path, error):
         with refused_if_broken(tmp_path / "checkpoint.pt", "train the stage again"):
             raise error
     assert found.value is error
+
+
+def test_files_of_the_users_own_beside_those_of_rounds(tmp_path):
+    """pairs-mine.jsonl in the folder of online DPO: a traceback after all was saved."""
+    for name in ("pairs-1", "pairs-2", "pairs-mine"):
+        (tmp_path / f"{name}.jsonl").touch()
+    run.forget_rounds(tmp_path, "pairs", 1)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["pairs-1", "pairs-mine"]

@@ -426,3 +426,12 @@ def test_the_learning_curve_ends_at_the_stage_itself(base, tmp_path, monkeypatch
     fine_tune(base, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--learning_curve")
     *_, header, first, second, third = capsys.readouterr().out.splitlines()
     assert header == "demonstrations  held out, nats a token" and len(third.split()) == 2
+
+
+def test_the_worlds_requests_are_not_put_to_a_model_of_other_text(tmp_path):
+    """reward_model.py, ppo.py and best_of_n.py without --data ask a model of somebody's own text
+    for stories, and print gold."""
+    path = tmp_path / "checkpoint.pt"
+    sft.refuse_own_text(path, {"own_text": ""})
+    with pytest.raises(InputError, match="checkpoint.pt: comes from mine.txt, .* --data FILE.jsonl"):
+        sft.refuse_own_text(path, {"own_text": "mine.txt"})
