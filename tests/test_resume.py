@@ -787,6 +787,41 @@ def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
     assert snapshot(folder) == found
 
 
+def test_what_changes_nothing_may_change(chain, tmp_path):
+    """A run that ran out of memory refused with the smaller micro-batch that it needs; the same
+    file refused because it has been moved."""
+    out, argv, folder = interrupted("sft", chain, tmp_path, 15)
+    moved = shutil.copy(chain / "demonstrations.jsonl", tmp_path / "moved.jsonl")
+    flags = ["--resume", "--data", str(moved), "--micro_batch", "3", "--sample_batch", "7",
+             "--report", "4"]
+    sft.main([*argv, *flags])
+    rows = read_metrics(folder)
+    reference = read_metrics(chain / "cpu/sft")
+    assert [row["step"] for row in rows] == [10, 12, 16, 20, 24, 28, 32, 35]
+    for a, b in ((rows[3], reference[1]), (rows[-1], reference[-1])):   # steps 20 and 35
+        assert a["step"] == b["step"] and a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
+
+
+@pytest.mark.parametrize("save", ["1", "3"])
+def test_another_number_of_steps_between_saves(save, chain, tmp_path):
+    """The same of --save, and the run is the one that was stopped, bit for bit."""
+    out, argv, folder = interrupted("ppo", chain, tmp_path, 10)
+    ppo.main([*argv, "--resume", "--save", save])
+    check_finished(folder, chain / "cpu/ppo")
+
+
+def test_another_file_under_the_same_name_is_refused(chain, tmp_path):
+    """Half of a run on a file, half on what somebody has put in its place."""
+    out, argv = before("sft", chain, tmp_path)
+    data = shutil.copy(chain / "demonstrations.jsonl", tmp_path / "mine.jsonl")
+    killed("sft", [*argv, "--data", str(data)], out, "step", 15)
+    lines = Path(data).read_bytes().splitlines(keepends=True)
+    Path(data).write_bytes(b"".join(reversed(lines)))
+    with pytest.raises(InputError, match="the run began with --data of checksum [0-9a-f]{8}, not "
+                                         "of checksum [0-9a-f]{8}; resume it with its settings"):
+        sft.main([*argv, "--data", str(data), "--resume"])
+
+
 @pytest.mark.parametrize("stage, source", [
     ("sft", "gpt/checkpoint.pt"), ("reward_model", "sft/checkpoint.pt"),
     ("ppo", "sft/checkpoint.pt"), ("ppo", "reward_model/checkpoint.pt"),
