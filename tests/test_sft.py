@@ -433,5 +433,5 @@ def test_the_worlds_requests_are_not_put_to_a_model_of_other_text(tmp_path):
     for stories, and print gold."""
     path = tmp_path / "checkpoint.pt"
     sft.refuse_own_text(path, {"own_text": ""})
-    with pytest.raises(InputError, match="checkpoint.pt: comes from mine.txt, .* --data FILE.jsonl"):
+    with pytest.raises(InputError, match="checkpoint.pt: comes from mine.txt, .* --data"):
         sft.refuse_own_text(path, {"own_text": "mine.txt"})
