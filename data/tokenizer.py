@@ -294,7 +294,7 @@ def sample_text(path, size=2 ** 24):
     sample = []
     for number, text in enumerate(read_chunks(path)):
         if number % every == 0:
-            sample.append(text[:size])
+            sample.append(text[:max(size, 2 ** 20)])
     return "".join(sample)
 
 
