@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import regex
 
+import sft
 from data.corpus import text_corpus
 from data.files import read_chunks
 from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_comparisons,
@@ -287,6 +288,8 @@ def test_spelled_special_tokens_are_counted(tokenizer, tmp_path):
     assert remarks(rows) == ("\n        2 of 3 rows spell <|assistant|>, <|endoftext|>, <|user|>: "
                              "that stays ordinary text, which the model learns to write; better "
                              "remove it")
+    data = sft.read_data(sft.Config(data="rows"), (rows[:2], rows[2:]), tokenizer, 99)
+    assert data.description.endswith(remarks(rows))
     assert remarks(rows[2:]) == "" and tokenizer.end_token not in tokenizer.encode("<|endoftext|>")
 
     path = tmp_path / "text.txt"
