@@ -421,7 +421,7 @@ def forgetting(metrics, policies, tokenizer, micro_batch=64):
     documents = encode_documents(held_out_documents(), tokenizer)
     losses = {"base": last_with(metrics, "held_out")["held_out"]}
     for name, policy in policies.items():
-        losses[name] = held_out_loss(policy.model, documents, 1, micro_batch)
+        losses[name] = held_out_loss(policy.model, documents, 1, micro_batch, policy.temperature)
     return losses
 
 

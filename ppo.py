@@ -67,7 +67,7 @@ class Config:
     # optimization
     iterations: int = 100       # rollout batches
     rollouts: int = 64          # responses in a rollout batch
-    epochs: int = 1             # K: passes over each rollout batch; only in the first on-policy
+    epochs: int = 1             # K: passes over each rollout batch; only the first is on-policy
     minibatch: int = 16         # responses in an optimizer step
     micro_batch: int = 8        # responses in one forward pass; less memory, the same gradient
     lr: float = 3e-4            # the policy's learning rate, decays linearly to zero
@@ -178,10 +178,36 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip):
-    """½ (V(s_t) - G_t)², the worse of the plain and the clipped one (ECE 7115, "Value Function";
-    Ziegler et al. 2019): all (B, T-1) -> scalar, a token mean."""
+    """½ (V(s_t) - returns_t)², the worse of the plain and the clipped one (ECE 7115, "Value
+    Function", whose G_t is returns_t here; Ziegler et al. 2019): all (B, T-1) -> scalar, a token
+    mean."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def returns_to_go(rewards, mask, gamma):
+    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1),
+    0 outside the mask."""
+    returns = torch.zeros_like(rewards)
+    G = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        G = torch.where(mask[:, t], rewards[:, t] + gamma * G, 0.0)
+        returns[:, t] = G
+    return returns
+
+
+def kl_estimators(log_ratio):
+    """Three estimates of KL(p || q) from samples of p (Schulman 2020, "Approximating KL
+    Divergence").
+
+    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2
+    is not; k2 and k3 are never negative. The shaped rewards need k1: its sum is the log-ratio of
+    the whole response, which is in the objective.
+    """
+    k1 = log_ratio
+    k2 = log_ratio ** 2 / 2
+    k3 = (-log_ratio).exp() - 1 + log_ratio
+    return k1, k2, k3
 
 
 def adapt_beta(beta, kl, kl_target):
@@ -386,21 +412,10 @@ def ppo(policy, reference, value_model, task, config, run):
 # The family: what other methods have in the place of the value model, of the clipped objective and
 # of the KL penalty in the rewards. A student of PPO can close the file here.
 
-# Without a ratio a batch may be used for one step only: then it is another policy's (ECE 7115, "Two
-# Old Policies").
+# Without a ratio a batch may be used for one step only: after it the samples are no longer the
+# current policy's (ECE 7115, "Two Old Policies").
 ONE_STEP = ("a2c", "reinforce", "reinforce_baseline", "reinforce_moving", "rloo")
 GRPO = ("grpo", "grpo_no_division", "grpo_kl_in_rewards", "grpo_token_mean")
-
-
-def returns_to_go(rewards, mask, gamma):
-    """G_t = Σ_{k>=t} γ^{k-t} r_k (ECE 7115, "Value Function"): rewards, mask (B, T-1) -> (B, T-1),
-    0 outside the mask."""
-    returns = torch.zeros_like(rewards)
-    G = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        G = torch.where(mask[:, t], rewards[:, t] + gamma * G, 0.0)
-        returns[:, t] = G
-    return returns
 
 
 def leave_one_out(returns, group):
@@ -453,20 +468,6 @@ def adapt_penalty(coefficient, kl, target):
     if kl < target / 1.5:
         return coefficient / 2
     return coefficient
-
-
-def kl_estimators(log_ratio):
-    """Three estimates of KL(p || q) from samples of p (Schulman 2020, "Approximating KL
-    Divergence").
-
-    log_ratio = log p(y) - log q(y), y ~ p -> (k1, k2, k3) of its shape. k1 and k3 are unbiased, k2
-    is not; k2 and k3 are never negative. The shaped rewards need k1: its sum is the log-ratio of
-    the whole response, which is in the objective.
-    """
-    k1 = log_ratio
-    k2 = log_ratio ** 2 / 2
-    k3 = (-log_ratio).exp() - 1 + log_ratio
-    return k1, k2, k3
 
 
 def estimate_advantages(rewards, rollouts, mean, config):
