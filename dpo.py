@@ -157,11 +157,14 @@ def dpo(policy, reference, pairs, held_out, config, rng, run):
 
 @torch.no_grad()
 def log_held_out(policy, reference, held_out, config, run, step):
-    """Log the loss and the accuracy on held-out Pairs."""
+    """Log DPO's loss and accuracy on held-out Pairs."""
     for start in range(0, len(held_out), config.micro_batch):
         part = held_out[start:start + config.micro_batch]
-        loss, figures = pair_loss(policy, reference, part, config)
-        run.log(step, len(part), held_out_loss=loss, held_out_accuracy=figures["accuracy"])
+        ref_chosen, ref_rejected = pair_logprobs(reference, part)
+        chosen, rejected = pair_logprobs(policy, part)
+        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+        margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+        run.log(step, len(part), held_out_loss=loss, held_out_accuracy=(margin > 0).float().mean())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,8 +246,18 @@ def pair_loss(policy, reference, pairs, config):
     return loss, dict(accuracy=(margin > 0).float().mean(), margin=margin.mean(), **figures)
 
 
+@torch.no_grad()
+def log_pairs_held_out(policy, reference, held_out, config, run, step):
+    """Log the loss config.loss and the accuracy on held-out Pairs."""
+    for start in range(0, len(held_out), config.micro_batch):
+        part = held_out[start:start + config.micro_batch]
+        loss, figures = pair_loss(policy, reference, part, config)
+        run.log(step, len(part), held_out_loss=loss, held_out_accuracy=figures["accuracy"])
+
+
 def fit_pairs(policy, reference, pairs, held_out, optimizer, config, rng, run):
-    """Minimize config.loss over pairs. The learning rate follows the steps of all rounds."""
+    """Minimize config.loss over pairs; DPO's too, online. The learning rate follows the steps of
+    all rounds: those of earlier ones are run.before."""
     batches = pair_batches(pairs, config, rng)
     for step in run.steps(len(batches), policy=policy, optimizer=optimizer):
         batch = [pairs[i] for i in batches[step]]
@@ -257,7 +270,7 @@ def fit_pairs(policy, reference, pairs, held_out, optimizer, config, rng, run):
         lr = learning_rate(run.before + step, run.total, config.lr, config.warmup)
         optimizer_step(optimizer, policy, lr)
         if run.due(step):
-            log_held_out(policy, reference, held_out, config, run, step)
+            log_pairs_held_out(policy, reference, held_out, config, run, step)
 
 
 def label_logprobs(model, labels):

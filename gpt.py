@@ -20,9 +20,9 @@ folder for transformers, TRL and vLLM.
 The conventions that every later file keeps:
 - Sequences are prompt + response + <|end|>, padded on the RIGHT: a causal model never sees the
   padding after a token, so attention needs no mask and positions need no arithmetic.
-- log π(y|x) is response_logprobs, per token masked_logprobs. The shift happens there and in
-  token_logprobs, and nowhere else: per-token tensors are (B, T-1), and column t belongs to the
-  action "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
+- log π(y|x) is response_logprobs, per token masked_logprobs. The shift of log-probabilities happens
+  there and in token_logprobs, and nowhere else: per-token tensors are (B, T-1), and column t
+  belongs to the action "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
 - Masks come from lengths, never from token values (padding may be any token, <|end|> too).
 """
 
@@ -356,7 +356,7 @@ class RecordedStep:
             width = (self.cache.longest + t + 64) // 8 * 8
             self.width = min(width, len(self.cache.slots))
             self.new = new.clone()
-            self.hidden = self.step()
+            self.hidden = self.step()  # once before the recording, which needs a warm-up
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.hidden = self.step()
@@ -365,6 +365,7 @@ class RecordedStep:
         return self.hidden
 
     def step(self):
+        """Token self.t of every response, self.new, through the model: hidden vectors (B, C)."""
         slot = self.cache.longest + self.t
         empty = self.cache.slots[:self.width] > slot
         self.cache.slot = slot
