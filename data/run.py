@@ -60,8 +60,9 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     where the other one has one of these values or, where none is listed, is set at all ("": is not
     set).
     config.given: the names of the flags on the command line. Fields must have the type int, float,
-    str, bool or a Literal of strings, whose values are the flag's choices. TypeError, a bug of
-    ours, for a field without a comment.
+    str, bool or a Literal of strings, whose values are the flag's choices. A text whose metadata
+    has "alone" may be given without a value and is that then. TypeError, a bug of ours, for a field
+    without a comment.
     """
     comments = field_comments(Config)
     parser = _Parser(description=description, allow_abbrev=False)
@@ -85,6 +86,9 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
                                 action=argparse.BooleanOptionalAction)
         elif typing.get_origin(field.type) is typing.Literal:
             parser.add_argument(flag, default=None, help=text, choices=typing.get_args(field.type))
+        elif "alone" in field.metadata:
+            parser.add_argument(flag, default=None, help=text, nargs="?",
+                                const=field.metadata["alone"])
         else:
             parser.add_argument(flag, default=None, help=text, type=field.type)
 

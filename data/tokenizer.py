@@ -232,6 +232,14 @@ class Tokenizer:
         """The bytes of each id, a list; those of a special token spell its name."""
         return self._encoding.decode_tokens_bytes(ids)
 
+    def shown(self, ids):
+        """Each id as a short text for a table, a list: blanks as "·", line ends as "\\n"."""
+        texts = []
+        for piece in self.pieces(ids):
+            text = piece.decode("utf-8", "backslashreplace")
+            texts.append(text.replace(" ", "·").replace("\n", "\\n"))
+        return texts
+
     def prompt(self, text):
         """The ids of <|user|>TEXT<|assistant|>."""
         return [self.user_token, *self.encode(text), self.assistant_token]
