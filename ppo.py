@@ -17,6 +17,7 @@ Training with PPO" (ECE 7115):
     python ppo.py                       everything: a missing stage is trained first
     python ppo.py --data FILE.jsonl     prompts of your own, after sft.py and reward_model.py on it
     python ppo.py --prompt "…"          answer a prompt with the policy
+    python ppo.py --explain             one response, token by token: KL_t, r_t, V(s_t), A_t, ρ_t
     python ppo.py --beta 0 --name ppo-beta0     over-optimization: reward rises, gold falls
     python ppo.py --reward verifier --name ppo-verifier     or process, "COMMAND" (CS 224R, ch. 11)
     python ppo.py --method grpo --name ppo-grpo             the family, at the end of the file
@@ -34,18 +35,20 @@ Departures from the slides, on purpose:
 
 import random
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Literal, NamedTuple
 
 import torch
 
 import sft
-from data.annotator import gold_rewards
+from data.annotator import gold_rewards, read_texts, scored
+from data.answer_key import optimality_gap
 from data.corpus import draw_requests, pretraining_text, prompts_with_room
 from data.files import InputError, run_script, split_prompts
 from data.judges import reward_of
-from data.run import (Run, announce, check_name, parse_config, show_models, stage_folder,
-                      train_missing)
+from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete,
+                      parse_config, refuse_stale, show, show_models, stage_folder, train_missing)
+from data.table import Column, print_columns
 from gpt import (autocast, generate, get_device, held_out_loss, load_checkpoint, make_optimizer,
                  masked_logprobs, optimizer_step, pad, response_mask, save_checkpoint)
 from reward_model import load_reward_model, make_reward, start_from
@@ -94,6 +97,7 @@ class Config:
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
     name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
     seed: int = 1               # fixes prompts, samples and minibatches
+    explain: bool = False       # print one response with every quantity of the slides, and stop
     save: int = 10              # iterations between two saves of the state for --resume
     resume: bool = False        # continue the run that was interrupted in this folder
 
@@ -416,6 +420,8 @@ def ppo(policy, reference, value_model, task, config, run):
 # current policy's (ECE 7115, "Two Old Policies").
 ONE_STEP = ("a2c", "reinforce", "reinforce_baseline", "reinforce_moving", "rloo")
 GRPO = ("grpo", "grpo_no_division", "grpo_kl_in_rewards", "grpo_token_mean")
+KL_IN_LOSS = ("grpo", "grpo_no_division")
+WITH_VALUES = ("ppo", "ppo_penalty", "a2c")
 
 
 def leave_one_out(returns, group):
@@ -478,7 +484,7 @@ def estimate_advantages(rewards, rollouts, mean, config):
     mask = rollouts.mask
     returns = returns_to_go(rewards, mask, config.gamma)
     whole = returns.gather(1, mask.int().argmax(dim=1, keepdim=True))  # (B, 1): G_0
-    if config.method in ("ppo_penalty", "a2c"):
+    if config.method in WITH_VALUES:
         advantages, returns = gae(rewards, rollouts.old_values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)
     elif config.method == "reinforce":
@@ -503,7 +509,7 @@ def policy_gradients(policy, reference, value_model, task, config, run):
     the rewards, not in the loss; also a mean over tokens, not within each response first.
     """
     method = config.method
-    kl_in_loss = method in ("grpo", "grpo_no_division")
+    kl_in_loss = method in KL_IN_LOSS
     epochs = config.epochs
     size = config.minibatch
     if method in ONE_STEP:
@@ -625,7 +631,7 @@ def train(config):
         reward_model, path = load_reward_model(config, tokenizer)
         sources.append(path)
     value_model = None
-    if config.method in ("ppo", "ppo_penalty", "a2c"):
+    if config.method in WITH_VALUES:
         value_model = deepcopy(reward_model) or start_from(policy)
 
     data = "fresh requests of the little world"
@@ -662,10 +668,12 @@ def train(config):
     with Run(config.name, folder, config, 1, sources, save=config.save, unprinted=unprinted) as run:
         loop = ppo if config.method == "ppo" else policy_gradients
         loop(policy, reference, value_model, task, config, run)
+        more = {name: getattr(config, name) for name in KEPT}
+        if value_model:
+            more["value_model"] = value_model.state_dict()
         save_checkpoint(run.folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer,
-                        beta=run.rows[-1]["beta"], temperature=config.temperature,
-                        missing_end_score=config.missing_end_score, metrics=run.figures(),
-                        made_from=run.made_from())
+                        beta=run.rows[-1]["beta"], metrics=run.figures(),
+                        made_from=run.made_from(), **more)
         run.finish()
 
     if documents:
@@ -678,8 +686,187 @@ def train(config):
           flush=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# One response with every number of the slides
+
+# What a checkpoint keeps of its run for this.
+KEPT = ("method", "reward", "data", "max_new_tokens", "gamma", "lam", "clip", "group", "lr",
+        "temperature", "missing_end_score")
+
+
+def explain(config, samples=64):
+    """Print a response of the policy of --name with every quantity of steps 2 to 4, a row a token.
+
+    It is the first of a batch of `samples` responses to one prompt: --prompt, or a held-out one.
+    """
+    allow_flags(config, ("prompt", "name", "seed", "size", "out"), "explain")
+    check_name(config.name, "ppo")
+    path = stage_folder(config, config.name) / "checkpoint.pt"
+    complete(path.parent)
+    refuse_stale(path.parent)
+    policy, tokenizer, checkpoint = load_checkpoint(path, "ppo", config.size, get_device())
+    if "method" not in checkpoint:
+        raise InputError(f"{path}: does not say how it was trained; train it again with ppo.py")
+    config = replace(config, **{name: checkpoint[name] for name in KEPT})
+    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
+    reference, _, sft_checkpoint = load_checkpoint(sft_path, "sft", config.size, get_device())
+    reward_model = None
+    if config.reward in ("reward_model", "process"):
+        reward_model, _ = load_reward_model(config, tokenizer)
+    value_model = None
+    if config.method in WITH_VALUES:
+        value_model = start_from(policy)
+        value_model.load_state_dict(checkpoint["value_model"])
+
+    prompt = config.prompt
+    if not prompt and config.data:
+        prompt = split_prompts(config.data)[1][0]
+    elif not prompt:
+        sft.refuse_own_text(sft_path, sft_checkpoint)
+        prompt = draw_requests(1, random.Random(f"explain {config.seed}"), held_out=True)[0]
+
+    # 1. Generate.  2. Score.
+    task = Task(None, make_reward(config.reward, reward_model, tokenizer, config.micro_batch),
+                tokenizer.end_token)
+    rng = random.Random(f"explain {config.seed}")
+    rollouts = sample(policy, reference, value_model, task, [tokenizer.prompt(prompt)] * samples,
+                      config, rng, SilentRun())
+    mask = rollouts.mask
+
+    # 3. Estimate advantages.
+    beta = checkpoint["beta"]
+    if config.method in KL_IN_LOSS:
+        beta = 0.0
+    rewards = shaped_rewards(
+        rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, mask, beta)
+    rewards = rewards + rollouts.token_rewards
+    returns = returns_to_go(rewards, mask, config.gamma)
+    mean = masked_mean(returns, mask).item()
+    advantages, _ = estimate_advantages(rewards, rollouts, mean, config)
+    rollouts = rollouts._replace(advantages=advantages, returns=returns)
+
+    _, text = read_texts(rollouts.tokens[:1], rollouts.lengths[:1], tokenizer)[0]
+    R = rollouts.scores + rollouts.token_rewards.sum(dim=1)  # R(x, y)
+    show(("prompt", prompt), ("response", scored(prompt, text, R[0])))
+    actions = Column("a_t", tokenizer.shown(rollouts.tokens[0, 1:][mask[0]].tolist()))
+    print_rewards(actions, rewards, rollouts, config)
+    print_sums(R, rewards, rollouts, beta, checkpoint["beta"])
+    if config.method in ("rloo", *GRPO):
+        print_group(R, rewards, rollouts, config)
+    if config.method == "ppo":
+        print_update(actions, policy, rollouts, config)
+
+
+def column(name, x, rollouts, signed=True):
+    """x (B, T-1) of the first response as a column."""
+    return Column(name, x[0, rollouts.mask[0]].tolist(), ".3f", signed)
+
+
+def print_rewards(actions, rewards, rollouts, config):
+    """Steps 2 and 3 for the first response, a row a token. rollouts.returns: G_t."""
+    columns = [actions,
+               column("log π_θ", rollouts.old_logprobs, rollouts, signed=False),
+               column("log π_ref", rollouts.ref_logprobs, rollouts, signed=False),
+               column("KL_t", rollouts.old_logprobs - rollouts.ref_logprobs, rollouts),
+               column("r_t", rewards, rollouts)]
+    legend = ['KL_t, r_t: ECE 7115, "Token-Level Returns" (shaped_rewards).']
+    if config.method in WITH_VALUES:
+        V = rollouts.old_values
+        deltas, _ = gae(rewards, V, rollouts.mask, config.gamma, lam=0.0)
+        estimates, _ = gae(rewards, V, rollouts.mask, config.gamma, config.lam)
+        columns += [column("V(s_t)", V, rollouts),
+                    column("δ_t", deltas, rollouts),
+                    column("A_t", estimates, rollouts),
+                    column("G_t - V", rollouts.returns - V, rollouts),
+                    column("whitened", rollouts.advantages, rollouts)]
+        legend += [f'A_t with λ = {config.lam}: "Generalized Advantage Estimation" (gae); δ_t is '
+                   "A_t with λ = 0, G_t - V with λ = 1."]
+    else:
+        columns += [column("G_t", rollouts.returns, rollouts),
+                    column("Â_t", rollouts.advantages, rollouts)]
+        legend += [f'G_t: "Value Function" (returns_to_go); Â_t: --method {config.method} '
+                   "(estimate_advantages)."]
+    print()
+    print_columns(columns, legend)
+
+
+def print_sums(R, rewards, rollouts, beta_in_rewards, beta):
+    """What the columns add up to, beside what it must be, and the prompt's optimum."""
+    logprob = rollouts.old_logprobs.sum(dim=1)
+    ref_logprob = rollouts.ref_logprobs.sum(dim=1)
+    log_ratio = logprob - ref_logprob
+    print(f"\nΣ KL_t = {log_ratio[0]:.3f} = log π_θ(y|x) - log π_ref(y|x) = {logprob[0]:.3f} - "
+          f"({ref_logprob[0]:.3f})\n"
+          f"Σ r_t = {rewards[0].sum():.3f} = R(x, y) - β Σ KL_t = {R[0]:.3f} - "
+          f"{beta_in_rewards:.3f} · ({log_ratio[0]:.3f})")
+    if not rollouts.ended[0]:
+        print("R(x, y) is --missing_end_score: the response has no <|end|>")
+    if beta:
+        J, J_star = optimality_gap(R[None], log_ratio[None], beta)
+        print(f"w = R/β - Σ KL_t = {R[0] / beta - log_ratio[0]:.3f}; over {len(R)} responses to "
+              f"this prompt J = β E[w] = {J.item():.3f},\n"
+              f"J* = β log Z = β log E[exp w] = {J_star.item():.3f}")
+
+
+def print_group(R, rewards, rollouts, config):
+    """What the first response is compared with, a row a response of its group."""
+    group = slice(config.group)
+    totals = rewards.sum(dim=1)
+    first = rollouts.mask.int().argmax(dim=1, keepdim=True)  # the first token of each response
+    advantages = rollouts.advantages.gather(1, first)[:, 0]
+    columns = [Column("response", list(range(1, config.group + 1)), "d"),
+               Column("|y|", rollouts.mask[group].sum(dim=1).tolist(), "d"),
+               Column("R(x, y)", R[group].tolist(), ".3f"),
+               Column("Σ r_t", totals[group].tolist(), ".3f")]
+    if config.method == "rloo":
+        baselines = leave_one_out(totals, config.group)
+        columns += [Column("mean of the others", baselines[group].tolist(), ".3f")]
+    columns += [Column("Â_1", advantages[group].tolist(), ".3f", signed=True)]
+    print()
+    print_columns(columns)
+    print(f"mean {totals[group].mean():.3f}, spread {totals[group].std(correction=0):.3f}")
+
+
+def print_update(actions, policy, rollouts, config, count=16):
+    """Step 4 for the first response: a copy of the policy takes one step on `count` responses."""
+    updated = deepcopy(policy)
+    optimizer = make_optimizer(updated, weight_decay=0.0)
+    tokens_in_batch = rollouts.mask[:count].sum()
+    for part in torch.arange(count, device=rollouts.mask.device).split(config.micro_batch):
+        batch = rollouts.pick(part)
+        logprobs = masked_logprobs(updated, batch.tokens, batch.mask, config.temperature)
+        loss, _ = clipped_policy_loss(
+            logprobs, batch.old_logprobs, batch.advantages, batch.mask, config.clip)
+        (batch.mask.sum() / tokens_in_batch * loss).backward()
+    optimizer_step(optimizer, updated, config.lr)
+
+    logprobs = all_logprobs(updated, rollouts, rollouts.mask, config.micro_batch,
+                            config.temperature)
+    objectives = []
+    clipped = []
+    for t in rollouts.mask[0].nonzero():  # the loss of one token alone
+        one = torch.zeros_like(rollouts.mask[:1])
+        one[0, t] = True
+        loss, clip_fraction = clipped_policy_loss(
+            logprobs[:1], rollouts.old_logprobs[:1], rollouts.advantages[:1], one, config.clip)
+        objectives.append(-loss.item())
+        clipped.append("clipped" if clip_fraction else "")
+    print()
+    print_columns(
+        [actions,
+         column("log π_old", rollouts.old_logprobs, rollouts, signed=False),
+         column("log π_θ", logprobs, rollouts, signed=False),
+         column("ρ_t", (logprobs - rollouts.old_logprobs).exp(), rollouts, signed=False),
+         column("Â_t", rollouts.advantages, rollouts),
+         Column("min(…)", objectives, ".3f", signed=True),
+         Column("", clipped)],
+        [f"After one step with --lr {config.lr} on {count} responses. min(ρ_t Â_t, clip(ρ_t) Â_t), "
+         f"ε = {config.clip}:",
+         'ECE 7115, "PPO Clipped Objective" (clipped_policy_loss); Â_t is A_t, whitened.'])
+
+
 def main(argv=None):
-    with_values = ("method", "ppo", "ppo_penalty", "a2c")
+    with_values = ("method", *WITH_VALUES)
     with_ratio = ("method", "ppo", "ppo_penalty", *GRPO)
     penalty = ("method", "ppo_penalty")
     needs = {"top_k": ("prompt",), "kl_target": ("method", "ppo"), "ptx": ("method", "ppo"),
@@ -695,7 +882,9 @@ def main(argv=None):
                "reward": {"verifier": dict(missing_end_score=0.0)}}
     config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model.",
                           needs, presets)
-    if config.prompt:
+    if config.explain:
+        explain(config)
+    elif config.prompt:
         sft.answer(config, "ppo", config.name)
     else:
         train(config)
