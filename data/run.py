@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import importlib.util
 import inspect
 import io
 import math
@@ -635,6 +636,8 @@ class Run(SilentRun):
         resume."""
         os.rename(self.folder, self.home / "finished")  # from here on the run is over
         move_finished(self.home)
+        if len(self.rows) > 1 and importlib.util.find_spec("matplotlib"):
+            print(f"picture python assets/figures.py --run {self.home}", flush=True)
 
     # ---- steps
 
