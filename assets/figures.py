@@ -5,6 +5,7 @@ figures.py: the pictures and the tables of the READMEs, from what the scripts ha
     python assets/figures.py out/seed?     reads it into figures.json, then does what follows
     python assets/figures.py               draws the pictures of figures.json, writes its tables
                                            into the READMEs, below their marks <!-- table: NAME -->
+    python assets/figures.py --run out/cpu/ppo     draws one run's metrics.jsonl, beside it
 
 The pictures need matplotlib, which no other file does.
 """
@@ -852,11 +853,11 @@ def axes(plt, rows=1, height=4.2):
     return figure, found[:, 0]
 
 
-def save(figure, name):
-    """Write a picture beside this file, without a background and without the date: the same figures
-    give the same file."""
+def save(figure, name, folder=HERE):
+    """Write a picture, without a background and without the date: the same figures give the same
+    file."""
     figure.tight_layout()
-    figure.savefig(HERE / f"{name}.svg", transparent=True, metadata={"Date": None})
+    figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
 
 
 def deviation(xs):
@@ -1029,19 +1030,28 @@ def draw_variance(plt, data):
     save(figure, "variance")
 
 
-def draw(data):
-    """Draw all pictures; without matplotlib one line says how to get it."""
+def pyplot():
+    """matplotlib's, in the style of our pictures; None, and one line that says how to get it, where
+    it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print("the pictures need matplotlib: pip install matplotlib", file=sys.stderr)
-        return
+        return None
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 11, "text.color": GRAY, "axes.labelcolor": GRAY,
                          "xtick.color": GRAY, "ytick.color": GRAY, "svg.hashsalt": "rlhf",
                          "legend.fontsize": 9})
+    return plt
+
+
+def draw(data):
+    """Draw all pictures, where matplotlib is installed."""
+    plt = pyplot()
+    if plt is None:
+        return
     draw_frontier(plt, data)
     draw_over_optimization(plt, data)
     draw_how_close(plt, data)
@@ -1050,10 +1060,71 @@ def draw(data):
     draw_variance(plt, data)
 
 
-def main(folders):
+# --------------------------------------------------------------------------------------------------
+# One run of the reader's own
+
+# What is drawn of a metrics.jsonl, of whatever stage, from top to bottom: figures with one axis.
+PANELS = (("reward", "gold", "J"), ("kl",), ("loss", "held_out", "held_out_loss", "entropy"),
+          ("clip_fraction",), ("accuracy", "held_out_accuracy"), ("margin",), ("length",))
+
+
+def curves_of(path):
+    """What can be drawn of a metrics.jsonl: a list of panels, {figure: ([step], [value])}. Exits
+    with one line where that is nothing."""
+    if not path.exists():
+        sys.exit(f"{path}: does not exist; name the folder of a run, for example out/cpu/ppo")
+    try:
+        rows = read_rows(path)
+        steps = [row for row in rows if "step" in row]
+    except (ValueError, TypeError):
+        sys.exit(f"{path}: not a metrics.jsonl of this project, whose lines are JSON objects")
+
+    panels = []
+    for names in PANELS:
+        curves = {}
+        for name in names:
+            measured = [row for row in steps if row.get(name) is not None]
+            if len(measured) > 1:  # one point is no curve
+                curves[name] = ([row["step"] for row in measured], [row[name] for row in measured])
+        if curves:
+            panels.append(curves)
+    if not panels:
+        known = ", ".join(name for names in PANELS for name in names)
+        sys.exit(f"{path}: has no two steps of any of these figures: {known}")
+    return panels
+
+
+def draw_run(folder):
+    """Draw a run's figures over its steps, to a file beside its metrics.jsonl."""
+    folder = Path(folder)
+    panels = curves_of(folder / "metrics.jsonl")
+    plt = pyplot()
+    if plt is None:
+        sys.exit(1)
+
+    figure, found = axes(plt, rows=len(panels), height=2)
+    for ax, curves in zip(found, panels):
+        for (name, (steps, values)), color in zip(curves.items(), (ORANGE, BLUE, GREEN, GRAY)):
+            ax.plot(steps, values, color=color, linewidth=1, label=name.replace("_", " "))
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    found[-1].set_xlabel("step")
+    save(figure, "metrics", folder)
+    print(f"drawn   {folder / 'metrics.svg'}")
+
+
+def main(arguments):
+    if arguments[:1] == ["--run"]:
+        if len(arguments) != 2:
+            sys.exit("--run takes one folder, for example out/cpu/ppo")
+        draw_run(arguments[1])
+        return
+    for folder in arguments:
+        if not Path(folder).is_dir():  # no figure at all would replace those of figures.json
+            sys.exit(f"{folder}: is no folder")
+
     path = HERE / "figures.json"
-    if folders:
-        path.write_text(json.dumps(collect(folders), indent=0, sort_keys=True) + "\n")
+    if arguments:
+        path.write_text(json.dumps(collect(arguments), indent=0, sort_keys=True) + "\n")
     data = json.loads(path.read_text())
     draw(data)
     write_tables(tables(data))
