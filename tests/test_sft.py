@@ -118,20 +118,6 @@ def test_an_overfitted_model_answers_and_stops(tokenizer):
     assert dropped == 0 and texts == [answer + "<|end|>" for _, answer in DEMONSTRATIONS]
 
 
-def test_demonstrations_that_do_not_fit_are_dropped_whole(tokenizer):
-    """An answer that is cut at the context teaches to stop in the middle, or, without its <|end|>,
-    never to stop."""
-    rows = []
-    whole = []
-    for prompt, answer in DEMONSTRATIONS:
-        rows.append({"prompt": prompt, "completion": answer})
-        ids = tokenizer.prompt(prompt)
-        whole.append(Demonstration(ids + tokenizer.response(answer), len(ids)))
-    longer = len(whole[1].ids)
-    assert encode_demonstrations(rows, tokenizer, longer) == (whole, 0)
-    assert encode_demonstrations(rows, tokenizer, longer - 1) == (whole[:1], 1)
-
-
 def test_answers_are_stories_that_ended():
     """A base model that goes on with more requests, or a story that never ends, counted as an
     answer."""

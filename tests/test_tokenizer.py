@@ -1,4 +1,4 @@
-"""The tokenizer against a brute-force trainer, a naive encoder, and 10,000 hostile strings."""
+"""The tokenizer against a brute-force trainer, a naive encoder, and hostile strings."""
 
 import json
 import random
@@ -11,9 +11,9 @@ import regex
 import sft
 from data.corpus import text_corpus
 from data.files import read_chunks
-from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Tokenizer, encode_comparisons,
-                            encode_file, encode_labels, encode_pairs, merge, remark_on_file,
-                            remarks, sample_text, train)
+from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Pair, Tokenizer, encode_comparisons,
+                            encode_demonstrations, encode_file, encode_labels, encode_pairs, merge,
+                            remark_on_file, remarks, sample_text, train)
 
 TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
 Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the
@@ -21,17 +21,15 @@ wind was never there when the fox was. "Wind, wind," said the fox, "where do you
 121212?"
 The banana bandana sang: aaaa aaaaa aaaaaa, lalalala, ananananas!  Naïve café, 日本語日本語, 🦊🪁🦊🪁.
 """
+BYTES = [bytes([i]) for i in range(256)]
 
 
 def random_text(rng, length):
     """Words, every plane of Unicode, and what breaks tokenizers: joined emoji, accents, NUL, CRLF,
     specials."""
     hostile = ["👩‍👩‍👧", "🇩🇪", "e\u0301\u0301", "\0", "\r\n", "\t", "  ", "\u2028", "\ufeff", "\x1c",
-               "\x85", "\xa0", "ﷺ",
-               "<|end|>", "<|user|>", "<|assistant|>", "fox", " kite", "0123", "'s", "...", "\x7f",
-               "\uffff"]
-    ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF),
-              (0x300, 0x36F)]
+               "\x85", "\xa0", "ﷺ", *SPECIAL_TOKENS, "fox", " kite", "0123", "'s", "...", "\x7f"]
+    ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     text = ""
     for _ in range(length):
         if rng.random() < 0.5:
@@ -55,58 +53,43 @@ def brute_force_train(text, vocab_size):
     return merges
 
 
-def naive_encode(text, merges):
-    """The definition: every merge in the order it was learnt, over every word."""
-    ids = []
-    for word in regex.findall(PATTERN, text):
-        word = list(word.encode())
-        for pair, new_id in merges:
-            word = merge(word, pair, new_id)
-        ids += word
-    return ids
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer(train(TEXT, 400))
 
 
-def test_worked_example():
-    """The docstring's example, counted by hand: a wrong tie-break or a wrong place for the specials
-    shows here."""
-    vocabulary = train("banana bandana", 262)
-    assert vocabulary[:256] == [bytes([i]) for i in range(256)]
-    assert vocabulary[256:] == [b"an", b"ban", b"ana"]
-    tokenizer = Tokenizer(vocabulary)
-    assert tokenizer.encode("banana bandana") == [257, 258, 32, 257, 100, 258]
-    chat = tokenizer.prompt("banana") + tokenizer.response("bandana")
-    assert chat == [259, 257, 258, 260, 257, 100, 258, 261]
-
-
 def test_merge_takes_overlaps_from_left_to_right():
     """Counting or merging "aaa" as two merges of the same byte would lose or double a byte."""
     assert merge([1, 1, 1], (1, 1), 2) == [2, 1]
-    assert merge([1, 1, 1, 1], (1, 1), 2) == [2, 2]
     assert merge([3, 1, 2, 1, 2], (1, 2), 4) == [3, 4, 4]
     assert merge([], (1, 2), 3) == [] and merge([1], (1, 1), 3) == [1]
 
 
 def test_training_equals_recounting_every_round():
     """Incremental counts drift when a pair overlaps itself or its neighbours (aaaa, lalala);
-    recounting can't."""
+    recounting can't. vocab_size includes bytes and specials."""
     rng = random.Random(0)
-    texts = [TEXT, "a" * 37, "ab" * 20 + " " + "aab" * 9, random_text(rng, 300)]
+    texts = [TEXT, "a" * 37, "ab" * 20 + " " + "aab" * 9, random_text(rng, 300), ""]
     texts += ["".join(rng.choices("aab c", k=rng.randint(0, 200))) for _ in range(40)]
     for text in texts:
-        vocabulary = [bytes([i]) for i in range(256)]
+        vocabulary = list(BYTES)
+        pairs = []
         for (left, right), _ in brute_force_train(text, 400):
+            pairs.append((vocabulary[left], vocabulary[right]))
             vocabulary.append(vocabulary[left] + vocabulary[right])
         assert train(text, 400) == vocabulary
+        assert Tokenizer(vocabulary).merges() == pairs  # what other libraries want
+        for vocab_size in (259, 260, 300):
+            assert train(text, vocab_size) == vocabulary[:vocab_size - 3]
+    with pytest.raises(ValueError, match="259"):
+        train(TEXT, 258)
+    with pytest.raises(ValueError, match="no merge of two"):
+        Tokenizer([*BYTES, b"abc"]).merges()
 
 
-def test_a_text_without_blanks_takes_no_time_a_merge():
+def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
     """DNA, base64, one long line: a merge that rewrites every word it occurs in rewrites the whole
-    text 1,200 times; 100,000 letters took five minutes."""
+    text 1,200 times; 100,000 letters took five minutes, without a word."""
     text = "".join(random.Random(5).choices("ACGT", k=10_000))
     seconds = []
     for vocab_size in (300, 1472):
@@ -114,61 +97,44 @@ def test_a_text_without_blanks_takes_no_time_a_merge():
         assert len(train(text, vocab_size)) == vocab_size - 3
         seconds.append(time.process_time() - began)
     assert seconds[1] < 10 * seconds[0] + 0.5   # there are 30 times as many merges
-
-
-def test_long_trainings_show_progress(capsys):
-    """Minutes without a word: is it still running?"""
-    text = "".join(random.Random(5).choices("ACGT", k=300_000))
-    train(text[:1000], 264)
     assert capsys.readouterr().out == ""
-    train(text, 264)
-    assert "merges learnt: 5 in" in capsys.readouterr().out
+    train(27 * text, 264)
+    assert capsys.readouterr().out.count("merges learnt: 5 in") == 1
     train("a" * 300_000, 300)   # which runs out of pairs
     assert "merges learnt: 41 in" in capsys.readouterr().out
 
 
 def test_encoding_equals_merges_in_order(tokenizer):
     """tiktoken merges by the bytes' rank, training by pairs of ids: if they split a text
-    differently, the model is trained on one segmentation and asked about another."""
+    differently, the model is trained on one segmentation and asked about another. A pattern that
+    skips a character, or a byte without an id, deletes what a user wrote."""
     rng = random.Random(1)
     merges = brute_force_train(TEXT, 400)
     texts = [TEXT, "a" * 100, "ananana bananas", "", " "]
-    texts += [random_text(rng, 30) for _ in range(100)]
+    texts += [random_text(rng, rng.randint(0, 30)) for _ in range(500)]
     texts += ["".join(rng.choices("aanl fox", k=50)) for _ in range(100)]
-    for text in texts:
-        # Python's and Rust's tables may differ in what they call white space; then only the bytes
-        # must agree.
+    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+        assert tokenizer.decode(ids) == text and tokenizer.encode(text) == ids
+        # Python's and Rust's tables may differ in what they call white space.
         if not regex.search(r"[\x1c-\x1f]|\p{Cn}", text):
-            assert tokenizer.encode(text) == naive_encode(text, merges)
+            expected = []
+            for word in regex.findall(PATTERN, text):
+                word = list(word.encode())
+                for pair, new_id in merges:
+                    word = merge(word, pair, new_id)
+                expected += word
+            assert ids == expected
     assert len(tokenizer.encode(TEXT)) < 0.6 * len(TEXT.encode())
 
 
-def test_any_text_comes_back(tokenizer):
-    """A pattern that skips a character, or a byte without an id, silently deletes what a user
-    wrote."""
-    rng = random.Random(2)
-    texts = [random_text(rng, rng.randint(0, 20)) for _ in range(10_000)]
-    batch = tokenizer.encode_batch(texts)
-    for text, ids in zip(texts, batch):
-        assert ids == tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert all(0 <= i < tokenizer.n_vocab - 3 for i in ids)
-
-
-def test_half_characters_are_replaced(tokenizer):
-    """Neither a lone surrogate in a prompt nor a response cut inside an emoji may end a run with a
-    traceback."""
+def test_half_characters_and_long_runs(tokenizer):
+    """A lone surrogate in a prompt, a response cut inside an emoji; a million blanks, on which
+    GPT-2's pattern overflows tiktoken's regex stack: a Rust panic that no except catches."""
     assert tokenizer.decode(tokenizer.encode("fox\ud83e kite")) == "fox\ufffd kite"
     assert tokenizer.decode(list("🦊".encode())[:2]) == "\ufffd"
     with pytest.raises(ValueError):
         train("fox\ud83e kite", 300)
-
-
-def test_long_runs_do_not_panic(tokenizer):
-    """GPT-2's pattern overflows tiktoken's regex stack on a million blanks: a Rust panic that no
-    except catches."""
-    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "?" * 300_000,
-                 "🦊" * 100_000):
+    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "🦊" * 100_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -179,7 +145,7 @@ def test_pieces_of_a_file_are_encoded_like_the_whole(tmp_path):
     path = tmp_path / "text.txt"
     tokenizers = [Tokenizer(train(TEXT, 400), pattern) for pattern in PATTERNS]
     blanks = ["\r\n", "\n", " ", "\t", "\x1c", "\x85", "\u2028", "\u3000", ".", "it's", "é", "日本 "]
-    for _ in range(300):
+    for _ in range(150):
         text = "x"
         for _ in range(rng.randint(1, 30)):
             text += rng.choice(blanks) * rng.choice([1, 1, 1, 3, 70])
@@ -193,73 +159,58 @@ def test_pieces_of_a_file_are_encoded_like_the_whole(tmp_path):
 
 def test_a_file_is_encoded_once(tmp_path):
     """A corpus that is encoded anew at every start, or one of another text or vocabulary that is
-    taken for it."""
-    path, text = tmp_path / "text.txt", TEXT * 3000  # two pieces
-    path.write_text(text, encoding="utf-8")
-    tokenizer, other = Tokenizer(train(TEXT, 400)), Tokenizer(train(TEXT, 300))
-    for _ in range(2):
+    taken for it. A vocabulary that is learnt from the beginning of a text only."""
+    path = tmp_path / "text.txt"
+    long = TEXT * 3000  # two pieces
+    one = Tokenizer(train(TEXT, 400))
+    other = Tokenizer(train(TEXT, 300))
+    listings = []
+    for text, tokenizer in ((long, one), (long, one), (long, other), (TEXT, one)):
+        path.write_text(text, encoding="utf-8")
         assert encode_file(path, tokenizer, tmp_path / "ids").tolist() == tokenizer.encode(text)
-        assert len(list((tmp_path / "ids").iterdir())) == 1
-    assert encode_file(path, other, tmp_path / "ids").tolist() == other.encode(text)
-    path.write_text(TEXT, encoding="utf-8")
-    assert encode_file(path, tokenizer, tmp_path / "ids").tolist() == tokenizer.encode(TEXT)
+        listings.append({file: file.stat().st_mtime_ns for file in (tmp_path / "ids").iterdir()})
+    assert len(listings[0]) == 1 and listings[0] == listings[1] != listings[2]
     assert sample_text(path) == TEXT
-    path.write_text(text, encoding="utf-8")
+    path.write_text(long, encoding="utf-8")
     sample = sample_text(path, 2 ** 20)
-    assert len(text) / 2 < len(sample) < len(text) and sample[:1000] == text[:1000]
+    assert len(long) / 2 < len(sample) < len(long) and sample[:1000] == long[:1000]
     path.write_text("x" * 2 ** 21, encoding="utf-8")    # one word is one piece
     assert sample_text(path, 2 ** 19) == "x" * 2 ** 20
 
 
-def test_merges_are_those_of_training():
-    """The list of pairs that other libraries want: out of order, or of another pair that spells the
-    same, they encode another way."""
-    text = TEXT + "aaaaaa aaaaaaaaaaa lalala"
-    vocabulary = train(text, 400)
-    pairs = []
-    for (left, right), _ in brute_force_train(text, 400):
-        pairs.append((vocabulary[left], vocabulary[right]))
-    assert Tokenizer(vocabulary).merges() == pairs
-    with pytest.raises(ValueError, match="no merge of two"):
-        Tokenizer([bytes([i]) for i in range(256)] + [b"abc"]).merges()
+def test_special_tokens(tokenizer):
+    """A padded vocabulary lets the model sample an id that nothing decodes; a user who types
+    <|end|> ends the turn, even where the tokenizer was trained on a text full of them."""
+    n = len(tokenizer.vocabulary)
+    specials = [tokenizer.user_token, tokenizer.assistant_token, tokenizer.end_token]
+    assert specials == list(range(397, 400)) and tokenizer.n_vocab == 400
+    for i, token in enumerate(tokenizer.vocabulary):
+        assert tokenizer.decode([i]) == token.decode("utf-8", "replace")
+    assert tuple(tokenizer.decode([i]) for i in range(n, n + 3)) == SPECIAL_TOKENS
+    for one in (tokenizer, Tokenizer(train("<|end|>" * 50, 300))):
+        text = f" {'a fox'.join(SPECIAL_TOKENS)}\n"
+        ids = one.prompt(text) + one.response(text)
+        assert one.decode(ids) == f"<|user|>{text}<|assistant|>{text}<|end|>"
+        assert sum(i >= len(one.vocabulary) for i in ids) == 3
 
 
-def test_text_never_becomes_a_special_token(tokenizer):
-    """A user who types <|end|> must not end the turn, nor one who types <|assistant|> speak for the
-    model."""
-    for special in SPECIAL_TOKENS:
-        for text in (special, special * 3, f"a fox{special}a kite", f" {special}\n"):
-            ids = tokenizer.prompt(text)
-            assert [i for i in ids if i >= len(tokenizer.vocabulary)] == [tokenizer.user_token,
-                                                                          tokenizer.assistant_token]
-            assert tokenizer.decode(ids) == f"<|user|>{text}<|assistant|>"
-    # Not even when the tokenizer was trained on a text full of them.
-    eager = Tokenizer(train("<|end|>" * 50, 300))
-    assert max(eager.encode("<|end|>")) < eager.end_token
-
-
-def test_chat_format(tokenizer):
-    """The design's <|user|>PROMPT<|assistant|>RESPONSE<|end|>, each special exactly once and at its
-    place."""
-    ids = tokenizer.prompt("Tell me a story.") + tokenizer.response("Once upon a time.")
-    assert tokenizer.decode(ids) == "<|user|>Tell me a story.<|assistant|>Once upon a time.<|end|>"
-    assert (ids[0], ids[-1]) == (tokenizer.user_token, tokenizer.end_token)
-    assert tokenizer.prompt("") == [tokenizer.user_token, tokenizer.assistant_token]
-    assert tokenizer.response("") == [tokenizer.end_token]
-
-
-def test_pairs_are_whole(tokenizer):
+def test_rows_are_encoded_whole(tokenizer):
     """Chosen and rejected swapped, or a prompt's length off by one: a loss over the wrong tokens. A
-    pair cut to the context teaches never to end."""
+    text cut to the context teaches to stop in the middle, or never to end."""
     rows = [{"prompt": "Tell me a story.", "chosen": "Once upon a time.", "rejected": "No."},
             {"prompt": "A fox?", "chosen": "No.", "rejected": "No."},
             {"prompt": "A kite?", "chosen": "No.", "rejected": "no " * 200}]
-    pairs, kept, dropped = encode_pairs(rows, tokenizer, block_size=40)
-    assert kept == rows[:1] and dropped == {"longer than the context": 1, "equal texts": 1}
     prompt = tokenizer.prompt("Tell me a story.")
-    for ids, text in ((pairs[0].chosen, "Once upon a time."), (pairs[0].rejected, "No.")):
-        assert ids[:pairs[0].prompt_length] == prompt
-        assert ids[pairs[0].prompt_length:] == tokenizer.response(text)
+    chosen = prompt + tokenizer.response("Once upon a time.")
+    rejected = prompt + tokenizer.response("No.")
+    for block_size, reasons in ((len(chosen), (1, 1)), (len(chosen) - 1, (2, 1))):
+        pairs, kept, dropped = encode_pairs(rows, tokenizer, block_size)
+        assert tuple(dropped.values()) == reasons
+        assert kept == rows[:2 - reasons[0]]
+        assert pairs == [Pair(chosen, rejected, len(prompt))] * len(kept)
+        row = {"prompt": "Tell me a story.", "completion": "Once upon a time."}
+        found = encode_demonstrations([row], tokenizer, block_size)
+        assert found == ([(chosen, len(prompt))] * len(kept), reasons[0] - 1)
 
 
 def test_answers_that_repeat_their_prompt_are_counted(tokenizer):
@@ -289,66 +240,28 @@ def test_spelled_special_tokens_are_counted(tokenizer, tmp_path):
                              "that stays ordinary text, which the model learns to write; better "
                              "remove it")
     data = sft.read_data(sft.Config(data="rows"), (rows[:2], rows[2:]), tokenizer, 99)
-    assert data.description.endswith(remarks(rows))
-    assert remarks(rows[2:]) == "" and tokenizer.end_token not in tokenizer.encode("<|endoftext|>")
+    assert data.description.endswith(remarks(rows)) and remarks(rows[2:]) == ""
 
     path = tmp_path / "text.txt"
-    path.write_text("A story.\n<|endoftext|>\n" * 200_000 + "<|end|>", encoding="utf-8")
-    said = "spells <|endoftext|> 200,000 times, <|end|> 1 times: that stays ordinary text"
-    assert said in remark_on_file(path)
-    corpus = text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path)
-    assert said in corpus.description
+    path.write_text("A story.\n<|endoftext|>\n" * 100_000 + "<|end|>", encoding="utf-8")
+    said = "spells <|endoftext|> 100,000 times, <|end|> 1 times: that stays ordinary text"
+    assert said in text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path).description
     path.write_text(TEXT, encoding="utf-8")
     assert remark_on_file(path) == ""
 
 
-def test_every_id_is_a_token(tokenizer):
-    """A padded vocabulary lets the model sample an id that nothing decodes."""
-    n = len(tokenizer.vocabulary)
-    assert n == 397 and tokenizer.n_vocab == 400
-    assert tokenizer.user_token == n and tokenizer.assistant_token == n + 1
-    assert tokenizer.end_token == n + 2
-    for i, token in enumerate(tokenizer.vocabulary):
-        assert tokenizer.decode([i]) == token.decode("utf-8", "replace")
-    assert tuple(tokenizer.decode([i]) for i in range(n, n + 3)) == SPECIAL_TOKENS
-    assert len(set(tokenizer.vocabulary)) == n
-
-
-def test_vocabulary_sizes():
-    """vocab_size includes bytes and specials; forgetting either makes the embedding the wrong
-    size."""
-    assert len(train(TEXT, 259)) == 256
-    assert len(train(TEXT, 260)) == 257
-    assert len(train("", 1000)) == 256
-    assert train("abc", 1000)[256:] == [b"ab", b"abc"]      # the text runs out of pairs
-    assert train(TEXT, 300) == train(TEXT, 400)[:297]
-    with pytest.raises(ValueError, match="259"):
-        train(TEXT, 258)
-
-
-def test_vocabulary_survives_json(tokenizer):
+def test_vocabularies_come_back_or_are_refused(tokenizer):
     """Every checkpoint stores the vocabulary; one that doesn't come back byte for byte loads
-    another language."""
+    another language. A damaged one must say so, in one line, before a byte that has no id is met
+    in a text."""
     again = Tokenizer.from_strings(json.loads(json.dumps(tokenizer.to_strings())))
     assert again.vocabulary == tokenizer.vocabulary
-    assert again.encode(TEXT) == tokenizer.encode(TEXT)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda v: v[1:], lambda v: v[:255], lambda v: v + [v[-1]], lambda v: v + [b"a"],
-    lambda v: v + [b""], lambda v: v + ["ab"], lambda v: v + [None], lambda v: v + [7],
-    lambda v: v + [[1]], lambda v: [],
-])
-def test_wrong_vocabulary(tokenizer, damage):
-    """A damaged checkpoint must say so, in one line, before a byte that has no id is met in a
-    text."""
-    with pytest.raises(ValueError) as error:
-        Tokenizer(damage(tokenizer.vocabulary))
-    assert "vocabulary" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("strings", [None, 3, ["a", 3], ["日"], [], "abc", {"a": 1}, [None]])
-def test_wrong_strings(strings):
-    """The same for the strings of a checkpoint that another program wrote."""
-    with pytest.raises(ValueError, match="vocabulary"):
-        Tokenizer.from_strings(strings)
+    for more in (BYTES[:1], [b""], ["ab"], [None], [7], [[1]]):
+        with pytest.raises(ValueError, match="^the vocabulary holds .*$"):
+            Tokenizer(BYTES + more)
+    for vocabulary in (BYTES[1:], BYTES[:255], []):
+        with pytest.raises(ValueError, match="^the vocabulary lacks .*$"):
+            Tokenizer(vocabulary)
+    for strings in (None, 3, ["a", 3], ["日"], [], "abc", {"a": 1}, [None]):
+        with pytest.raises(ValueError, match="vocabulary"):
+            Tokenizer.from_strings(strings)
