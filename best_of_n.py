@@ -42,11 +42,11 @@ from data.files import (InputError, lock_folder, read_demonstrations, run_script
 from data.judges import verifier
 from data.run import (Run, allow_flags, announce, check_name, complete, forget_rounds,
                       parse_config, progress, read_torch, refuse_flags, refuse_stale,
-                      refused_if_broken, stage_folder, train_missing)
+                      refused_if_broken, show_models, stage_folder, train_missing)
 from data.stories import parse_request
 from data.tokenizer import encode_demonstrations
 from gpt import (GPT, autocast, generate, get_device, held_out_loss, load_checkpoint,
-                 response_logprobs, response_texts, save_checkpoint)
+                 memory_of_pieces, response_logprobs, response_texts, save_checkpoint)
 from reward_model import RewardModel, make_reward, step_rewards
 from sft import fine_tune, refuse_own_text, show_before_and_after
 
@@ -460,6 +460,9 @@ def yardstick(config):
         data = f"held out of {description}; {len(prompts)} of them"
     announce("best_of_n", config, get_device(),
              f"{data}; {config.samples} samples each, {2 * config.samples} of SFT", reference)
+    models = {name: policy.model for name, policy in policies.items()}
+    show_models((), memory_of_pieces(reference.config, 0, config.sample_batch),
+                reward_model=reward_model, **models)
 
     # 2. The same number of samples from every policy, twice as many from SFT: its samples are
     # best-of-N's candidates and all policies' opponents, and best-of-N plays against those that it

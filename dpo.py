@@ -44,7 +44,7 @@ from data.run import (Run, announce, check_name, forget_rounds, parse_config, sh
 from data.tokenizer import (Label, Pair, encode_comparisons, encode_labels, encode_pairs,
                             labels_of)
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 optimizer_step, pad, response_logprobs, save_checkpoint)
+                 memory_of_pieces, optimizer_step, pad, response_logprobs, save_checkpoint)
 from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge
 from sft import answer, default_lr, show_before_and_after
 
@@ -481,7 +481,10 @@ def train(config):
         sources += [origin, stage / "held_out.jsonl"]
     data = read_data(config, split, origin, tokenizer, policy.config.block_size)
     announce(config.name, config, get_device(), data.description, policy)
-    show_models(("policy",), policy=policy, reference=reference, reward_model=reward_model)
+    sequences = config.micro_batch if config.loss == "kto" else 2 * config.micro_batch
+    pieces = memory_of_pieces(policy.config, sequences,
+                              2 * config.sample_batch if config.online else 0)
+    show_models(("policy",), pieces, policy=policy, reference=reference, reward_model=reward_model)
 
     def draw_prompts(count, rng):
         return rng.choices(data.own, k=count) if data.own else draw_requests(count, rng)

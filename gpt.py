@@ -527,6 +527,30 @@ def respond(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, to
     return response_texts(rollout, tokenizer), rollout.ended(tokenizer.end_token).tolist()
 
 
+def memory_of_pieces(config, training, sampling=0, models=1):
+    """About how many bytes the largest pieces of a stage take, besides the models: {piece: bytes},
+    for show_models in data/run.py. They are for sequences that fill the context.
+
+    training: sequences in one forward pass, of which the backward pass needs some 17 C numbers a
+    token and layer, for so many models that learn at once, and the logits three times, their
+    gradient among them. sampling: rows in one batch of generate, whose keys and values are kept;
+    when rows leave, some are copied. 0: none.
+    """
+    size = 4
+    if torch.cuda.is_available() and gpu_has_bf16():
+        size = 2
+    tokens = config.block_size
+    width = config.n_layer * config.n_embd
+    pieces = {}
+    if training:
+        one = tokens * (models * 17 * width * size + 3 * config.vocab_size * 4)
+        pieces[f"{training} sequences trained on"] = training * one
+    if sampling:
+        cache = sampling * tokens * 2 * width * size
+        pieces[f"{sampling} samples drawn at once"] = int(1.4 * cache)
+    return pieces
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoint and optimizer
 

@@ -37,10 +37,12 @@ from data.files import (InputError, hold_out, read_comparisons, read_pairs, run_
                         write_jsonl)
 from data.judges import TextReward, annotator_judge, judge_of, print_agreement, reward_of
 from data.run import (Run, SilentRun, announce, counts, doublings, parse_config, progress,
-                      refuse_flags, refuse_stale, show, stage_folder, train_missing)
+                      refuse_flags, refuse_stale, show, show_models, stage_folder,
+                      train_missing)
 from data.tokenizer import encode_comparisons
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate,
-                 load_checkpoint, make_optimizer, optimizer_step, pad, respond, save_checkpoint)
+                 load_checkpoint, make_optimizer, memory_of_pieces, optimizer_step, pad,
+                 respond, save_checkpoint)
 from sft import refuse_own_text
 
 
@@ -303,6 +305,9 @@ def train(config):
     model = start_from(policy)
     origin = config.data or f"two SFT samples a request, compared by {config.judge}"
     announce("reward_model", config, device, origin, model)
+    pieces = memory_of_pieces(model.config, 2 * config.micro_batch,
+                              0 if config.data else 2 * config.sample_batch)
+    show_models(("reward_model",), pieces, policy=policy, reward_model=model)
     if config.data:  # before anything is written
         data = encode_comparisons(split, config.data, tokenizer, block_size)
         prompts = [row["prompt"] for row in data.rows]

@@ -33,11 +33,12 @@ from data.answer_key import standard_error
 from data.corpus import draw_demonstrations, draw_requests, has_room
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
-                      parse_config, refuse_flags, show, stage_folder, train_missing, with_error)
+                      parse_config, refuse_flags, show, show_models, stage_folder, train_missing,
+                      with_error)
 from data.tokenizer import encode_demonstrations, remarks
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
-                 learning_rate, load_checkpoint, make_optimizer, masked_logprobs, optimizer_step,
-                 pad, respond, response_mask, response_texts, save_checkpoint)
+                 learning_rate, load_checkpoint, make_optimizer, masked_logprobs, memory_of_pieces,
+                 optimizer_step, pad, respond, response_mask, response_texts, save_checkpoint)
 
 
 @dataclass
@@ -198,6 +199,8 @@ def train(config):
         learning_curve(model, tokenizer, data, config)
         return
     announce("sft", config, device, data.description, model)
+    pieces = memory_of_pieces(model.config, config.micro_batch, config.sample_batch)
+    show_models(("policy",), pieces, policy=model)
 
     # A base model has never seen the chat format: it is asked in plain text, a line on a page.
     start = [] if base["text"] else [tokenizer.end_token]

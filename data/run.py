@@ -278,9 +278,10 @@ def gpu_has_bf16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def show_models(trained, **models):
-    """How many models a stage holds (None: it has none), and in how much memory. trained: the names
-    of those that learn. InputError if the GPU has less."""
+def show_models(trained, pieces={}, **models):
+    """How many models a stage holds (None: it has none), in how much memory, and what it takes to
+    run them. trained: the names of those that learn; pieces: {what runs at once: its bytes}, see
+    gpt.memory_of_pieces. InputError if the GPU has less than the models need."""
     held = []
     size = 0
     for name, model in models.items():
@@ -292,14 +293,19 @@ def show_models(trained, **models):
     megabytes = size / 2 ** 20
     print(f"models in memory: {len(held)} ({', '.join(held)}), {megabytes:.0f} MB with gradients "
           "and optimizer", flush=True)
+    if pieces:
+        parts = [f"{count / 2 ** 20:,.0f} MB for {what}" for what, count in pieces.items()]
+        print(f"besides, where texts fill the context, about {', '.join(parts)}", flush=True)
 
-    # What is needed besides depends on --micro_batch.
     if torch.cuda.is_available():
         room = torch.cuda.get_device_properties(0).total_memory
         if size > room:
             raise InputError(f"{len(held)} models of {megabytes:.0f} MB do not fit the GPU's "
                              f"{room / 2 ** 20:.0f}: begin with a smaller GPT-2, or export the "
                              "stages and continue on several GPUs (README)")
+        if size + max(pieces.values(), default=0) > room:
+            print(f"note    the GPU has {room / 2 ** 20:,.0f} MB: if they run out, lower "
+                  "--micro_batch or --sample_batch", flush=True)
 
 
 def show(*lines):

@@ -337,6 +337,32 @@ def test_a_recorded_step_is_the_plain_one(dtype, atol, monkeypatch):
     assert recordings == [(first, 6), (last, 6), (last, 3)]
 
 
+@cpu_only
+def test_memory_of_pieces_is_about_what_they_take():
+    """Memory that no line foretold: out of memory, and which flag?"""
+    model = GPT(GPTConfig(V, block_size=32, n_layer=4, n_head=2, n_embd=32))
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = masked_logprobs(model, torch.zeros(3, 32, dtype=torch.long),
+                               torch.ones(3, 31, dtype=torch.bool)).sum()
+    loss.backward()
+    cache = gpt.KVCache(model.config, torch.full((5,), 8), 24, torch.float32)
+    pieces = gpt.memory_of_pieces(model.config, 3, sampling=5)
+    assert list(pieces) == ["3 sequences trained on", "5 samples drawn at once"]
+    training, sampling = pieces.values()
+    assert sum(x.nbytes() for x in kept.values()) == pytest.approx(training, rel=0.1)
+    assert cache.k.nbytes + cache.v.nbytes < sampling < 1.5 * (cache.k.nbytes + cache.v.nbytes)
+    pieces = gpt.memory_of_pieces(model.config, 6, models=2)
+    assert pieces["6 sequences trained on"] > 3.5 * training
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_steps_sample_the_same_on_a_gpu():
     """A recorded step that stays at its token, goes on with rows that have left the batch, or sees
