@@ -435,9 +435,10 @@ def bytes_of(token):
 # Writing a folder
 
 
-def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0):
+def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0, steps=False):
     """Write a model for AutoModelForCausalLM or, if it is a reward model, for
-    AutoModelForSequenceClassification; and its tokenizer for AutoTokenizer.
+    AutoModelForSequenceClassification or, if that rewards steps, AutoModelForTokenClassification,
+    which has a number for every token; and its tokenizer for AutoTokenizer.
 
     Padding is PAD, so the last token before the padding is <|end|>, where the reward is read.
     shape: GPTConfig's fields; weights: the state_dict of a GPT or a RewardModel; begins: whether
@@ -457,7 +458,12 @@ def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0
         tensors[f"transformer.{name}"] = tensor
     architecture = "GPT2LMHeadModel"
     padding_side = "left"  # so generate() continues the text, not the padding
-    if "transformer.head.weight" in tensors:
+    if steps:
+        architecture = "GPT2ForTokenClassification"
+        padding_side = "right"
+        tensors["classifier.weight"] = tensors.pop("transformer.head.weight")
+        tensors["classifier.bias"] = tensors.pop("transformer.head.bias")
+    elif "transformer.head.weight" in tensors:
         # r = w·x + b, but that class has no b, so ln_f's bias takes it: w·(x + b w/w·w) = w·x + b.
         architecture = "GPT2ForSequenceClassification"
         padding_side = "right"
@@ -474,13 +480,13 @@ def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0
     config = {"architectures": [architecture]}
     for name, known in ARCHITECTURE.items():
         config[name] = known[0]
-    if architecture == "GPT2ForSequenceClassification":
+    if architecture != "GPT2LMHeadModel":
         config["num_labels"] = 1
     for theirs, ours in SIZES.items():
         config[theirs] = shape[ours]
     config.update(ids)
     config["torch_dtype"] = "float32"
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"):
         config[name] = 0.0
 
     generation = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -604,20 +610,21 @@ def export(config):
     from gpt import GPT, load_checkpoint
     from reward_model import RewardModel
 
-    match = re.match("gpt|sft|reward_model|ppo|dpo|rsft", config.stage)
+    match = re.match("gpt|sft|reward_model|process_model|ppo|dpo|rsft", config.stage)
     if not match:
-        raise InputError(f"--stage {config.stage}: must be gpt, sft, reward_model, ppo, dpo or "
-                         "rsft, or a --name that begins with one of them")
+        raise InputError(f"--stage {config.stage}: must be gpt, sft, reward_model, process_model, "
+                         "ppo, dpo or rsft, or a --name that begins with one of them")
     stage = match[0]
     model_class = GPT
-    if stage == "reward_model":
+    if stage in ("reward_model", "process_model"):
         model_class = RewardModel
     path = stage_folder(config, config.stage) / "checkpoint.pt"
     complete(path.parent)
     model, tokenizer, checkpoint = load_checkpoint(path, stage, config.size,
                                                    model_class=model_class)
     write_folder(config.folder, checkpoint["config"], model.state_dict(), tokenizer,
-                 begins=not checkpoint.get("text"), temperature=checkpoint.get("temperature", 1.0))
+                 begins=not checkpoint.get("text"), temperature=checkpoint.get("temperature", 1.0),
+                 steps=stage == "process_model")
     print(f"saved {config.folder}", flush=True)
 
 

@@ -25,7 +25,7 @@ from data.files import InputError
 from data.huggingface import read_folder, write_folder
 from data.run import parse_config, show_models
 from data.tokenizer import Tokenizer, train
-from gpt import load_checkpoint, pad
+from gpt import load_checkpoint, pad, save_checkpoint
 from helpers import snapshot, tiny_gpt, tiny_reward_model
 
 ROOT = Path(__file__).parent.parent
@@ -419,6 +419,26 @@ def test_a_reward_model_goes_out(stages, tmp_path):
     assert torch.equal(head, model.head.weight)
 
 
+def test_a_process_model_and_a_policy_of_rsft_go_out(stages, out, tmp_path):
+    """"Any stage", said the help, and these two were refused."""
+    path = stages / "cpu/reward_model/checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(path, "reward_model", "cpu",
+                                          model_class=reward_model.RewardModel)
+    for stage in ("process_model", "rsft"):
+        (out / "cpu" / stage).mkdir()
+        trained = model.trunk if stage == "rsft" else model
+        save_checkpoint(out / "cpu" / stage / "checkpoint.pt", stage, "cpu", trained, tokenizer)
+        huggingface.main(["export", str(tmp_path / stage), "--stage", stage, "--size", "cpu",
+                          "--out", str(out)])
+    config = json.loads((tmp_path / "process_model/config.json").read_text())
+    assert config["architectures"] == ["GPT2ForTokenClassification"] and config["num_labels"] == 1
+    _, weights = huggingface.read_weights(tmp_path / "process_model")
+    assert torch.equal(weights["classifier.weight"], model.head.weight)
+    assert torch.equal(weights["classifier.bias"], model.head.bias)
+    assert json.loads((tmp_path / "rsft/config.json").read_text())["architectures"] == [
+        "GPT2LMHeadModel"]
+
+
 @pytest.mark.parametrize("flags, match", [
     (["load", str(FOLDERS / "saved"), "--stage", "dpo"], "its vocabulary is not that of"),
     (["load", "SFT", "--stage", "dpo", "--name", "ppo-x"], "--name ppo-x: must be dpo"),
@@ -428,7 +448,7 @@ def test_a_reward_model_goes_out(stages, tmp_path):
     (["load", "NEW"], "new/config.json: no such file"),
     (["export", "SFT", "--stage", "sft"], "sft: already exists"),
     (["export", "NEW", "--stage", "ppo-none"], "ppo-none.*no such checkpoint"),
-    (["export", "NEW", "--stage", "process_model"], "--stage process_model: must be gpt, sft"),
+    (["export", "NEW", "--stage", "best_of_n"], "--stage best_of_n: must be gpt, sft"),
     (["export", "NEW", "--stage", ""], "--stage: is empty"),
     (["export", "", "--stage", "sft"], "FOLDER: is empty"),
 ])
@@ -668,5 +688,9 @@ def test_models_that_do_not_fit_are_refused(monkeypatch, capsys):
         properties = SimpleNamespace(total_memory=room)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         with refusal:
-            show_models(trained=("policy",), policy=model, reference=model)
-    assert "models in memory: 2 (policy, reference)" in capsys.readouterr().out
+            show_models(("policy",), {"8 samples": 2 ** 21}, policy=model, reference=model)
+    printed = capsys.readouterr().out
+    assert "models in memory: 2 (policy, reference)" in printed
+    assert "\nbesides, where texts fill the context, about 2 MB for 8 samples\n" in printed
+    note = "if they run out, lower --micro_batch or --sample_batch"
+    assert printed.count(note) == 1     # where the models fit, but not with this

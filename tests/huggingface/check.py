@@ -7,7 +7,7 @@ Not part of the test suite:
 
 Of every stage: ids of 10,000 texts, odd Unicode among them, with and without the chat format;
 which of them the assistant wrote; logits; greedy text, one by one and in a padded batch; of the
-reward model its scores, likewise.
+reward model its scores, likewise; of the process model its number for every token.
 """
 
 import random
@@ -16,7 +16,7 @@ import sys
 import jinja2
 import torch
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer)
+                          AutoModelForTokenClassification, AutoTokenizer)
 
 from gpt import GPT, load_checkpoint, pad, respond
 from reward_model import RewardModel
@@ -35,6 +35,9 @@ def check(path, stage, size, folder):
     if stage == "reward_model":
         model_class = RewardModel
         their_class = AutoModelForSequenceClassification
+    elif stage == "process_model":
+        model_class = RewardModel
+        their_class = AutoModelForTokenClassification
     model, tokenizer, _ = load_checkpoint(path, stage, size, model_class=model_class)
     theirs = their_class.from_pretrained(folder).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -59,7 +62,12 @@ def check(path, stage, size, folder):
             print(f"{stage}: scores differ by {gap:.1e} at most")
             return same_ids and gap < 1e-4
 
+        if stage == "process_model":
+            their_logits = their_logits.squeeze(2)
         gap = (model(tokens) - their_logits)[mask].abs().max().item()
+        if stage == "process_model":
+            print(f"{stage}: rewards differ by {gap:.1e} at most")
+            return same_ids and gap < 1e-4
         room = min(64, model.config.block_size // 2)
         ours, _ = respond(model, tokenizer, prompts, room, seed=1, top_k=1)
         unequal = 0
@@ -116,9 +124,9 @@ def check_ids(stage, tokenizer, theirs):
 def main():
     out, folder, *names = sys.argv[1:]
     size = out.split("/")[-1]
-    stages = ("reward_model", "gpt", "sft", "ppo", "dpo", "rsft")
+    stages = ("reward_model", "gpt", "sft", "ppo", "dpo", "rsft", "process_model")
     failed = []
-    for name in names or stages[:-1]:
+    for name in names or stages[:-2]:
         stage = next(stage for stage in stages if name.startswith(stage))
         if not check(f"{out}/{name}/checkpoint.pt", stage, size, f"{folder}/{name}"):
             failed.append(name)
