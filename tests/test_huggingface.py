@@ -21,8 +21,8 @@ import reward_model
 import sft
 from data import huggingface
 from data.corpus import pretraining_text
-from data.files import InputError
-from data.huggingface import read_folder, write_folder
+from data.files import InputError, write_jsonl
+from data.huggingface import read_folder, read_weights, write_folder
 from data.run import parse_config, show_models
 from data.tokenizer import Tokenizer, train
 from gpt import load_checkpoint, pad, save_checkpoint
@@ -47,20 +47,37 @@ def own_ids(folder):
     return {row: i for i, row in enumerate(rows)}
 
 
-def refused(folder, match):
-    """Reading the folder ends in one line that matches, and names a file in it."""
-    with pytest.raises(InputError, match=match) as error:
+def refusal(folder):
+    """The line in which reading the folder ends, without its name; "" if it does not, or if that is
+    no short line which names a file in it."""
+    try:
         read_folder(folder)
-    message = str(error.value)
-    assert str(folder) in message and "\n" not in message
-    assert len(message) < len(str(folder)) + 300
+    except InputError as error:
+        line = str(error).replace(str(folder), "")
+        if str(folder) in str(error) and "\n" not in line and len(line) < 300:
+            return line
+    return ""
 
 
-def assert_same_weights(found, expected):
-    """Both are {name: tensor}, with the same bits."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def edit(path, **changes):
+    """Change some keys of a JSON file; None removes one."""
+    values = {**read_json(path), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def same_weights(found, expected):
+    """Whether both are {name: tensor} with the same bits."""
+    return found.keys() == expected.keys() and all(torch.equal(found[name], x)
+                                                   for name, x in expected.items())
+
+
+def copied(weights):
+    """They may lie in a file that is about to change."""
+    return {name: x.clone() for name, x in weights.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,11 +85,12 @@ def assert_same_weights(found, expected):
 
 
 @folders
-def test_logits_are_those_of_transformers(folder, tmp_path):
+def test_logits_and_ids_are_those_of_transformers(folder, tmp_path):
     """A matrix left untransposed, GELU without tanh, rows of the embedding in another order: all of
-    them still sample."""
+    them still sample. Merges in another order, a pattern without contractions, white space cut at
+    64: ids that the weights never saw."""
     huggingface.main(["load", str(folder), "--size", "cpu", "--out", str(tmp_path)])
-    model, _, _ = load_checkpoint(tmp_path / "cpu" / "gpt" / "checkpoint.pt", "gpt", "cpu")
+    model, tokenizer, _ = load_checkpoint(tmp_path / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
     ours = own_ids(folder)
     theirs = range(len(ours) - (None in ours))
     tokens = torch.tensor([[ours[i] for i in theirs[3::40]]])
@@ -80,14 +98,7 @@ def test_logits_are_those_of_transformers(folder, tmp_path):
         logits = model(tokens)[0, :, [ours[i] for i in theirs]].numpy()
     np.testing.assert_allclose(logits, np.load(folder / "logits.npy"), atol=1e-5)
 
-
-@folders
-def test_ids_are_those_of_transformers(folder):
-    """Merges in another order, a pattern without contractions, white space cut at 64: ids that the
-    weights never saw."""
-    _, _, tokenizer, _ = read_folder(folder)
-    ours = own_ids(folder)
-    for text, ids in json.loads((folder / "expected.json").read_text()):
+    for text, ids in read_json(folder / "expected.json"):
         assert tokenizer.encode(text) == [ours[i] for i in ids], repr(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
     blanks = "x" + " " * 150_000 + "x"  # a run is one piece, however long
@@ -106,20 +117,18 @@ def test_special_rows(folder):
     old = torch.cat([table[:tokenizer.user_token], table[tokenizer.end_token:]])
     assert torch.equal(table[tokenizer.user_token], table[tokenizer.assistant_token])
     torch.testing.assert_close(table[tokenizer.user_token], old.mean(dim=0))
-    raw = huggingface.read_weights(folder)[1]["wte.weight"].float()
-    vocab = {"<|endoftext|>": 0}
-    if folder.name == "published":
-        vocab = json.loads((folder / "vocab.json").read_text())
-    assert torch.equal(table[tokenizer.end_token], raw[vocab["<|endoftext|>"]])
+    raw = read_weights(folder)[1]["wte.weight"].float()
+    end = 0 if folder.name == "saved" else read_json(folder / "vocab.json")["<|endoftext|>"]
+    assert torch.equal(table[tokenizer.end_token], raw[end])
 
 
 def layouts(folder):
     """tokenizer.json of the published folder, as tokenizers before 0.9 wrote it, which is how GPT-2
     is published, and as it is written today."""
-    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab = read_json(folder / "vocab.json")
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=True, special=True)
-    end = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", **flags}
+    end = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True,
+           "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     model = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "",
              "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab, "merges": merges}
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -133,27 +142,25 @@ def layouts(folder):
     return legacy, today
 
 
-def test_tokenizer_json_of_every_version(copies, tmp_path):
+def test_tokenizer_json_of_every_version(copies):
     """GPT-2's own tokenizer.json has no "type" of the model and no "use_regex": the first file that
     anybody loads was refused as damaged."""
     folder = copies / "published"
-    expected = huggingface.read_tokenizer(folder)
+    expected, rows, _ = huggingface.read_tokenizer(folder)
     found = layouts(folder)
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
     for layout in found:
         (folder / "tokenizer.json").write_text(json.dumps(layout, ensure_ascii=False))
-        tokenizer, rows, added = huggingface.read_tokenizer(folder)
-        assert tokenizer.vocabulary == expected[0].vocabulary
-        assert (tokenizer.pattern, rows, added) == ("gpt2", expected[1], {})
-        huggingface.main(["load", str(folder), "--size", "gpt2", "--out", str(tmp_path)])
-        (folder / "tokenizer.json").unlink()
+        tokenizer, *others = huggingface.read_tokenizer(folder)
+        assert others == [rows, {}] and tokenizer.vocabulary == expected.vocabulary
+        assert tokenizer.pattern == "gpt2" and refusal(folder) == ""
 
 
 def resize(folder, rows):
     """Give the published folder's model this many rows; new ones hold large numbers."""
-    path, weights = huggingface.read_weights(folder)
-    weights = {name: x.clone() for name, x in weights.items()}
+    path, weights = read_weights(folder)
+    weights = copied(weights)
     wte = weights["wte.weight"]
     weights["wte.weight"] = torch.cat([wte, torch.full((rows - len(wte), 8), 1e3)])
     path.unlink()
@@ -167,28 +174,26 @@ def resize(folder, rows):
     (300, ["[PAD]"], "added tokens: 1 ([PAD])"),    # without a row
     (304, ["[PAD]", "<|im_start|>", "é"], "added tokens: 2 ([PAD], <|im_start|>); rows of the "
                                           "embedding without a token: 2 of 304"),
-    (303, ["日", "Ġkite", "<|pad|>"], "added tokens: 3 (日, Ġkite, <|pad|>)"),
-])
+    (303, ["日", "Ġkite", "<|pad|>"], "added tokens: 3 (日, Ġkite, <|pad|>)")])
 @pytest.mark.parametrize("json_file", [False, True])
 def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, json_file):
     """A vocabulary padded to 50,304 rows, a [PAD] of somebody's: the whole model was refused. Or
     their rows move the mean that new tokens start from; or an added "é" takes the row of a byte."""
     folder = copies / "published"
     shape, weights, tokenizer, _ = read_folder(folder)
-    weights = {name: x.clone() for name, x in weights.items()}
+    weights = copied(weights)
     resize(folder, rows)
+    added = {token: 300 + i for i, token in enumerate(tokens)}
     if json_file:
         layout = layouts(folder)[0]
-        for i, token in enumerate(tokens):
-            layout["added_tokens"].append({"content": token, "id": 300 + i})
+        layout["added_tokens"] += [{"content": token, "id": i} for token, i in added.items()]
         (folder / "tokenizer.json").write_text(json.dumps(layout))
     elif tokens:
-        added = {token: 300 + i for i, token in enumerate(tokens)}
         (folder / "added_tokens.json").write_text(json.dumps(added))
     assert capsys.readouterr().out == ""
     again, found, other, _ = read_folder(folder)
     assert again == shape and other.vocabulary == tokenizer.vocabulary
-    assert_same_weights(found, weights)
+    assert same_weights(found, weights)
     printed = capsys.readouterr().out
     assert printed == f"{folder}: left out, as no part of GPT-2: {said}\n"
 
@@ -197,116 +202,113 @@ def test_where_it_cannot_be_the_way_is_named(copies):
     """A model whose tokenizer is another one's, or ends texts with a token of another name; a clone
     without Git LFS; an adapter without its model."""
     folder = copies / "published"
+    path = folder / "tokenizer.json"
     layout = layouts(folder)[1]
     text = json.dumps(layout)
-    (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "</s>"))
-    refused(folder, "special tokens </s>, but neither .* rename the token that ends a text")
+    path.write_text(text.replace("<|endoftext|>", "</s>"))
+    assert "special tokens </s>, but neither" in refusal(folder)
+    assert "rename the token that ends a text" in refusal(folder)
     layout["model"]["vocab"]["zzzz"] = 300
-    (folder / "tokenizer.json").write_text(json.dumps(layout))
+    path.write_text(json.dumps(layout))
     resize(folder, 301)
-    refused(folder, "no merge makes the token 'zzzz'")
-    (folder / "tokenizer.json").write_text(text)
+    assert "no merge makes the token 'zzzz'" in refusal(folder)
+    path.write_text(text)
     resize(folder, 1000)
-    refused(folder, "the model has 1,000 tokens, its tokenizer 300; copy the model's own")
+    assert "1,000 tokens, its tokenizer 300; copy the model's own" in refusal(folder)
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid ")
-    refused(folder, "model.safetensors: is only a pointer of Git LFS; .* git lfs pull")
+    assert "only a pointer of Git LFS" in refusal(folder) and "git lfs pull" in refusal(folder)
     (folder / "config.json").rename(folder / "adapter_config.json")
-    refused(folder, "is an adapter .*, not a whole model; merge it")
+    assert "is an adapter" in refusal(folder) and "whole model; merge it" in refusal(folder)
 
 
 def test_other_containers(copies):
     """The weights as pytorch_model.bin, new and old, with a prefix, with a copy of the tied head,
     and as float16; the masks of every version; in parts with an index."""
     folder = copies / "published"
-    weights = {name: x.clone() for name, x in read_folder(folder)[1].items()}
-    path, raw = huggingface.read_weights(folder)
-    raw = {name: x.clone() for name, x in raw.items()}
+    weights = copied(read_folder(folder)[1])
+    path, raw = read_weights(folder)
+    raw = copied(raw)
     path.unlink()
+    path = folder / "pytorch_model.bin"
     for dtype in (torch.float32, torch.uint8, torch.bool):
         raw["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril().to(dtype)
         raw["h.1.attn.masked_bias"] = torch.tensor(-1e4)
         prefixed = {f"transformer.{name}": x for name, x in raw.items()}
         prefixed["lm_head.weight"] = raw["wte.weight"]
-        for tensors in (raw, prefixed):
-            for new in (True, False):
-                torch.save(tensors, folder / "pytorch_model.bin",
-                           _use_new_zipfile_serialization=new)
-                assert_same_weights(read_folder(folder)[1], weights)
-    torch.save({name: x.half() for name, x in raw.items()}, folder / "pytorch_model.bin")
+        for tensors, new in ((raw, True), (raw, False), (prefixed, True)):
+            torch.save(tensors, path, _use_new_zipfile_serialization=new)
+            assert same_weights(read_folder(folder)[1], weights)
+    torch.save({name: x.half() for name, x in raw.items()}, path)
     assert torch.equal(read_folder(folder)[1]["wpe.weight"], weights["wpe.weight"].half())
 
-    (folder / "pytorch_model.bin").unlink()
+    path.unlink()
     index = {}
-    for number in (1, 2):
+    for number, names in enumerate((list(prefixed)[::2], list(prefixed)[1::2]), start=1):
         part = f"pytorch_model-{number:05}-of-00002.bin"
-        names = list(prefixed)[number - 1::2]
         torch.save({name: prefixed[name] for name in names}, folder / part)
         index.update({name: part for name in names})
-    text = json.dumps({"metadata": {}, "weight_map": index})
-    (folder / "pytorch_model.bin.index.json").write_text(text)
-    assert_same_weights(read_folder(folder)[1], weights)
+    path.with_suffix(".bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert same_weights(read_folder(folder)[1], weights)
 
 
-def edit(path, **changes):
-    """Change some keys of a JSON file; None removes one."""
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+THEIRS = read_json(FOLDERS / "saved/tokenizer.json")
+BPE = THEIRS["model"]
 
 
-@pytest.mark.parametrize("changes, match", [
-    (dict(model_type="gpt_neox"), "model_type is 'gpt_neox', but gpt.py's is 'gpt2'"),
-    (dict(activation_function="relu"), "activation_function is 'relu'"),
-    (dict(layer_norm_epsilon=1e-6), "epsilon"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer"),
-    (dict(n_inner=33), "n_inner"),
-    (dict(n_head=3), "n_head"),
-    (dict(n_layer="2"), "n_layer is '2'"),
-    (dict(n_layer=10 ** 12), "n_layer 1000000000000"),
-    (dict(n_layer=3), "h.2.ln_1.weight is missing"),
-    (dict(n_layer=1), "h.1.* none of a GPT-2's"),
-    (dict(n_positions=8), r"wpe.weight is \(16, 8\)"),
-    (dict(vocab_size=299), "vocab_size is 299"),
-    (dict(vocab_size=302), r"wte.weight is \(300, 8\), but by config.json \(302"),
-    (dict(n_embd=None), "n_embd is None"),
-])
-def test_another_architecture_is_named(copies, changes, match):
-    """A model that runs, but computes something else than the published one, says nothing about
-    it."""
-    edit(copies / "published" / "config.json", **changes)
-    refused(copies / "published", match)
-
-
-def test_a_prefix_space_is_named(copies):
-    """A tokenizer that puts a space before every text: its first word has other ids."""
-    (copies / "published" / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    refused(copies / "published", "tokenizer_config.json: add_prefix_space")
-
-
-def test_another_tokenizer_is_named(copies):
-    """A tokenizer that splits, normalizes or pads otherwise gives the weights ids that they never
-    saw."""
-    path = copies / "saved" / "tokenizer.json"
-    whole = json.loads(path.read_text())
-    model = whole["model"]
-    merges = model["merges"]
-    for changes, match in (
-            (dict(normalizer={"type": "NFC"}), "normalizer"),
-            (dict(pre_tokenizer={**whole["pre_tokenizer"], "add_prefix_space": True}),
-             "pre_tokenizer"),
-            (dict(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
-            (dict(pre_tokenizer=None), "not a whole file"),
-            (dict(model={**model, "type": "Unigram"}), "type"),
-            (dict(model={**model, "dropout": 0.1}), "dropout"),
-            (dict(model={**model, "merges": merges[::-1]}), "not a whole file"),
-            (dict(model={**model, "merges": merges[:-1]}), "no merge makes the token"),
-            (dict(model={**model, "merges": merges + [["Ġlal", "a"]]}), "not a whole file")):
-        path.write_text(json.dumps({**whole, **changes}))
-        refused(copies / "saved", f"{path}: .*{match}")
+@pytest.mark.parametrize("path, changes, said", [
+    ("published/config.json", dict(model_type="gpt_neox"), "model_type is 'gpt_neox', but"),
+    ("published/config.json", dict(activation_function="relu"), "activation_function is 'relu'"),
+    ("published/config.json", dict(layer_norm_epsilon=1e-6), "epsilon"),
+    ("published/config.json", dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    ("published/config.json", dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer"),
+    ("published/config.json", dict(n_inner=33), "n_inner"),
+    ("published/config.json", dict(n_head=3), "n_head"),
+    ("published/config.json", dict(n_layer="2"), "n_layer is '2'"),
+    ("published/config.json", dict(n_layer=10 ** 12), "n_layer 1000000000000"),
+    ("published/config.json", dict(n_layer=3), "h.2.ln_1.weight is missing"),
+    ("published/config.json", dict(n_layer=1), "none of a GPT-2's"),
+    ("published/config.json", dict(n_positions=8), "wpe.weight is (16, 8)"),
+    ("published/config.json", dict(vocab_size=299), "vocab_size is 299"),
+    ("published/config.json", dict(vocab_size=302), "wte.weight is (300, 8), but by config.json"),
+    ("published/config.json", dict(n_embd=None), "n_embd is None"),
+    ("published/tokenizer_config.json", dict(add_prefix_space=True), "add_prefix_space"),
+    ("saved/tokenizer.json", dict(normalizer={"type": "NFC"}), "normalizer"),
+    ("saved/tokenizer.json", dict(pre_tokenizer={**THEIRS["pre_tokenizer"],
+                                                 "add_prefix_space": True}), "pre_tokenizer"),
+    ("saved/tokenizer.json", dict(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
+    ("saved/tokenizer.json", dict(pre_tokenizer=None), "not a whole file"),
+    ("saved/tokenizer.json", dict(model={**BPE, "type": "Unigram"}), "type"),
+    ("saved/tokenizer.json", dict(model={**BPE, "dropout": 0.1}), "dropout"),
+    ("saved/tokenizer.json", dict(model={**BPE, "merges": BPE["merges"][::-1]}), "not a whole"),
+    ("saved/tokenizer.json", dict(model={**BPE, "merges": BPE["merges"][:-1]}), "no merge makes"),
+    ("saved/tokenizer.json", dict(model={**BPE, "merges": [*BPE["merges"], ["Ġlal", "a"]]}),
+     "not a whole file"),
+    ("saved/model.safetensors.index.json", dict(weight_map={}), "not a whole file"),
+    ("published/config.json", {}, "config.json: no such file"),
+    ("published/vocab.json", {}, "vocab.json"),
+    ("published/merges.txt", {}, "merges.txt"),
+    ("saved/tokenizer.json", {}, "vocab.json: no such file"),
+    ("published/model.safetensors", {}, "model.safetensors: no such file"),
+    ("saved/model-00002-of-00002.safetensors", {}, "00002-of-00002.safetensors: no such file")])
+def test_what_is_no_gpt2_is_named(copies, path, changes, said):
+    """A model that runs, but computes something else than the published one, or whose tokenizer
+    splits, normalizes or pads otherwise, says nothing about it. A folder that a download left half
+    full ({}: without this file)."""
+    path = copies / path
+    assert refusal(path.parent) == ""
+    if not changes:
+        path.unlink()
+    elif path.exists():
+        edit(path, **changes)
+    else:
+        path.write_text(json.dumps(changes))
+    assert said in refusal(path.parent)
+    assert not changes or path.name in refusal(path.parent)
 
 
 def test_damaged_headers_are_named(copies):
-    """A header of another file, or one whose tensors overlap: no traceback, no model of garbage."""
+    """A header of another file, or one whose tensors overlap: no traceback, no model of garbage. A
+    part of the weights that holds other tensors than the index says."""
     folder = copies / "published"
     path = folder / "model.safetensors"
     whole = path.read_bytes()
@@ -314,18 +316,22 @@ def test_damaged_headers_are_named(copies):
     header = json.loads(whole[8:start])
     entry = header["ln_f.bias"]
     begin, end = entry["data_offsets"]
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    for changes, match in (
-            ({"ln_f.bias": {**entry, "dtype": "F8_E4M3"}}, "the tensor ln_f.bias is F8_E4M3"),
-            ({"ln_f.bias": {**entry, "shape": [2, 4]}},
-             r"the tensor ln_f.bias is \(2, 4\), but .* \(8,\)"),
-            ({"ln_f.bias": {**entry, "shape": [9]}}, "not a whole file"),
-            ({"ln_f.bias": {**entry, "data_offsets": [begin - 4, end - 4]}}, "overlap"),
-            ({"ln_f.bias": None}, "not a whole file"),
-            ({"more": empty}, "the tensor more is .* none of a GPT-2's")):
-        text = json.dumps({**header, **changes}).encode()
+    for name, changed, said in (
+            ("ln_f.bias", {**entry, "dtype": "F8_E4M3"}, "the tensor ln_f.bias is F8_E4M3"),
+            ("ln_f.bias", {**entry, "shape": [2, 4]}, "the tensor ln_f.bias is (2, 4), but"),
+            ("ln_f.bias", {**entry, "shape": [9]}, "not a whole file"),
+            ("ln_f.bias", {**entry, "data_offsets": [begin - 4, end - 4]}, "overlap"),
+            ("ln_f.bias", None, "not a whole file"),
+            ("more", {**entry, "shape": [0], "data_offsets": [0, 0]}, "none of a GPT-2's")):
+        text = json.dumps({**header, name: changed}).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
-        refused(folder, f"model.safetensors: .*{match}")
+        assert said in refusal(folder) and "model.safetensors: " in refusal(folder)
+
+    index = copies / "saved/model.safetensors.index.json"
+    parts = read_json(index)["weight_map"]
+    name = next(name for name, part in parts.items() if part.startswith("model-00002"))
+    edit(index, weight_map={**parts, name: "model-00001-of-00002.safetensors"})
+    assert f"00001-of-00002.safetensors: the tensor {name} is missing" in refusal(copies / "saved")
 
 
 def test_damaged_weights_are_named(copies):
@@ -335,66 +341,30 @@ def test_damaged_weights_are_named(copies):
     rng = random.Random(0)
     whole = path.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
-    weights = {name: x.clone() for name, x in read_folder(folder)[1].items()}
-    for _ in range(100):
+    weights = copied(read_folder(folder)[1])
+    for _ in range(60):
         path.write_bytes(whole[:rng.randint(0, len(whole) - 1)])
-        refused(folder, "model.safetensors")
+        assert "model.safetensors" in refusal(folder)
         data = bytearray(whole)
         data[rng.randrange(start)] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
-        try:
-            again = read_folder(folder)[1]
-        except InputError as error:
-            message = str(error)
-            assert str(path) in message or "n_layer" in message and "\n" not in message
-        else:  # what changed was a mask's name or shape, or a blank
-            assert_same_weights(again, weights)
+        # What is not refused was a mask's name or shape, or a blank.
+        assert refusal(folder) or same_weights(read_folder(folder)[1], weights)
     path.unlink()
-    refused(folder, "model.safetensors: no such file")
-
     torch.save({"wte.weight": Path}, folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin: not a whole file")  # a pickle that would run code
-
-
-def test_a_missing_part_is_named(copies):
-    """Weights in several parts, one of which was forgotten or holds other tensors."""
-    folder = copies / "saved"
-    index = folder / "model.safetensors.index.json"
-    parts = json.loads(index.read_text())["weight_map"]
-    name = next(name for name, part in parts.items() if part.startswith("model-00002"))
-    edit(index, weight_map={**parts, name: "model-00001-of-00002.safetensors"})
-    refused(folder, f"model-00001-of-00002.safetensors: the tensor {name} is missing")
-    edit(index, weight_map={})
-    refused(folder, "index.json: not a whole file")
-    edit(index, weight_map=parts)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(folder, "model-00002-of-00002.safetensors: no such file")
-
-
-def test_missing_files_are_named(copies):
-    """A folder that a download left half full."""
-    for name, file, match in (
-            ("published", "config.json", "config.json"),
-            ("published", "vocab.json", "vocab.json"),
-            ("published", "merges.txt", "merges.txt"),
-            ("saved", "tokenizer.json", "merges.txt|vocab.json")):
-        (copies / name / file).rename(copies / "aside")
-        refused(copies / name, match)
-        (copies / "aside").rename(copies / name / file)
-        read_folder(copies / name)
+    assert "pytorch_model.bin: not a whole file" in refusal(folder)
 
 
 # --------------------------------------------------------------------------------------------------
 # Out
 
 
-def test_round_trip(stages, out, tmp_path):
+def test_round_trip(out, tmp_path):
     """What is exported and loaded again is the same model to the last bit, with the same
-    vocabulary, temperature apart."""
+    vocabulary."""
     common = ["--size", "cpu", "--out", str(out)]
-    for stage in ("gpt", "sft"):
-        huggingface.main(["export", str(tmp_path / stage), "--stage", stage, *common])
-    policy, tokenizer, _ = load_checkpoint(out / "cpu" / "sft" / "checkpoint.pt", "sft", "cpu")
+    huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
+    policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     for name, flags in (("ppo", []), ("ppo-theirs", ["--name", "ppo-theirs"])):
         huggingface.main(["load", str(tmp_path / "sft"), "--stage", "ppo", *flags, *common])
         path = out / "cpu" / name / "checkpoint.pt"
@@ -402,97 +372,98 @@ def test_round_trip(stages, out, tmp_path):
         assert other.vocabulary == tokenizer.vocabulary
         assert other.pattern == tokenizer.pattern == "words"
         assert again.config == policy.config
-        assert_same_weights(again.state_dict(), policy.state_dict())
+        assert same_weights(again.state_dict(), policy.state_dict())
         assert checkpoint["loaded"] == str(tmp_path / "sft")
 
 
-def test_a_reward_model_goes_out(stages, tmp_path):
-    """Exported as a language model, it would lose its head without a word."""
-    flags = ["--stage", "reward_model", "--size", "cpu", "--out", str(stages)]
-    huggingface.main(["export", str(tmp_path / "rm"), *flags])
-    config = json.loads((tmp_path / "rm" / "config.json").read_text())
-    assert config["architectures"] == ["GPT2ForSequenceClassification"]
-    path = stages / "cpu" / "reward_model" / "checkpoint.pt"
-    model, _, _ = load_checkpoint(path, "reward_model", "cpu",
-                                  model_class=reward_model.RewardModel)
-    head = huggingface.read_weights(tmp_path / "rm")[1]["score.weight"]
-    assert torch.equal(head, model.head.weight)
-
-
-def test_a_process_model_and_a_policy_of_rsft_go_out(stages, out, tmp_path):
-    """"Any stage", said the help, and these two were refused."""
+@pytest.mark.parametrize("stage, architecture, head", [
+    ("reward_model", "GPT2ForSequenceClassification", "score.weight"),
+    ("process_model", "GPT2ForTokenClassification", "classifier.weight"),
+    ("rsft", "GPT2LMHeadModel", "wte.weight")])
+def test_every_stage_goes_out(stages, out, tmp_path, stage, architecture, head):
+    """A reward model exported as a language model would lose its head without a word. "Any stage",
+    said the help, and two of these were refused."""
     path = stages / "cpu/reward_model/checkpoint.pt"
     model, tokenizer, _ = load_checkpoint(path, "reward_model", "cpu",
                                           model_class=reward_model.RewardModel)
-    for stage in ("process_model", "rsft"):
-        (out / "cpu" / stage).mkdir()
-        trained = model.trunk if stage == "rsft" else model
-        save_checkpoint(out / "cpu" / stage / "checkpoint.pt", stage, "cpu", trained, tokenizer)
-        huggingface.main(["export", str(tmp_path / stage), "--stage", stage, "--size", "cpu",
-                          "--out", str(out)])
-    config = json.loads((tmp_path / "process_model/config.json").read_text())
-    assert config["architectures"] == ["GPT2ForTokenClassification"] and config["num_labels"] == 1
-    _, weights = huggingface.read_weights(tmp_path / "process_model")
-    assert torch.equal(weights["classifier.weight"], model.head.weight)
-    assert torch.equal(weights["classifier.bias"], model.head.bias)
-    assert json.loads((tmp_path / "rsft/config.json").read_text())["architectures"] == [
-        "GPT2LMHeadModel"]
+    path = out / "cpu" / stage / "checkpoint.pt"
+    path.parent.mkdir(exist_ok=True)
+    save_checkpoint(path, stage, "cpu", model.trunk if stage == "rsft" else model, tokenizer)
+    folder = tmp_path / stage
+    huggingface.main(["export", str(folder), "--stage", stage, "--size", "cpu", "--out", str(out)])
+    assert read_json(folder / "config.json")["architectures"] == [architecture]
+    _, weights = read_weights(folder)
+    kept = model.trunk.wte if stage == "rsft" else model.head
+    assert torch.equal(weights[head], kept.weight)
+    if stage == "process_model":
+        assert torch.equal(weights["classifier.bias"], model.head.bias)
 
 
-@pytest.mark.parametrize("flags, match", [
-    (["load", str(FOLDERS / "saved"), "--stage", "dpo"], "its vocabulary is not that of"),
-    (["load", "SFT", "--stage", "dpo", "--name", "ppo-x"], "--name ppo-x: must be dpo"),
-    (["load", "SFT", "--name", "gpt/x"], "--name gpt/x: must be gpt"),
-    (["load", "SFT", "--name", "sft"], "--name sft: must be gpt"),
-    (["load", "SFT", "--name", ""], "--name: is empty"),
-    (["load", "NEW"], "new/config.json: no such file"),
-    (["export", "SFT", "--stage", "sft"], "sft: already exists"),
-    (["export", "NEW", "--stage", "ppo-none"], "ppo-none.*no such checkpoint"),
-    (["export", "NEW", "--stage", "best_of_n"], "--stage best_of_n: must be gpt, sft"),
-    (["export", "NEW", "--stage", ""], "--stage: is empty"),
-    (["export", "", "--stage", "sft"], "FOLDER: is empty"),
-])
-def test_refusals_leave_everything_as_it_was(stages, out, tmp_path, flags, match):
+@pytest.mark.parametrize("flags, message", [
+    ("load SAVED --stage dpo", "its vocabulary is not that of"),
+    ("load SFT --stage dpo --name ppo-x", "--name ppo-x: must be dpo"),
+    ("load SFT --name gpt/x", "--name gpt/x: must be gpt"),
+    ("load SFT --name sft", "--name sft: must be gpt"),
+    ("load SFT --name=", "--name: is empty"),
+    ("load NEW", "new/config.json: no such file"),
+    ("export SFT --stage sft", "sft: already exists"),
+    ("export NEW --stage ppo-none", "ppo-none.*no such checkpoint"),
+    ("export NEW --stage best_of_n", "--stage best_of_n: must be gpt, sft"),
+    ("export NEW --stage=", "--stage: is empty")])
+def test_refusals_leave_everything_as_it_was(out, tmp_path, flags, message):
     """A policy compared with a reference of another vocabulary; a folder overwritten; a stage's
     checkpoint overwritten by a slip in a name."""
-    huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", "--size", "cpu",
-                      "--out", str(out)])
+    common = ["--size", "cpu", "--out", str(out)]
+    huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
     before = snapshot(tmp_path)
-    places = {"SFT": str(tmp_path / "sft"), "NEW": str(tmp_path / "new")}
-    flags = [places.get(flag, flag) for flag in flags]
-    with pytest.raises(InputError, match=match):
-        huggingface.main([*flags, "--size", "cpu", "--out", str(out)])
+    places = {"SFT": tmp_path / "sft", "NEW": tmp_path / "new", "SAVED": FOLDERS / "saved"}
+    flags = [str(places.get(flag, flag)) for flag in flags.split()]
+    with pytest.raises(InputError, match=message):
+        huggingface.main([*flags, *common])
     assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags, match", [
-    (["load", "x", "--stage", "sft"], "invalid choice: 'sft'"),
-    (["load", "x", "--size", "large"], "invalid choice: 'large'"),
-    (["load"], "required: folder"),
-    (["export", "x"], "required: --stage"),
-    (["export", "x", "--stage", "gpt", "--name", "gpt-x"], "unrecognized arguments: --name"),
-    ([], "required: command"),
-])
-def test_usage_is_one_line_and_status_2(flags, match, capsys):
+@pytest.mark.parametrize("flags, message", [
+    ("load x --stage sft", "invalid choice: 'sft'"), ("load x --size large", "choice: 'large'"),
+    ("load", "required: folder"), ("export x", "required: --stage"), ("", "required: command"),
+    ("export x --stage gpt --name gpt-x", "unrecognized arguments: --name")])
+def test_usage_is_one_line_and_status_2(flags, message, capsys):
     """A shell script tells a typing error from a failed run by the status."""
     with pytest.raises(SystemExit) as error:
-        huggingface.main(flags)
+        huggingface.main(flags.split())
     printed = capsys.readouterr().err
-    assert error.value.code == 2 and match in printed and printed.count("\n") == 1
+    assert error.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
 def test_it_is_a_script(tmp_path):
     """The script imports gpt.py, which imports data/: in a circle, neither would start."""
-    command = [sys.executable, "-m", "data.huggingface", "load", str(FOLDERS / "published")]
-    flags = ["--size", "gpt2", "--out", str(tmp_path)]
-    done = subprocess.run(command + flags, cwd=ROOT, capture_output=True, text=True)
-    path = tmp_path / "gpt2" / "gpt" / "checkpoint.pt"
+    command = [sys.executable, "-m", "data.huggingface", "load", str(FOLDERS / "published"),
+               "--size", "gpt2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    path = tmp_path / "gpt2/gpt/checkpoint.pt"
     assert done.returncode == 0 and path.exists()
     assert done.stdout.splitlines()[-1] == f"saved {path}"
-    done = subprocess.run(command[:-1] + [str(tmp_path), *flags], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"huggingface.py: {tmp_path / 'config.json'}: no such file\n"
+
+
+def test_padding(tmp_path):
+    """Padding with <|end|> makes trainers mask the very token that they should teach, and reward
+    models read too early. transformers continues a batch after its last column: padded on the
+    right, prompts of different lengths get broken texts; a reward model is padded there."""
+    tokenizer = Tokenizer(train("a fox and a kite ÿ", 280))
+    policy = tiny_gpt(0, tokenizer.n_vocab)
+    judge = tiny_reward_model(0, tokenizer.n_vocab)
+    for model, side in ((policy, "left"), (judge, "right")):
+        folder = tmp_path / side
+        write_folder(folder, vars(model.config), model.state_dict(), tokenizer, begins=False,
+                     temperature=0.7)
+        assert read_json(folder / "tokenizer_config.json")["padding_side"] == side
+        config = read_json(folder / "config.json")
+        assert config["pad_token_id"] == tokenizer.vocabulary.index(b"\xff")
+        assert config["pad_token_id"] not in tokenizer.encode("".join(map(chr, range(0x100))))
+        assert config["eos_token_id"] == tokenizer.end_token and config["bos_token_id"] is None
+    generation = read_json(tmp_path / "left/generation_config.json")
+    assert generation["temperature"] == 0.7 and generation["do_sample"]
+    assert generation["top_k"] == 0 and read_folder(tmp_path / "left")[3] is False
 
 
 def test_reward_model_without_a_bias(tmp_path):
@@ -503,18 +474,15 @@ def test_reward_model_without_a_bias(tmp_path):
     with torch.no_grad():
         model.head.bias += 1.5
     write_folder(tmp_path / "rm", vars(model.config), model.state_dict(), tokenizer)
-    config = json.loads((tmp_path / "rm" / "config.json").read_text())
-    weights = huggingface.read_weights(tmp_path / "rm")[1]
+    config = read_json(tmp_path / "rm/config.json")
+    weights = read_weights(tmp_path / "rm")[1]
     head = weights.pop("score.weight")
-    assert config["architectures"] == ["GPT2ForSequenceClassification"]
     assert config["num_labels"] == 1
-    for name, x in weights.items():
-        if huggingface.CONV1D.fullmatch(name):
-            weights[name] = x.T
     trunk = tiny_gpt(1, tokenizer.n_vocab)
-    trunk.load_state_dict(weights)
-    prompts = [tokenizer.prompt(text) + tokenizer.response("a kite") for text in ("a", "a fox")]
-    tokens, lengths = pad(prompts)
+    trunk.load_state_dict({name: x.T if huggingface.CONV1D.fullmatch(name) else x
+                           for name, x in weights.items()})
+    tokens, lengths = pad([tokenizer.prompt(text) + tokenizer.response("a kite")
+                           for text in ("a", "a fox")])
 
     # Their class reads the last token that is not padding, whatever the lengths.
     padding = config["pad_token_id"]
@@ -523,35 +491,6 @@ def test_reward_model_without_a_bias(tmp_path):
     last = ((tokens != padding) * positions).argmax(dim=1)
     scores = (trunk.hidden(tokens) @ head.T)[torch.arange(2), last, 0]
     torch.testing.assert_close(scores, model.score(tokens, lengths), atol=1e-5, rtol=0)
-
-
-def test_padding_is_no_token_of_a_text(tmp_path):
-    """Padding with <|end|> makes trainers mask the very token that they should teach, and reward
-    models read too early."""
-    tokenizer = Tokenizer(train("a fox and a kite ÿ", 280))
-    model = tiny_gpt(0, tokenizer.n_vocab)
-    folder = tmp_path / "sft"
-    write_folder(folder, vars(model.config), model.state_dict(), tokenizer, begins=False,
-                 temperature=0.7)
-    config = json.loads((folder / "config.json").read_text())
-    generation = json.loads((folder / "generation_config.json").read_text())
-    assert config["pad_token_id"] == tokenizer.vocabulary.index(b"\xff")
-    assert config["eos_token_id"] == tokenizer.end_token
-    assert config["pad_token_id"] not in tokenizer.encode("".join(map(chr, range(0x100))))
-    assert generation["temperature"] == 0.7 and generation["do_sample"]
-    assert generation["top_k"] == 0
-    assert read_folder(folder)[3] is False and config["bos_token_id"] is None
-
-
-def test_padding_is_on_the_side_that_each_model_needs(tmp_path):
-    """transformers continues a batch after its last column: padded on the right, prompts of
-    different lengths get broken texts. The reward model reads its score at the last token."""
-    tokenizer = Tokenizer(train("a fox and a kite", 270))
-    for model, side in ((tiny_gpt(0, tokenizer.n_vocab), "left"),
-                        (tiny_reward_model(0, tokenizer.n_vocab), "right")):
-        write_folder(tmp_path / side, vars(model.config), model.state_dict(), tokenizer)
-        options = json.loads((tmp_path / side / "tokenizer_config.json").read_text())
-        assert options["padding_side"] == side
 
 
 class Refused(Exception):
@@ -577,36 +516,29 @@ def test_the_chat_template():
     escaped = "Ho<\ufdd0|end|>"
     assert render([user], add_generation_prompt=True) == "<|user|> Hi <|assistant|>"
     assert render([user, assistant]) == f"<|user|> Hi <|assistant|>[{escaped}<|end|>]"
+    with pytest.raises(Refused, match="content must be a string"):
+        render([{"role": "user"}])
     for content in (None, 3, ["Hi"], [{"type": "text", "text": "Hi"}], {"text": "Hi"}):
         for messages in ([{**user, "content": content}], [user, {**assistant, "content": content}]):
             with pytest.raises(Refused, match="content must be a string"):
                 render(messages)
-    with pytest.raises(Refused, match="content must be a string"):
-        render([{"role": "user"}])
-    for messages in ([assistant], [user, user], [user, assistant, user],
-                     [{"role": "system", "content": "be kind"}, user]):
+    system = {"role": "system", "content": "be kind"}
+    for messages in ([assistant], [user, user], [user, assistant, user], [system, user]):
         with pytest.raises(Refused, match="one exchange"):
             render(messages)
 
 
-def test_a_vocabulary_without_merges_comes_back(tmp_path):
-    """The smallest vocabulary, bytes and special tokens alone, must not pass for a damaged file."""
+def test_written_safetensors_has_the_real_layout(tmp_path):
+    """The header of a file that safetensors wrote, and of ours: same keys, dtype names, gapless
+    offsets, aligned data. A vocabulary without merges passes for a damaged file."""
     tokenizer = Tokenizer(train("", 259))
     model = tiny_gpt(0, tokenizer.n_vocab)
-    write_folder(tmp_path / "gpt", vars(model.config), model.state_dict(), tokenizer)
-    _, weights, again, begins = read_folder(tmp_path / "gpt")
-    assert again.vocabulary == tokenizer.vocabulary and begins
-    assert_same_weights(weights, model.state_dict())
-
-
-def test_written_safetensors_has_the_real_layout(copies, tmp_path):
-    """The header of a file that safetensors wrote, and of ours: same keys, dtype names, gapless
-    offsets, aligned data."""
-    _, _, tokenizer, _ = read_folder(copies / "published")
-    model = tiny_gpt(0, tokenizer.n_vocab)
     write_folder(tmp_path / "new", vars(model.config), model.state_dict(), tokenizer)
+    _, weights, again, begins = read_folder(tmp_path / "new")
+    assert again.vocabulary == tokenizer.vocabulary and begins
+    assert same_weights(weights, model.state_dict())
     headers = []
-    for folder in (copies / "published", tmp_path / "new"):
+    for folder in (FOLDERS / "published", tmp_path / "new"):
         data = (folder / "model.safetensors").read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
         headers.append(json.loads(data[8:start]))
@@ -626,11 +558,8 @@ def test_written_safetensors_has_the_real_layout(copies, tmp_path):
 def test_later_stages_run_on_what_was_loaded(tmp_path):
     """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other
     ids than in training."""
-    with open(tmp_path / "own.jsonl", "w") as file:
-        for i in range(10):
-            messages = [{"role": "user", "content": f"{i}"},
-                        {"role": "assistant", "content": "we'd"}]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    rows = [{"prompt": f"{i}", "completion": "we'd"} for i in range(10)]
+    write_jsonl(tmp_path / "own.jsonl", rows)
     common = ["--size", "gpt2", "--out", str(tmp_path)]
     data = ["--data", str(tmp_path / "own.jsonl")]
     with pytest.raises(InputError, match="python -m data.huggingface load FOLDER"):
@@ -639,15 +568,15 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     sft.main([*common, *data, "--max_new_tokens", "4"])
     huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
     _, _, loaded, _ = read_folder(FOLDERS / "published")
-    path = tmp_path / "gpt2" / "sft" / "checkpoint.pt"
+    path = tmp_path / "gpt2/sft/checkpoint.pt"
     model, tokenizer, _ = load_checkpoint(path, "sft", "gpt2")
     _, weights, exported, _ = read_folder(tmp_path / "sft")
     assert loaded.vocabulary == tokenizer.vocabulary == exported.vocabulary
     assert loaded.pattern == tokenizer.pattern == exported.pattern == "gpt2"
-    assert_same_weights(weights, model.state_dict())
+    assert same_weights(weights, model.state_dict())
 
     # PPO-ptx would need what the base model was trained on.
-    path = tmp_path / "gpt2" / "gpt" / "checkpoint.pt"
+    path = tmp_path / "gpt2/gpt/checkpoint.pt"
     _, _, base = load_checkpoint(path, "gpt", "gpt2")
     with pytest.raises(InputError, match=f"came from {FOLDERS / 'published'}"):
         pretraining_text(base, path, tokenizer, model.config.block_size)
