@@ -111,9 +111,9 @@ def of_ppo():
             (2.0, 0.5, "1.00, gradient"), (2.0, 1.1, "2.20, gradient"), (2.0, 1.5, "2.40, none"),
             (-2.0, 0.5, "-2.40, none"), (-2.0, 1.1, "-2.20, gradient"),
             (-2.0, 1.5, "-3.00, gradient"), (0.0, 1.5, "0.00, none")):
-        logprobs = double(math.log(ratio))[None].requires_grad_()
+        logprobs = double(math.log(ratio) - 1.5)[None].requires_grad_()
         loss, _ = clipped_policy_loss(
-            logprobs, double(0.0)[None], double(A)[None], torch.tensor([[True]]), clip=0.2)
+            logprobs, double(-1.5)[None], double(A)[None], torch.tensor([[True]]), clip=0.2)
         loss.backward()
         gradient = "gradient" if logprobs.grad != 0 else "none"
         ours = f"{0 - loss.item():.2f}, {gradient}"
