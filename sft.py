@@ -33,8 +33,8 @@ from data.answer_key import standard_error
 from data.corpus import draw_demonstrations, draw_requests, has_room
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
-                      parse_config, refuse_flags, show, show_models, stage_folder, train_missing,
-                      with_error)
+                      parse_config, refuse_flags, refuse_stale, show, show_models, stage_folder,
+                      train_missing, with_error)
 from data.tokenizer import encode_demonstrations, remarks
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
                  learning_rate, load_checkpoint, make_optimizer, masked_logprobs, memory_of_pieces,
@@ -188,6 +188,7 @@ def train(config):
         split = hold_out(read_demonstrations(config.data), config.data)
     check_name(config.base, "gpt", "base")
     complete(stage_folder(config, config.base))
+    refuse_stale(stage_folder(config, config.base))
     train_missing(config, ["gpt"] if config.base == "gpt" else [], "sft")
     device = get_device()
     base_path = stage_folder(config, config.base) / "checkpoint.pt"

@@ -587,20 +587,24 @@ def load(config):
 
     check_name(config.name, config.stage)
     shape, weights, tokenizer, begins = read_folder(config.folder)
+    sources = []
     if config.stage != "gpt":
         path = stage_folder(config, "sft") / "checkpoint.pt"
         _, sft_tokenizer, _ = load_checkpoint(path, "sft", config.size)
         if sft_tokenizer.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{config.folder}: its vocabulary is not that of {path}, so the two "
                              "cannot be compared")
+        sources = [path]
 
     model = GPT(GPTConfig(**shape))
     for name, value in model.state_dict().items():
         value.copy_(weights.pop(name))  # pop releases the tensor's map
     announce(config.name, config, get_device(), f"the weights in {config.folder}", model)
-    with Run(config.name, stage_folder(config, config.name), config, report=None) as run:
+    folder = stage_folder(config, config.name)
+    with Run(config.name, folder, config, report=None, sources=sources) as run:
         save_checkpoint(run.folder / "checkpoint.pt", config.stage, config.size, model, tokenizer,
-                        metrics=[], text="" if begins else config.folder, loaded=config.folder)
+                        metrics=[], text="" if begins else config.folder, loaded=config.folder,
+                        made_from=run.made_from())
         run.finish()
     print(f"saved {run.home / 'checkpoint.pt'}", flush=True)
 

@@ -197,16 +197,26 @@ def check_name(name, stage, flag="name"):
 
 def refuse_stale(folder):
     """InputError if the checkpoint in a stage's folder was made from other checkpoints than those
-    in the folders beside it now: a model would be measured against what it never saw."""
+    in the folders beside it now: a model would be measured against what it never saw. Of other
+    comparisons a line is printed only: policies of several judges may be compared."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return
     with refused_if_broken(path, "train the stage again"):
-        made_from = read_torch(path).get("made_from", {})
+        checkpoint = read_torch(path)
+        made_from = checkpoint.get("made_from", {})
+    advice = f"train {folder.name} again"
+    if checkpoint.get("loaded"):
+        advice = f"load {folder.name} again, if it is a policy of this one"
     for name, found in made_from.items():
         source = folder.parent / name
-        if source.exists() and checksum(source) != found:
-            raise InputError(f"{path}: was made from another {source}; train {folder.name} again")
+        if not source.exists() or checksum(source) == found:
+            continue
+        if source.name == "pairs.jsonl":
+            print(f"note    {folder.name} was made from other comparisons than {source} has now",
+                  flush=True)
+        else:
+            raise InputError(f"{path}: was made from another {source}; {advice}")
 
 
 # How each stage is trained: its script, and the flag that chooses it there.
@@ -727,12 +737,12 @@ class Run(SilentRun):
         self.write_metrics()
 
     def made_from(self):
-        """{checkpoint in a folder beside this one: its checksum}, of the earlier stages, which the
-        run's own checkpoint keeps."""
+        """{file in a folder beside this one: its checksum}, of the earlier stages' checkpoints and
+        comparisons, which the run's own checkpoint keeps."""
         found = {}
         for path in self.sources:
             beside = path.parent.resolve().parent == self.home.resolve().parent
-            if beside and path.name == "checkpoint.pt":
+            if beside and path.name in ("checkpoint.pt", "pairs.jsonl"):
                 name = f"{path.parent.name}/{path.name}"
                 found[name] = self.saved["sources"][name]
         return found

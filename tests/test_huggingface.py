@@ -21,7 +21,7 @@ import reward_model
 import sft
 from data import huggingface
 from data.corpus import pretraining_text
-from data.files import InputError, write_jsonl
+from data.files import InputError, checksum, write_jsonl
 from data.huggingface import read_folder, read_weights, write_folder
 from data.run import parse_config, show_models
 from data.tokenizer import Tokenizer, train
@@ -374,6 +374,8 @@ def test_round_trip(out, tmp_path):
         assert again.config == policy.config
         assert same_weights(again.state_dict(), policy.state_dict())
         assert checkpoint["loaded"] == str(tmp_path / "sft")
+        source = out / "cpu/sft/checkpoint.pt"
+        assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
 
 
 @pytest.mark.parametrize("stage, architecture, head", [

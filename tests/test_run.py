@@ -486,7 +486,7 @@ def test_what_is_missing_is_announced_and_trained(there, needed, stage, asked, p
         assert capsys.readouterr().out.startswith(plan)
 
 
-def test_a_stage_that_is_stale_is_refused(calls, tmp_path):
+def test_a_stage_that_is_stale_is_refused(calls, tmp_path, capsys):
     """The base model is trained again, and the old SFT model is compared with the new one's loss;
     a base model from another folder that is taken for the one in this folder."""
     trained(tmp_path, "gpt")
@@ -503,8 +503,13 @@ def test_a_stage_that_is_stale_is_refused(calls, tmp_path):
         made_from = one.made_from()
         write_torch(one.folder / "checkpoint.pt", {"made_from": made_from})
         one.finish()
-    assert list(made_from) == ["gpt/checkpoint.pt"]
+    assert list(made_from) == ["gpt/checkpoint.pt", "gpt/pairs.jsonl"]
     train_missing(config, ["gpt", "sft"], "ppo")
+    data.write_text("{}\n")     # policies of several judges may be compared
+    capsys.readouterr()
+    train_missing(config, ["gpt", "sft"], "ppo")
+    assert capsys.readouterr().out == (
+        f"note    sft was made from other comparisons than {data} has now\n")
     trained(tmp_path, "gpt", seed=3)
     with pytest.raises(InputError) as error:
         train_missing(config, ["gpt", "sft"], "ppo")

@@ -14,7 +14,7 @@ from data import stories
 from data.annotator import answers
 from data.corpus import draw_demonstrations
 from data.files import InputError, write_jsonl
-from data.run import SilentRun
+from data.run import SilentRun, write_torch
 from data.tokenizer import (Demonstration, Tokenizer, encode_demonstrations,
                             train as train_vocabulary)
 from helpers import metrics, snapshot, tiny_gpt
@@ -215,6 +215,16 @@ def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, rea
     message = str(error.value)
     assert "\n" not in message and (flags[0] != "--data" or str(path) in message)
     assert snapshot(base) == before
+
+
+def test_a_base_model_that_is_stale_is_refused(base):
+    """SFT after mid-training, from the curated text's model of a base model that is gone."""
+    name = "gpt-curated"
+    (base / "cpu" / name).mkdir()
+    made_from = {"gpt/checkpoint.pt": 1}
+    write_torch(base / "cpu" / name / "checkpoint.pt", {"made_from": made_from})
+    with pytest.raises(InputError, match=f"gpt/checkpoint.pt; train {name} again"):
+        fine_tune(base, "--base", name)
 
 
 WORLD = "--demonstrations 24 --questions 3 --lr 0.01 --warmup 1 --max_new_tokens 90".split()
