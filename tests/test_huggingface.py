@@ -4,6 +4,7 @@
 import contextlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -122,9 +123,9 @@ def test_special_rows(folder):
     assert torch.equal(table[tokenizer.end_token], raw[end])
 
 
-def layouts(folder):
+def legacy_layout(folder):
     """tokenizer.json of the published folder, as tokenizers before 0.9 wrote it, which is how GPT-2
-    is published, and as it is written today."""
+    is published. (saved/ has today's.)"""
     vocab = read_json(folder / "vocab.json")
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     end = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True,
@@ -132,29 +133,23 @@ def layouts(folder):
     model = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "",
              "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab, "merges": merges}
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    legacy = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
-              "normalizer": None, "pre_tokenizer": split,
-              "post_processor": {**split, "add_prefix_space": True, "trim_offsets": False},
-              "decoder": {**split, "add_prefix_space": True}, "model": model}
-    today = {**legacy, "pre_tokenizer": {**split, "use_regex": True},
-             "model": {**model, "type": "BPE", "byte_fallback": False, "ignore_merges": False,
-                       "merges": [merge.split(" ") for merge in merges]}}
-    return legacy, today
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
+            "normalizer": None, "pre_tokenizer": split,
+            "post_processor": {**split, "add_prefix_space": True, "trim_offsets": False},
+            "decoder": {**split, "add_prefix_space": True}, "model": model}
 
 
-def test_tokenizer_json_of_every_version(copies):
+def test_tokenizer_json_of_old_versions(copies):
     """GPT-2's own tokenizer.json has no "type" of the model and no "use_regex": the first file that
     anybody loads was refused as damaged."""
     folder = copies / "published"
-    expected, rows, _ = huggingface.read_tokenizer(folder)
-    found = layouts(folder)
+    expected, *others = huggingface.read_tokenizer(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(legacy_layout(folder), ensure_ascii=False))
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
-    for layout in found:
-        (folder / "tokenizer.json").write_text(json.dumps(layout, ensure_ascii=False))
-        tokenizer, *others = huggingface.read_tokenizer(folder)
-        assert others == [rows, {}] and tokenizer.vocabulary == expected.vocabulary
-        assert tokenizer.pattern == "gpt2" and refusal(folder) == ""
+    tokenizer, *found = huggingface.read_tokenizer(folder)
+    assert found == others and tokenizer.vocabulary == expected.vocabulary
+    assert tokenizer.pattern == "gpt2" and refusal(folder) == ""
 
 
 def resize(folder, rows):
@@ -184,13 +179,12 @@ def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, 
     weights = copied(weights)
     resize(folder, rows)
     added = {token: 300 + i for i, token in enumerate(tokens)}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
     if json_file:
-        layout = layouts(folder)[0]
+        layout = legacy_layout(folder)
         layout["added_tokens"] += [{"content": token, "id": i} for token, i in added.items()]
         (folder / "tokenizer.json").write_text(json.dumps(layout))
-    elif tokens:
-        (folder / "added_tokens.json").write_text(json.dumps(added))
-    assert capsys.readouterr().out == ""
+        (folder / "added_tokens.json").unlink()
     again, found, other, _ = read_folder(folder)
     assert again == shape and other.vocabulary == tokenizer.vocabulary
     assert same_weights(found, weights)
@@ -203,11 +197,10 @@ def test_where_it_cannot_be_the_way_is_named(copies):
     without Git LFS; an adapter without its model."""
     folder = copies / "published"
     path = folder / "tokenizer.json"
-    layout = layouts(folder)[1]
+    layout = legacy_layout(folder)
     text = json.dumps(layout)
     path.write_text(text.replace("<|endoftext|>", "</s>"))
-    assert "special tokens </s>, but neither" in refusal(folder)
-    assert "rename the token that ends a text" in refusal(folder)
+    assert re.search("tokens </s>, but .* rename the token that ends a text", refusal(folder))
     layout["model"]["vocab"]["zzzz"] = 300
     path.write_text(json.dumps(layout))
     resize(folder, 301)
@@ -216,9 +209,9 @@ def test_where_it_cannot_be_the_way_is_named(copies):
     resize(folder, 1000)
     assert "1,000 tokens, its tokenizer 300; copy the model's own" in refusal(folder)
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid ")
-    assert "only a pointer of Git LFS" in refusal(folder) and "git lfs pull" in refusal(folder)
+    assert re.search("only a pointer of Git LFS; .* git lfs pull", refusal(folder))
     (folder / "config.json").rename(folder / "adapter_config.json")
-    assert "is an adapter" in refusal(folder) and "whole model; merge it" in refusal(folder)
+    assert re.search("is an adapter .*, not a whole model; merge it", refusal(folder))
 
 
 def test_other_containers(copies):
@@ -253,57 +246,56 @@ def test_other_containers(copies):
 
 THEIRS = read_json(FOLDERS / "saved/tokenizer.json")
 BPE = THEIRS["model"]
+MERGES = BPE["merges"]
+WRONG = {
+    "published/config.json": [
+        (dict(model_type="gpt_neox"), "model_type is 'gpt_neox', but gpt.py's is 'gpt2'"),
+        (dict(activation_function="relu"), "activation_function is 'relu'"),
+        (dict(layer_norm_epsilon=1e-6), "epsilon"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer"),
+        (dict(n_inner=33), "n_inner"), (dict(n_head=3), "n_head"),
+        (dict(n_layer="2"), "n_layer is '2'"), (dict(n_layer=10 ** 12), "n_layer 1000000000000"),
+        (dict(n_layer=3), "h.2.ln_1.weight is missing"), (dict(n_layer=1), "none of a GPT-2's"),
+        (dict(n_positions=8), "wpe.weight is (16, 8)"), (dict(n_embd=None), "n_embd is None"),
+        (dict(vocab_size=299), "vocab_size is 299"),
+        (dict(vocab_size=302), "wte.weight is (300, 8), but by config.json"),
+        (None, "config.json: no such file")],
+    "saved/tokenizer.json": [
+        (dict(normalizer={"type": "NFC"}), "normalizer"),
+        (dict(pre_tokenizer={**THEIRS["pre_tokenizer"], "add_prefix_space": True}), "pre_tokenizer"),
+        (dict(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
+        (dict(pre_tokenizer=None), "not a whole file"),
+        (dict(model={**BPE, "type": "Unigram"}), "type"),
+        (dict(model={**BPE, "dropout": 0.1}), "dropout"),
+        (dict(model={**BPE, "merges": MERGES[::-1]}), "not a whole file"),
+        (dict(model={**BPE, "merges": MERGES[:-1]}), "no merge makes the token"),
+        (dict(model={**BPE, "merges": [*MERGES, ["Ġlal", "a"]]}), "not a whole file"),
+        (None, "vocab.json: no such file")],
+    "published/tokenizer_config.json": [(dict(add_prefix_space=True), "add_prefix_space")],
+    "published/vocab.json": [(None, "vocab.json")],
+    "published/merges.txt": [(None, "merges.txt")],
+    "published/model.safetensors": [(None, "model.safetensors: no such file")],
+    "saved/model.safetensors.index.json": [(dict(weight_map={}), "json: not a whole file")],
+    "saved/model-00002-of-00002.safetensors": [(None, "00002.safetensors: no such file")]}
 
 
-@pytest.mark.parametrize("path, changes, said", [
-    ("published/config.json", dict(model_type="gpt_neox"), "model_type is 'gpt_neox', but"),
-    ("published/config.json", dict(activation_function="relu"), "activation_function is 'relu'"),
-    ("published/config.json", dict(layer_norm_epsilon=1e-6), "epsilon"),
-    ("published/config.json", dict(tie_word_embeddings=False), "tie_word_embeddings"),
-    ("published/config.json", dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer"),
-    ("published/config.json", dict(n_inner=33), "n_inner"),
-    ("published/config.json", dict(n_head=3), "n_head"),
-    ("published/config.json", dict(n_layer="2"), "n_layer is '2'"),
-    ("published/config.json", dict(n_layer=10 ** 12), "n_layer 1000000000000"),
-    ("published/config.json", dict(n_layer=3), "h.2.ln_1.weight is missing"),
-    ("published/config.json", dict(n_layer=1), "none of a GPT-2's"),
-    ("published/config.json", dict(n_positions=8), "wpe.weight is (16, 8)"),
-    ("published/config.json", dict(vocab_size=299), "vocab_size is 299"),
-    ("published/config.json", dict(vocab_size=302), "wte.weight is (300, 8), but by config.json"),
-    ("published/config.json", dict(n_embd=None), "n_embd is None"),
-    ("published/tokenizer_config.json", dict(add_prefix_space=True), "add_prefix_space"),
-    ("saved/tokenizer.json", dict(normalizer={"type": "NFC"}), "normalizer"),
-    ("saved/tokenizer.json", dict(pre_tokenizer={**THEIRS["pre_tokenizer"],
-                                                 "add_prefix_space": True}), "pre_tokenizer"),
-    ("saved/tokenizer.json", dict(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
-    ("saved/tokenizer.json", dict(pre_tokenizer=None), "not a whole file"),
-    ("saved/tokenizer.json", dict(model={**BPE, "type": "Unigram"}), "type"),
-    ("saved/tokenizer.json", dict(model={**BPE, "dropout": 0.1}), "dropout"),
-    ("saved/tokenizer.json", dict(model={**BPE, "merges": BPE["merges"][::-1]}), "not a whole"),
-    ("saved/tokenizer.json", dict(model={**BPE, "merges": BPE["merges"][:-1]}), "no merge makes"),
-    ("saved/tokenizer.json", dict(model={**BPE, "merges": [*BPE["merges"], ["Ġlal", "a"]]}),
-     "not a whole file"),
-    ("saved/model.safetensors.index.json", dict(weight_map={}), "not a whole file"),
-    ("published/config.json", {}, "config.json: no such file"),
-    ("published/vocab.json", {}, "vocab.json"),
-    ("published/merges.txt", {}, "merges.txt"),
-    ("saved/tokenizer.json", {}, "vocab.json: no such file"),
-    ("published/model.safetensors", {}, "model.safetensors: no such file"),
-    ("saved/model-00002-of-00002.safetensors", {}, "00002-of-00002.safetensors: no such file")])
-def test_what_is_no_gpt2_is_named(copies, path, changes, said):
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_gpt2_is_named(copies, name):
     """A model that runs, but computes something else than the published one, or whose tokenizer
     splits, normalizes or pads otherwise, says nothing about it. A folder that a download left half
-    full ({}: without this file)."""
-    path = copies / path
+    full (None)."""
+    path = copies / name
+    whole = path.read_bytes() if path.exists() else b"{}"
     assert refusal(path.parent) == ""
-    if not changes:
-        path.unlink()
-    elif path.exists():
-        edit(path, **changes)
-    else:
-        path.write_text(json.dumps(changes))
-    assert said in refusal(path.parent)
-    assert not changes or path.name in refusal(path.parent)
+    for changes, said in WRONG[name]:
+        path.write_bytes(whole)
+        if changes is None:
+            path.unlink()
+        else:
+            edit(path, **changes)
+            assert path.name in refusal(path.parent) or "h.1." in refusal(path.parent)
+        assert said in refusal(path.parent)
 
 
 def test_damaged_headers_are_named(copies):
@@ -425,26 +417,21 @@ def test_refusals_leave_everything_as_it_was(out, tmp_path, flags, message):
     assert snapshot(tmp_path) == before and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("load x --stage sft", "invalid choice: 'sft'"), ("load x --size large", "choice: 'large'"),
-    ("load", "required: folder"), ("export x", "required: --stage"), ("", "required: command"),
-    ("export x --stage gpt --name gpt-x", "unrecognized arguments: --name")])
-def test_usage_is_one_line_and_status_2(flags, message, capsys):
-    """A shell script tells a typing error from a failed run by the status."""
-    with pytest.raises(SystemExit) as error:
-        huggingface.main(flags.split())
-    printed = capsys.readouterr().err
-    assert error.value.code == 2 and message in printed and printed.count("\n") == 1
-
-
-def test_it_is_a_script(tmp_path):
-    """The script imports gpt.py, which imports data/: in a circle, neither would start."""
+def test_it_is_a_script(tmp_path, capsys):
+    """The script imports gpt.py, which imports data/: in a circle, neither would start. A shell
+    script tells a typing error from a failed run by the status."""
     command = [sys.executable, "-m", "data.huggingface", "load", str(FOLDERS / "published"),
                "--size", "gpt2", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     path = tmp_path / "gpt2/gpt/checkpoint.pt"
     assert done.returncode == 0 and path.exists()
     assert done.stdout.splitlines()[-1] == f"saved {path}"
+    for flags, message in (("load x --stage sft", "invalid choice: 'sft'"), ("", "required: comm"),
+                           ("export x --stage gpt --name gpt-x", "unrecognized arguments: --name")):
+        with pytest.raises(SystemExit) as error:
+            huggingface.main(flags.split())
+        printed = capsys.readouterr().err
+        assert error.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
 def test_padding(tmp_path):
@@ -518,12 +505,12 @@ def test_the_chat_template():
     escaped = "Ho<\ufdd0|end|>"
     assert render([user], add_generation_prompt=True) == "<|user|> Hi <|assistant|>"
     assert render([user, assistant]) == f"<|user|> Hi <|assistant|>[{escaped}<|end|>]"
-    with pytest.raises(Refused, match="content must be a string"):
-        render([{"role": "user"}])
+    wrong = [[{"role": "user"}]]
     for content in (None, 3, ["Hi"], [{"type": "text", "text": "Hi"}], {"text": "Hi"}):
-        for messages in ([{**user, "content": content}], [user, {**assistant, "content": content}]):
-            with pytest.raises(Refused, match="content must be a string"):
-                render(messages)
+        wrong += [[{**user, "content": content}], [user, {**assistant, "content": content}]]
+    for messages in wrong:
+        with pytest.raises(Refused, match="content must be a string"):
+            render(messages)
     system = {"role": "system", "content": "be kind"}
     for messages in ([assistant], [user, user], [user, assistant, user], [system, user]):
         with pytest.raises(Refused, match="one exchange"):
