@@ -12,6 +12,8 @@ tied embeddings. Pretraining is next-token prediction (CS 224R, Lecture 9, ch. 3
     python gpt.py --start out/cpu/gpt --name gpt-curated --curated --steps 250 --lr 1e-3
                                         mid-training: continue with better text (ch. 1)
     python gpt.py --sample "Once"       print samples from the checkpoint
+    python gpt.py --explain             log p_θ(x_t | x_<t), token by token, of a held-out document;
+                                        of your own text: --explain "Once there was"
     python gpt.py --resume              continue an interrupted run (every stage has this flag)
 
 python -m data.huggingface takes a published GPT-2 in this stage's place, and writes any stage as a
@@ -30,7 +32,7 @@ import contextlib
 import copy
 import math
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,10 +40,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import stories
 from data.corpus import encode_documents, held_out_documents, text_corpus, world_corpus
 from data.files import InputError, run_script
-from data.run import (Run, allow_flags, announce, check_name, complete, gpu_has_bf16, parse_config,
-                      read_torch, refused_if_broken, show, stage_folder, write_torch)
+from data.run import (COMMANDS, Run, allow_flags, announce, check_name, complete, gpu_has_bf16,
+                      parse_config, read_torch, refused_if_broken, show, stage_folder, write_torch)
+from data.table import Column, print_columns
 from data.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -575,7 +579,9 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
     or size.
     """
     if not Path(path).exists():
-        raise InputError(f"{path}: no such checkpoint")
+        script, *choice = COMMANDS.get(stage, stage).split()
+        command = " ".join(["python", f"{script}.py", *choice])
+        raise InputError(f"{path}: no such checkpoint; {command} makes one")
     with refused_if_broken(path, "train the stage again"):
         checkpoint = read_torch(path)
         if (checkpoint["stage"], checkpoint["size"]) != (stage, size):
@@ -651,6 +657,9 @@ def excess(held_out, entropy):
 # Pretraining
 
 
+HELD_OUT = "a held-out document"
+
+
 @dataclass
 class Config:
     # what to train on
@@ -678,6 +687,11 @@ class Config:
     sample: str = ""            # print three continuations of this text, and stop
     temperature: float = 1.0    # of --sample
     top_k: int = 0              # --sample draws from the k likeliest tokens only; 0: from all
+
+    # one text, token by token
+    explain: str = field(default="", metadata={"alone": HELD_OUT})  # print each token's
+                                # log-probability and what the model expected, and stop; without a
+                                # text, of a held-out document
 
     # this run
     size: Literal["auto", "cpu", "gpu", "gpt2"] = "auto"    # auto: gpu if there is one; gpt2: see
@@ -795,7 +809,8 @@ def train(config):
 
         # 3. Save; the same beginning before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "gpt", config.size, model, tokenizer,
-                        text=config.text, metrics=run.figures(), made_from=run.made_from())
+                        text=config.text, curated=config.curated, metrics=run.figures(),
+                        made_from=run.made_from())
         run.finish()
     after, _ = respond(model, tokenizer, [beginning] * 2, room, config.seed)
     for text in before:
@@ -827,6 +842,78 @@ def sample(config):
         print(f"{config.sample}{text}\n")
 
 
+def explain(config):
+    """Print log p_θ(x_t | x_<t) of a text, token by token, beside what the model expected there:
+    --explain TEXT, or a held-out document of the little world, whose exact probability is known."""
+    flags = ("name", "size", "out")
+    if config.explain == HELD_OUT:
+        flags += ("seed",)  # which document
+    allow_flags(config, flags, "explain")
+    path = stage_folder(config, config.name) / "checkpoint.pt"
+    complete(path.parent)
+    model, tokenizer, checkpoint = load_checkpoint(path, "gpt", config.size, get_device())
+    origin = checkpoint["text"] or checkpoint.get("loaded")
+    world = stories.WORLD
+    if checkpoint.get("curated"):
+        world, _ = stories.curate()
+
+    text = config.explain
+    if config.explain == HELD_OUT:
+        if origin:
+            raise InputError(f"{path}: comes from {origin}, which holds no documents of the little "
+                             "world; --explain TEXT takes any text")
+        rng = random.Random(f"document {config.seed}")
+        text = rng.choice(held_out_documents(world)).text
+    log_p = -math.inf if origin else stories.document_log_probability(text, world)
+    whole = log_p > -math.inf  # a whole document of the world: <|end|> comes next
+    start = [] if checkpoint["text"] else [tokenizer.end_token]
+    ids = start + tokenizer.encode(text) + [tokenizer.end_token] * whole
+    if len(ids) > model.config.block_size:
+        raise InputError(f"--explain: {len(ids)} tokens exceed the context of "
+                         f"{model.config.block_size}")
+
+    tokens = torch.tensor([ids], device=get_device())  # (1, T)
+    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)  # (1, T-1)
+    with torch.inference_mode(), autocast(tokens.device):
+        logprobs = masked_logprobs(model, tokens, mask)[0]  # (T-1,)
+        logits = model(tokens)[0]  # (T, V)
+    print_predictions(tokens[0], logprobs, logits, whole, tokenizer)
+
+    n = len(logprobs)
+    total = -logprobs.sum().item()
+    print(f"-Σ log p_θ = {total:.3f} nats over {n} tokens, {total / max(n, 1):.4f} a token")
+    if whole:
+        print(f"-log p(x)  = {-log_p:.3f} nats, the source's own, {-log_p / n:.4f} a token")
+    for row in checkpoint.get("metrics", [])[-1:]:
+        if whole and "entropy" in row:
+            print(f"all held-out documents: {row['held_out']:.4f} a token, their entropy "
+                  f"{row['entropy']:.4f}")
+
+
+def print_predictions(tokens, logprobs, logits, whole, tokenizer):
+    """A row a token: tokens (T,), their log-probabilities (T-1,), what logits (T, V) predict there,
+    and in a last row what comes next, unless the text is a whole document."""
+    predictions = logits.float().log_softmax(dim=1)  # (T, V)
+    entropy = -(predictions.exp() * predictions).sum(dim=1)  # (T,)
+    own = predictions[:-1].gather(1, tokens[1:, None])  # (T-1, 1)
+    ranks = 1 + (predictions[:-1] > own).sum(dim=1)  # (T-1,)
+    best = predictions.topk(3)  # (T, 3)
+
+    columns = [Column("x_t", [*tokenizer.shown(tokens.tolist()), "(next)"]),
+               Column("log p_θ", [None, *logprobs.tolist(), None], ".3f", signed=True),
+               Column("rank", [None, *ranks.tolist(), None], "d"),
+               Column("entropy", [None, *entropy.tolist()], ".3f")]
+    for i, name in enumerate(("likeliest", "second", "third")):
+        texts = tokenizer.shown(best.indices[:, i].tolist())
+        cells = [f"{p:.3f} {text}" for p, text in zip(best.values[:, i].exp().tolist(), texts)]
+        columns.append(Column(name, [None, *cells]))
+    if whole:
+        columns = [column._replace(values=column.values[:-1]) for column in columns]
+    print_columns(columns, [
+        "log p_θ(x_t | x_<t), nats: CS 224R, Lecture 9, ch. 3 (masked_logprobs). Beside it what",
+        "the model expects before it sees x_t: x_t's rank, the entropy, the likeliest tokens."])
+
+
 def main(argv=None):
     needs = {"temperature": ("sample",), "top_k": ("sample",), "curated": ("start",)}
     for name in GPTConfig.__dataclass_fields__:  # the checkpoint's
@@ -837,6 +924,8 @@ def main(argv=None):
     if config.sample:
         allow_flags(config, ("name", "temperature", "top_k", "seed", "size", "out"), "sample")
         sample(config)
+    elif config.explain:
+        explain(config)
     else:
         train(config)
 

@@ -479,7 +479,7 @@ def test_a_checkpoint_comes_back_whole(saved):
     for file, stage, size, message in (
             (path, "gpt", "cpu", "is a sft checkpoint of size cpu, but gpt of size cpu is wanted"),
             (path, "sft", "gpu", "is a sft checkpoint of size cpu, but sft of size gpu is wanted"),
-            (path.parent / "none.pt", "sft", "cpu", "no such checkpoint"),
+            (path.parent / "none.pt", "sft", "cpu", "no such checkpoint; python sft.py makes one"),
             (path.parent, "sft", "cpu", "cannot be read: Is a directory")):
         with pytest.raises(InputError) as error:
             load_checkpoint(file, stage, size)
