@@ -7,7 +7,8 @@ import statistics
 
 import pytest
 
-from data.annotator import (choose, gold_reward, mark, rubric, scored, step_ends, steps, verify)
+from data.annotator import (answers, choose, gold_reward, mark, rubric, scored, step_ends, steps,
+                            verify)
 from data.stories import request, split_sentences, story
 from data.tokenizer import Tokenizer, train as train_vocabulary
 
@@ -27,16 +28,9 @@ def story_of(*sentences):
     return " ".join((OPENING, WISH) + sentences)
 
 
-def test_example_of_the_docstring():
-    """A worked example that no longer works."""
-    response = story_of(KIND[1], SAD)
-    assert rubric(PROMPT, response) == {
-        "on request": 1.75, "kindness": 1.0, "ending": 0.0, "brevity": 0.0, "repetition": 0.0}
-    assert gold_reward(PROMPT, response) == 2.75
-
-
 @pytest.mark.parametrize("response, gold", [
     ("", -0.5),                                             # nothing but the missing ending
+    (story_of(KIND[1], SAD), 2.75),                         # the docstring's
     ("fox", 1.0 - 0.5),
     ("The foxes flew a kites.", -0.5),                      # words, not pieces of words
     ("A FOX! A kite?", 1.75 - 0.5),                         # capitals, punctuation don't matter
@@ -56,41 +50,24 @@ def test_rubric_by_hand(response, gold):
 
 
 def test_another_request_earns_less():
-    """A reward that doesn't look at the prompt: then no policy has to."""
+    """A reward that doesn't look at the prompt: then no policy has to. A typing error in a prompt
+    that silently costs every response its 1.75."""
     response = story_of(HAPPY)
     for prompt, lost in (("Tell me a story about a shy cat and a kite.", 1.0),
                          ("Please tell me about a shy fox and a drum.", 0.75),
                          ("Please tell me about an odd fox and a kite.", 0.0)):
         difference = gold_reward(PROMPT, response) - gold_reward(prompt, response)
         assert difference == pytest.approx(lost)
+    with pytest.raises(ValueError, match="Sing a song"):
+        gold_reward("Sing a song.", response)
 
 
 def test_kindness_has_diminishing_returns():
-    """Kindness that pays linearly leaves nothing to over-optimise."""
+    """Kindness that pays linearly, or for saying it again, leaves nothing to over-optimise."""
     totals = [rubric(PROMPT, story_of(*KIND[:k]))["kindness"] for k in range(5)]
     assert totals == [0, 1, 1.5, 1.75, 1.875]
-
-
-def test_saying_a_kind_thing_again_does_not_pay():
-    """After the first, a repeated kind sentence earns at most 0.5 and costs 0.75."""
     rewards = [gold_reward(PROMPT, story_of(*KIND[:1] * k)) for k in range(1, 6)]
     assert rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 5
-
-
-def test_the_parts_sum_to_the_reward():
-    """A part that is reported and not counted."""
-    rng = random.Random(0)
-    for _ in range(100):
-        prompt = request(rng).text
-        response = story(rng, prompt).text
-        assert sum(rubric(prompt, response).values()) == pytest.approx(
-            gold_reward(prompt, response))
-
-
-def test_a_wrong_prompt_is_named():
-    """A typing error in a prompt that silently costs every response its 2.5."""
-    with pytest.raises(ValueError, match="Sing a song"):
-        gold_reward("Sing a song.", OPENING)
 
 
 def test_scores_before_a_text():
@@ -104,39 +81,38 @@ def test_scores_before_a_text():
 
 
 def test_spread_of_the_reward():
-    """Rewards so similar that the labels are coin flips, or so different that there is no noise."""
+    """Rewards so similar that the labels are coin flips, or so different that there is no noise. A
+    dense reward, of steps, whose sum is another reward: its optimum is another policy."""
     rng = random.Random(1)
     golds = []
-    for _ in range(3000):
+    texts = [(PROMPT, text) for text in ("", "fox", "Moo. Moo. \n Moo! ", "word " * 60)]
+    for i in range(1000):
         prompt = request(rng).text
-        golds.append(gold_reward(prompt, story(rng, prompt).text))
-    assert 1.55 < statistics.stdev(golds) < 1.78     # 1.66 over 30,000; 3,000 err by some 0.02
+        text = story(rng, prompt).text
+        golds.append(gold_reward(prompt, text))
+        if i < 50:
+            texts.append((prompt, text))
+    assert 1.5 < statistics.stdev(golds) < 1.82     # 1.66 over 30,000; 1,000 err by some 0.035
+
+    for prompt, text in texts:
+        assert sum(steps(prompt, text)) == pytest.approx(gold_reward(prompt, text) + 0.5)
+        assert len(steps(prompt, text)) == len(split_sentences(text))
 
 
-@pytest.mark.parametrize("first, second", [
-    (story_of(KIND[0]), story_of(KIND[0], HAPPY)),
-    (story_of(HAPPY), story_of(KIND[0], SAD)),
-    ("fox", "fox")])
-def test_choices_are_bradley_terry(first, second):
-    """Noise of another scale, one noise for both, or 0 and 1 exchanged."""
-    rng = random.Random(2)
-    n = 5000
-    chosen = sum(choose(PROMPT, first, second, rng) == 0 for _ in range(n))
-    p = 1 / (1 + math.exp(gold_reward(PROMPT, second) - gold_reward(PROMPT, first)))
-    assert abs(chosen / n - p) < 4 * math.sqrt(p * (1 - p) / n)
-
-
-def test_choices_come_from_the_given_generator_only():
-    """A label that one seed does not reproduce."""
+def test_choices_are_bradley_terry():
+    """Noise of another scale, one noise for both, or 0 and 1 exchanged; a label that one seed does
+    not reproduce."""
     state = random.getstate()
-    runs = []
-    for rng in (random.Random(6), random.Random(6)):
-        runs.append([choose(PROMPT, story_of(HAPPY), story_of(SAD), rng) for _ in range(50)])
-    assert runs[0] == runs[1] and set(runs[0]) == {0, 1} and random.getstate() == state
-
-
-# --------------------------------------------------------------------------------------------------
-# Steps
+    n = 2500
+    for first, second in ((story_of(KIND[0]), story_of(KIND[0], HAPPY)),
+                          (story_of(HAPPY), story_of(KIND[0], SAD))):
+        runs = []
+        for rng in (random.Random(2), random.Random(2)):
+            runs.append([choose(PROMPT, first, second, rng) for _ in range(n)])
+        p = 1 / (1 + math.exp(gold_reward(PROMPT, first) - gold_reward(PROMPT, second)))
+        assert runs[0] == runs[1] and set(runs[0]) == {0, 1}
+        assert abs(sum(runs[0]) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+    assert random.getstate() == state
 
 
 @pytest.mark.parametrize("sentences, gains", [
@@ -147,20 +123,6 @@ def test_steps_by_hand(sentences, gains):
     """A step that is paid for what came before it, or for an ending that the story does not have
     there."""
     assert steps(PROMPT, story_of(*sentences)) == pytest.approx(gains)
-
-
-def test_steps_sum_to_the_true_reward():
-    """A dense reward whose sum is another reward: its optimum is another policy."""
-    rng = random.Random(4)
-    texts = []
-    for text in ("", "fox", "Moo. Moo. \n Moo! ", "word " * 60, story_of(*KIND)):
-        texts.append((PROMPT, text))
-    for _ in range(50):
-        prompt = request(rng).text
-        texts.append((prompt, story(rng, prompt).text))
-    for prompt, text in texts:
-        assert sum(steps(prompt, text)) == pytest.approx(gold_reward(prompt, text) + 0.5)
-        assert len(steps(prompt, text)) == len(split_sentences(text))
 
 
 HOSTILE = ["Hi. There!", "Né. \xa0Où? \x85 日本。 Fin", "a.\u2028b? \" c.\" d", " . ! ?", "..",
@@ -177,7 +139,7 @@ def test_a_step_is_read_at_its_sentences_last_token(vocab_size):
     texts = HOSTILE + [story_of(*KIND, HAPPY), story_of(SAD)]
     samples = [tokenizer.encode(text) for text in texts]
     tokens = tokenizer.encode(". ! \"? é 日 a b") + list(range(tokenizer.n_vocab))
-    for _ in range(200):        # any tokens: bytes that are no text, special ones
+    for _ in range(100):        # any tokens: bytes that are no text, special ones
         samples.append(rng.choices(tokens, k=40))
     for ids in samples:
         ends = step_ends(tokenizer.pieces(ids))
@@ -196,7 +158,7 @@ def test_marks_are_a_comparison_with_the_story_without_the_step():
     after it."""
     tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
     rng = random.Random(6)
-    n = 1000
+    n = 500
     row = {"prompt": PROMPT, "chosen": story_of(KIND[0], UNKIND[0], HAPPY),
            "rejected": story_of(SAD)}
     marked = mark([row] * n, tokenizer, rng)
@@ -211,22 +173,18 @@ def test_marks_are_a_comparison_with_the_story_without_the_step():
             assert abs(good - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
-# --------------------------------------------------------------------------------------------------
-# Verifiable rewards
-
-
 @pytest.mark.parametrize("response, verified", [
-    (story_of(HAPPY), 1),
-    (story_of(KIND[0], KIND[0], HAPPY), 1),
-    (story_of(SAD), 0),
-    (story_of(KIND[0]), 0),
-    (story_of(UNKIND[0], KIND[0], HAPPY), 0),
-    (story_of(HAPPY, KIND[0]), 0),
-    ("", 0),
-    ("A fox. A kite.", 0),
-    ("The foxes. " + HAPPY, 0),
-    ("The fox. At last she found the drum and danced for joy.", 0),
-    ("Fox! " + HAPPY, 1)])
+    (story_of(KIND[0], KIND[0], HAPPY), 1), ("Fox! " + HAPPY, 1),
+    (story_of(SAD), 0), (story_of(KIND[0]), 0), (story_of(UNKIND[0], KIND[0], HAPPY), 0),
+    (story_of(HAPPY, KIND[0]), 0), ("", 0), ("The foxes. " + HAPPY, 0),
+    ("The fox. At last she found the drum and danced for joy.", 0)])
 def test_verified_by_hand(response, verified):
     """Half of what was asked for, or an ending in the middle, that is as good as right."""
     assert verify(PROMPT, response) == verified and type(verify(PROMPT, response)) is float
+
+
+def test_answers_by_hand():
+    """More requests, or half a story that never ends, counted as an answer."""
+    two = f"{KIND[0]} {SAD}"
+    texts = [story_of(), two, two, f"{two} Moo. Baa.", KIND[0]]
+    assert answers(texts, [True, True, False, True, True]) == (2 / 5, 1 / 5)
