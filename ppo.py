@@ -50,7 +50,8 @@ from data.run import (Run, SilentRun, allow_flags, announce, check_name, complet
                       parse_config, refuse_stale, show, show_models, stage_folder, train_missing)
 from data.table import Column, print_columns
 from gpt import (autocast, generate, get_device, held_out_loss, load_checkpoint, make_optimizer,
-                 masked_logprobs, optimizer_step, pad, response_mask, save_checkpoint)
+                 masked_logprobs, memory_of_pieces, optimizer_step, pad, response_mask,
+                 save_checkpoint)
 from reward_model import load_reward_model, make_reward, start_from
 
 
@@ -641,7 +642,10 @@ def train(config):
     if config.reward != "reward_model":
         data += f"; reward: {config.reward}"
     announce(config.name, config, device, data, policy)
-    show_models(("policy", "value_model"), policy=policy, reference=reference,
+    learners = 2 if value_model else 1
+    pieces = memory_of_pieces(policy.config, config.micro_batch,
+                              min(config.sample_batch, config.rollouts), learners)
+    show_models(("policy", "value_model"), pieces, policy=policy, reference=reference,
                 reward_model=reward_model, value_model=value_model)
 
     def draw_prompts(count, rng):
