@@ -294,7 +294,6 @@ def test_what_is_no_gpt2_is_named(copies, name):
             path.unlink()
         else:
             edit(path, **changes)
-            assert path.name in refusal(path.parent) or "h.1." in refusal(path.parent)
         assert said in refusal(path.parent)
 
 
