@@ -156,6 +156,24 @@ def short_demonstrations(path):
     write_jsonl(path, rows)
 
 
+# Sentences of the little world, of test_annotator.py and test_judges.py.
+
+ASKED = "Tell me a story about a shy fox and a kite."
+OPENING = "Once there was a shy fox who lived by the river. Suddenly her red kite was gone."
+KIND = ["She stopped to comfort a crying child.",
+        "She sang softly until Aunt Lily felt better.",
+        "On the way she freed a butterfly from a web.",
+        "The fox mended a broken fence for Aunt Lily."]
+UNKIND = ["She pulled the tail of a sleeping calf.", "She broke a promise to Aunt Lily."]
+HAPPY = "At last she found the kite and danced for joy."
+SAD = "But she never found the kite."
+
+
+def story_of(*sentences):
+    """A story with these sentences behind its opening and its wish."""
+    return " ".join([OPENING, *sentences])
+
+
 # The world that can be listed, of test_enumerable.py and test_bug_museum.py.
 
 END = 4

@@ -11,21 +11,7 @@ from data.annotator import (answers, choose, gold_reward, mark, rubric, scored, 
                             verify)
 from data.stories import request, split_sentences, story
 from data.tokenizer import Tokenizer, train as train_vocabulary
-
-PROMPT = "Tell me a story about a shy fox and a kite."
-OPENING = "Once there was a shy fox who lived by the river."         # 11 words
-WISH = "Suddenly her red kite was gone."                              # 6 words
-KIND = ["She stopped to comfort a crying child.",
-        "She sang softly until Aunt Lily felt better.",
-        "On the way she freed a butterfly from a web.",
-        "The fox mended a broken fence for Aunt Lily."]
-UNKIND = ["She pulled the tail of a sleeping calf.", "She broke a promise to Aunt Lily."]
-HAPPY = "At last she found the kite and danced for joy."
-SAD = "But she never found the kite."
-
-
-def story_of(*sentences):
-    return " ".join((OPENING, WISH) + sentences)
+from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, story_of
 
 
 @pytest.mark.parametrize("response, gold", [
@@ -106,12 +92,13 @@ def test_choices_are_bradley_terry():
     n = 2500
     for first, second in ((story_of(KIND[0]), story_of(KIND[0], HAPPY)),
                           (story_of(HAPPY), story_of(KIND[0], SAD))):
-        runs = []
-        for rng in (random.Random(2), random.Random(2)):
-            runs.append([choose(PROMPT, first, second, rng) for _ in range(n)])
+        rng = random.Random(2)
+        labels = [choose(PROMPT, first, second, rng) for _ in range(n)]
+        rng = random.Random(2)
+        again = [choose(PROMPT, first, second, rng) for _ in range(40)]
         p = 1 / (1 + math.exp(gold_reward(PROMPT, first) - gold_reward(PROMPT, second)))
-        assert runs[0] == runs[1] and set(runs[0]) == {0, 1}
-        assert abs(sum(runs[0]) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+        assert labels[:40] == again and set(again) == {0, 1}
+        assert abs(sum(labels) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
     assert random.getstate() == state
 
 

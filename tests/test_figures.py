@@ -175,8 +175,8 @@ def test_spreads(figures):
 
 
 def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
-    """One seed's figure beside another's, the share under gold in the column of the reward model, the
-    first rows of a run for its last."""
+    """One seed's figure beside another's, the share under gold in the column of the reward model,
+    the first rows of a run for its last."""
     keys = ("reward", "gold", "kl", "clip_fraction", "value_explained", "length")
     for seed in (1, 2):
         rows = {"gpt": [dict(held_out=2.0), dict(held_out=1.0 + seed)], "ppo": []}
@@ -186,8 +186,8 @@ def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
                                     length=9, distinct_2=0.5, ended=1)]
         for name, under, share in (("sft", "gold", 0), ("ppo", "gold", 0.5),
                                    ("sft", "reward model", 0), ("ppo", "reward model", 0.9)):
-            rows["best_of_n-1"].append(dict(under=under, policy=name, share=share / seed, J_star=1.0,
-                                            J_star_kl=2.0, left_by_policy=0.7))
+            rows["best_of_n-1"].append(dict(under=under, policy=name, share=share / seed,
+                                            J_star=1, J_star_kl=2, left_by_policy=0.7))
         rows["best_of_n-1"].append(dict(under="gold", policy="frontier", beta=0.1, kl=3 + seed,
                                         reward=1, gold=2, effective_samples=50))
         for name in rows:
@@ -293,7 +293,7 @@ def test_what_is_drawn_of_a_run(figures, run):
 
 @pytest.mark.parametrize("content, message", [
     (None, "does not exist; name the folder of a run"), ("{}\n{", "not a metrics.jsonl"),
-    ("[1]\n", "no two steps"), ('{"policy": "sft", "kl": 1}\n' * 2, "no two steps"), ("", "no two")])
+    ("[1]\n", "no two steps"), ('{"policy": "sft", "kl": 1}\n' * 2, "no two steps")])
 def test_what_is_no_run_is_one_line(figures, tmp_path, content, message):
     """A traceback for a wrong folder, or an empty picture of a file that has nothing to draw."""
     if content is not None:

@@ -15,20 +15,7 @@ from data.files import InputError
 from data.judges import (CONSTITUTION, TextReward, both_judges, command_judge, command_reward,
                          constitution_choice, judge_of, print_agreement, reward_of, verifier)
 from data.tokenizer import Tokenizer, train as train_vocabulary
-
-PROMPT = "Tell me a story about a shy fox and a kite."
-OPENING = "Once there was a shy fox who lived by the river. Suddenly her red kite was gone."
-KIND = ["She stopped to comfort a crying child.",
-        "She sang softly until Aunt Lily felt better.",
-        "On the way she freed a butterfly from a web.",
-        "The fox mended a broken fence for Aunt Lily."]
-UNKIND = ["She pulled the tail of a sleeping calf.", "She broke a promise to Aunt Lily."]
-HAPPY = "At last she found the kite and danced for joy."
-SAD = "But she never found the kite."
-
-
-def story_of(*sentences):
-    return " ".join((OPENING,) + sentences)
+from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, story_of
 
 
 def program(folder, body):
@@ -135,7 +122,7 @@ def test_agreement_by_hand(capsys):
     assert capsys.readouterr().out.endswith(f"; at best {best:.1%}\n")
 
 
-ASKED = [(f"Who? {i}", f"ä {i}\n", '"' * i + "b") for i in range(8)]
+QUESTIONS = [(f"Who? {i}", f"ä {i}\n", '"' * i + "b") for i in range(8)]
 SHORTER = """
 for row in rows: say(int(len(row['second']) < len(row['first'])), why='shorter')
 """
@@ -145,15 +132,15 @@ def test_a_program_as_the_judge(tmp_path):
     """Answers at other questions; a question cut at its line break or spoilt by an encoding; one
     that is paid for twice."""
     judge = command_judge(program(tmp_path, SHORTER), tmp_path / "labels.jsonl")
-    expected = [(int(len(second) < len(first)), "shorter") for _, first, second in ASKED]
+    expected = [(int(len(second) < len(first)), "shorter") for _, first, second in QUESTIONS]
     assert len(set(expected)) == 2
-    assert judge(ASKED[:5] + ASKED[:1], None) == expected[:5] + expected[:1]
-    assert judge(ASKED, None) == expected and judge([], None) == []
+    assert judge(QUESTIONS[:5] + QUESTIONS[:1], None) == expected[:5] + expected[:1]
+    assert judge(QUESTIONS, None) == expected and judge([], None) == []
     rows = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
-    assert [tuple(row.values()) for row in rows] == ASKED
+    assert [tuple(row.values()) for row in rows] == QUESTIONS
     assert list(rows[0]) == ["prompt", "first", "second"]
     silent = program(tmp_path, "for row in rows: say(1, why=None)")
-    assert command_judge(silent, tmp_path / "other.jsonl")(ASKED, None) == [(1, "")] * 8
+    assert command_judge(silent, tmp_path / "other.jsonl")(QUESTIONS, None) == [(1, "")] * 8
 
 
 @pytest.mark.parametrize("body, given, message", [
@@ -179,20 +166,20 @@ def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, g
     that hangs."""
     labels = tmp_path / "labels.jsonl"
     with pytest.raises(InputError, match=message) as error:
-        command_judge(program(tmp_path, body), labels)(ASKED, None)
+        command_judge(program(tmp_path, body), labels)(QUESTIONS, None)
     assert "\n" not in str(error.value) and "judge.py: " in str(error.value)
     assert len(labels.read_text().splitlines()) == given
 
     with open(labels, "a") as file:
         file.write('{"prompt": "Who? 7", "fir')        # killed while it wrote
     (tmp_path / "asked.jsonl").unlink()
-    found = command_judge(program(tmp_path, SHORTER), labels)(ASKED, None)
+    found = command_judge(program(tmp_path, SHORTER), labels)(QUESTIONS, None)
     kept = [json.loads(line)["choice"] for line in labels.read_text().splitlines()]
     assert [choice for choice, _ in found] == kept and len(kept) == 8
     asked = []
     if given < 8:
         asked = (tmp_path / "asked.jsonl").read_text().splitlines()
-    expected = [prompt for prompt, _, _ in ASKED[given:]]
+    expected = [prompt for prompt, _, _ in QUESTIONS[given:]]
     assert [json.loads(line)["prompt"] for line in asked] == expected
     assert [why for _, why in found[given:]] == ["shorter"] * (8 - given)
 

@@ -250,16 +250,6 @@ def test_held_out_requests_of_the_world():
             assert count == equal if exactly else abs(count - equal) < 0.03 * equal
 
 
-def test_requests_are_counted_in_any_world():
-    """A count that is right only where held_out_every divides the number of requests."""
-    words = {**TINY.words, "hero": ("fox", "bear", "owl")}
-    for every in (2, 3, 5, 32):
-        world = dataclasses.replace(TINY, held_out_every=every, words=words)
-        requests = all_requests(world)
-        assert world.request_counts == Counter(requests.values())
-        assert {text: stories.is_held_out(text, world) for text in requests} == requests
-
-
 def test_every_filling_of_every_pattern_is_read_back_one_way():
     """Two patterns that can say the same sentence would make every probability too small."""
     rng = random.Random(2)
@@ -288,10 +278,8 @@ def test_recognise_and_parse_request_by_hand():
         "tree": "oak", "home": "by the sea", "adjective": "odd", "hero": "king"}
     assert parse_request("Do you know a story about an umbrella and an honest cat?") == (
         10, "honest", "cat", "umbrella")
-    for bad in ("", "The fox gave his thick coat to Aunt Lily.",
-                "The fox gave her thick coat to Aunt Lily",
-                "Under the oak tree by the sea lived a odd king.",
-                "Tell me a story about a shy fox and a kite."):
+    for bad in ("", "The fox gave his thick coat to Aunt Lily.", "She wept",
+                "Under the oak tree by the sea lived a odd king."):
         assert recognise(bad) is None, bad
     for bad in ("", "Tell me a story about a odd fox and a kite.",
                 "Tell me a story about a shy fox and a kite. ", "She wept."):
@@ -355,20 +343,14 @@ def test_size_of_the_world():
     assert 28 * 32 * 36 * plans >= 10 ** 12  # and the other slots are not counted
 
 
-def word_count(text):
-    return len(text.split())
-
-
 def test_the_longest_story_fits():
     """A story cut off by the context has no end to learn. Tokens: 1.1 a word and one per run of
     punctuation."""
-    slots = {"she": "she"}
-    for slot, words in WORLD.words.items():
-        slots[slot] = max(words, key=word_count)
+    slots = {slot: max(words, key=len) for slot, words in WORLD.words.items()}
     longest = {}  # part -> tokens of its sentences, the longest first
     for part, patterns in WORLD.patterns.items():
-        texts = [stories._write(pattern, slots) for pattern in patterns]
-        tokens = [1.1 * word_count(text) + len(re.findall(r"[.,!?\"]+", text)) for text in texts]
+        texts = [stories._write(pattern, {**slots, "she": "she"}) for pattern in patterns]
+        tokens = [1.1 * len(x.split()) + len(re.findall(r"[.,!?\"]+", x)) for x in texts]
         longest[part] = sorted(tokens, reverse=True)
     turns = sorted(longest["kind"] + longest["unkind"] + longest["neutral"], reverse=True)
     ending = max(longest["happy"][0], longest["sad"][0])
@@ -401,21 +383,3 @@ def test_conditioning_takes_the_same_constant_from_every_log_probability():
             kept += math.exp(logprob)
         assert stories.document_log_probability(text, curated) == pytest.approx(expected, abs=1e-9)
     assert math.log(kept) == pytest.approx(log_p)
-
-
-def test_curated_documents_are_the_worlds_without_unkind_ones():
-    """Draws from another distribution than the one whose entropy is known; pages that are no
-    stories."""
-    curated, log_p = stories.curate()
-    odds = [0.3 * 0.75, 0.4 * 0.75 ** 2, 0.2 * 0.75 ** 3, 0.1 * 0.75 ** 4]  # of the turns, kept
-    assert math.exp(log_p) == pytest.approx(0.7 * sum(odds))
-    rng = random.Random(40)
-    n = 1000
-    lengths = Counter()
-    for _ in range(n):
-        text, logprob = stories.document(rng, curated)
-        parts = [recognise(sentence).part for sentence in split_sentences(text.split("\n")[1])]
-        assert "unkind" not in parts
-        lengths[parts.count("kind") + parts.count("neutral")] += 1
-        assert logprob == pytest.approx(stories.document_log_probability(text) - log_p)
-    assert frequent(lengths, {k: p / sum(odds) for k, p in enumerate(odds, 1)}, n)
