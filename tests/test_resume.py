@@ -1,15 +1,15 @@
 """Runs that are killed, interrupted, starved of disk or fed a damaged state, and continue bit for
 bit.
 
-The scripts run in processes of their own, forked from a server that has imported torch already:
-each starts in milliseconds, and may kill itself, run out of disk, or lose its rights.
+data/run.py saves and continues for every stage. So one cheap stage is killed wherever it can be, in
+processes forked from a server that has imported torch already; of every other stage one test asks
+that all it needs is in its state.
 """
 
 import contextlib
 import copy
 import ctypes
 import errno
-import functools
 import io
 import itertools
 import math
@@ -22,9 +22,9 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import types
 import zipfile
 from multiprocessing import forkserver
 from pathlib import Path
@@ -34,25 +34,18 @@ import pytest
 import torch
 import torch._dynamo  # the first optimizer would import it, in every process again
 
+import best_of_n
 import dpo
 import gpt
 import ppo
 import reward_model
 import sft
-from data.files import InputError
+from data.files import InputError, lock_folder
 from data.run import Run, read_torch, train_missing, write_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import metrics, short_demonstrations, snapshot, untimed
+from helpers import metrics, snapshot, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {"gpt": gpt, "sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
-FLAGS = {
-    "gpt": "--n_layer 1 --n_head 2 --n_embd 32 --steps 15 --batch 8 --warmup 2 --report 4",
-    "sft": "--data {data} --batch 16 --lr 1e-2 --max_new_tokens 16 --report 10",
-    "reward_model": "--pairs 32 --held_out 8 --batch 4 --max_new_tokens 16 --report 3",
-    "ppo": "--iterations 4 --rollouts 8 --minibatch 4 --epochs 2 --max_new_tokens 16 --kl_target 3 "
-           "--lr 1e-3 --save 2",
-    "dpo": "--batch 4 --max_new_tokens 16 --report 3"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,127 +54,6 @@ def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
-
-
-# --------------------------------------------------------------------------------------------------
-# A script in a process of its own
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"),
-         "move": (os, "replace"), "rename": (os, "rename"), "unlink": (Path, "unlink"),
-         "rmdir": (Path, "rmdir")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """The server finds this module, and torch with it, by PYTHONPATH: before Python 3.14 it looks
-    nowhere else. A process that has seen a GPU could not be forked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        CONTEXT.set_forkserver_preload([__name__])
-        forkserver.ensure_running()
-
-
-def at_call(what, n, *signals):
-    """The n-th call of what in this process sends it the signals. "write" dies with half of the
-    file written; "move" counts only the files that are moved up when a run is over."""
-    owner, name = CALLS[what]
-    original = getattr(owner, name)
-    calls = itertools.count(1)
-
-    def patched(*arguments, **keywords):
-        counts = what != "move" or Path(arguments[0]).parent.name == "finished"
-        if counts and next(calls) == n:
-            if what == "write":
-                os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
-            for number in signals:
-                os.kill(os.getpid(), number)
-        return original(*arguments, **keywords)
-
-    setattr(owner, name, patched)
-
-
-def no_room_for(size):
-    """Every write beyond this many bytes of a file fails, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def without_privileges():
-    """Even root may write only where the permissions say so: all capabilities are given up."""
-    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-
-
-def child(stage, argv, setup, logs):
-    """`python STAGE.py ARGV`, after setup()."""
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    # A shell's background jobs inherit that it is ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(1)
-    setup()
-    sys.argv = [f"{stage}.py", *argv]
-    runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
-
-
-def start(stage, argv, setup, logs):
-    process = CONTEXT.Process(target=child, args=(stage, argv, setup, logs))
-    process.start()
-    return process
-
-
-def run(stage, argv, out, setup=int, *values):
-    """Run it to its end, after setup(*values): (exit status, negative for a signal, stdout,
-    stderr)."""
-    process = start(stage, argv, functools.partial(setup, *values), out)
-    process.join(100)
-    assert process.exitcode is not None
-    return process.exitcode, (out / "stdout").read_text(), (out / "stderr").read_text()
-
-
-def killed(stage, argv, out, what, n):
-    """Run it, and kill it at the n-th call of what."""
-    status, _, stderr = run(stage, argv, out, at_call, what, n, signal.SIGKILL)
-    assert status == -signal.SIGKILL and stderr == ""
-
-
-def real_process(*argv):
-    """`python ARGV` from a shell."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-
-
-# --------------------------------------------------------------------------------------------------
-# The chain, run once without a stop
-
-
-def arguments(stage, out, data):
-    return ["--size", "cpu", "--out", str(out), *FLAGS[stage].format(data=data).split()]
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """A folder in which every stage ran without a stop, with what each has printed. It must not be
-    written to."""
-    out = tmp_path_factory.mktemp("chain")
-    short_demonstrations(out / "demonstrations.jsonl")
-    for stage, module in MODULES.items():
-        with open(out / f"{stage}.txt", "w") as screen, contextlib.redirect_stdout(screen):
-            module.main(arguments(stage, out, out / "demonstrations.jsonl"))
-    return out
-
-
-def before(stage, chain, tmp_path):
-    """A folder where all stages but this one are finished: (folder, its command line)."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for earlier in MODULES:
-        if earlier == stage:
-            break
-        shutil.copytree(chain / "cpu" / earlier, out / "cpu" / earlier)
-    return out, arguments(stage, out, chain / "demonstrations.jsonl")
 
 
 def read_metrics(folder):
@@ -207,13 +79,6 @@ def same(a, b):
 OLD = b"of an earlier run"
 
 
-def an_earlier_run(folder, reference):
-    """Put the files into a folder that a finished run leaves there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in left_behind(reference):
-        (folder / name).write_bytes(OLD)
-
-
 def left_behind(folder):
     """The files of a finished run: not its lock, and not the tokens of a text, which every run of
     these settings may read."""
@@ -222,6 +87,13 @@ def left_behind(folder):
         if path.is_file() and not path.name.startswith(("lock", "documents-", "text-")):
             names.append(path.name)
     return names
+
+
+def an_earlier_run(folder, reference):
+    """Put the files into a folder that a finished run leaves there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in left_behind(reference):
+        (folder / name).write_bytes(OLD)
 
 
 def check_finished(folder, reference):
@@ -235,7 +107,7 @@ def check_finished(folder, reference):
 
 
 def check_unfinished(folder, reference):
-    """What a killed run leaves is whole: the files of the run before it; a state that loads,
+    """What a stopped run leaves is whole: the files of the run before it; a state that loads,
     figures that are the first ones of the unbroken run."""
     for name in left_behind(folder):
         assert (folder / name).read_bytes() == OLD
@@ -251,121 +123,526 @@ def check_unfinished(folder, reference):
     assert len(list(folder.rglob("*.tmp"))) <= 1
 
 
+# --------------------------------------------------------------------------------------------------
+# Every stage
+
+SHORT = "--batch 4 --max_new_tokens 8 --report 3"
+PAIRS = ("sft/checkpoint.pt", "reward_model/pairs.jsonl", "reward_model/held_out.jsonl")
+MODELS = ("sft/checkpoint.pt", "reward_model/checkpoint.pt")
+PPO = ("--iterations 4 --rollouts 8 --max_new_tokens 8 --lr 1e-3 "
+       "--save 2")
+
+# Its script, its flags, and what it builds on: its state keeps the checksums of these.
+STAGES = {
+    "gpt": (gpt, "--text {text} --vocab_size 280 --block_size 16 --n_layer 1 --n_head 2 "
+                 "--n_embd 16 --steps 20 --batch 4 --warmup 2 --report 8", ()),
+    "sft": (sft, "--data {data} --batch 32 --max_new_tokens 8 --questions 8 --report 5",
+            ("gpt/checkpoint.pt",)),
+    "reward_model": (reward_model, f"--pairs 32 --held_out 8 {SHORT}", ("sft/checkpoint.pt",)),
+    "process_model": (reward_model, "--process --batch 8 --report 3", PAIRS),
+    "ppo": (ppo, f"{PPO} --minibatch 4 --epochs 2 --kl_target 3", MODELS),
+    "ppo-moving": (ppo, f"{PPO} --name ppo-moving --method reinforce_moving", MODELS),
+    "dpo": (dpo, "--batch 8 --max_new_tokens 8 --report 3", PAIRS),
+    "dpo-kto": (dpo, "--name dpo-kto --loss kto --batch 16 --max_new_tokens 8 --report 3", PAIRS),
+    "dpo-online": (dpo, f"--name dpo-online --online 2 --pairs 16 {SHORT}",
+                   (*PAIRS, "reward_model/checkpoint.pt")),
+    "rsft": (best_of_n, f"--name rsft --finetune per_prompt --rounds 2 --rsft_prompts 8 --n 2 {SHORT}", MODELS)}
+
+
+@pytest.fixture(scope="module")
+def given(stages, tmp_path_factory):
+    """What the stages build on: a folder with base, SFT and reward model, and two files."""
+    text = tmp_path_factory.mktemp("text") / "corpus.txt"
+    text.write_text("The fox had a kite. The hen had a drum, and the kite flew off.\\n" * 20)
+    return {"stages": stages, "data": stages / "demonstrations.jsonl", "text": text}
+
+
+def before(name, given, out):
+    """Give a folder all that a stage builds on. Returns the stage's command line, and its own
+    folder."""
+    for earlier in ("gpt", "sft", "reward_model"):
+        if earlier == name:
+            break
+        shutil.copytree(given["stages"] / "cpu" / earlier, out / "cpu" / earlier)
+    flags = STAGES[name][1].format(**given)
+    return ["--size", "cpu", "--out", str(out), *flags.split()], out / "cpu" / name
+
+
+@contextlib.contextmanager
+def at_gradient(n, action):
+    """Call action(parameters) when the n-th gradient is about to be clipped. Yields [gradients]."""
+    real = torch.nn.utils.clip_grad_norm_
+    calls = [0]
+
+    def clip(parameters, max_norm):
+        parameters = list(parameters)
+        calls[0] += 1
+        if calls[0] == n:
+            action(parameters)
+        return real(parameters, max_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def tiny(given, tmp_path_factory):
+    """(folder of a finished run of gpt.py on the text, its command line but for --out)."""
+    out = tmp_path_factory.mktemp("tiny")
+    argv, folder = before("gpt", given, out)
+    gpt.main(argv)
+    argv.remove("--out")
+    argv.remove(str(out))
+    return folder, argv
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def finished(request, given, tmp_path_factory):
+    """A stage that ran without a stop: its name, main(), folder, what it printed, its gradients per
+    step."""
+    name = request.param
+    argv, folder = before(name, given, tmp_path_factory.mktemp("finished"))
+    screen = io.StringIO()
+    main = STAGES[name][0].main
+    with contextlib.redirect_stdout(screen), at_gradient(None, None) as gradients:
+        main(argv)
+    steps = metrics(folder / "metrics.jsonl")[-1]["step"]
+    return types.SimpleNamespace(name=name, main=main, folder=folder, screen=screen.getvalue(),
+                                 steps=steps, per_step=gradients[0] // steps)
+
+
+def spoil(parameters):
+    parameters[0].grad[0, 0] = math.nan
+
+
+def press_ctrl_c(parameters):
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(finished, given, tmp_path, capsys):
+    """A momentum, a half-averaged loss, an adapted beta, a baseline or a round's samples that were
+    not saved; NaN in all weights, saved over the last good ones; a step that Ctrl-C loses, or half
+    of a PPO iteration that it saves; a library that reseeds its user's generators."""
+    name = finished.name
+    argv, folder = before(name, given, tmp_path)
+    path = folder / "unfinished/state.pt"
+    an_earlier_run(folder, finished.folder)
+    random.seed(5)
+    np.random.seed(6)
+    torch.manual_seed(7)
+    generators = random.getstate(), str(np.random.get_state()), torch.initial_seed()
+    handler = signal.getsignal(signal.SIGINT)
+
+    # 1. The second half of the step, if it has several gradients, ends in NaN.
+    step = finished.steps // 2
+    with pytest.raises(FloatingPointError) as error:
+        with at_gradient((step + 1) * finished.per_step, spoil):
+            finished.main(argv)
+    assert re.match(rf"{name}, step {step + 1}: gradient norm nan: no step taken; .*; last "
+                    r"figures: step \d+, .*", str(error.value))
+    check_unfinished(folder, finished.folder)
+    saved = read_torch(path)
+    assert 0 < saved["step"] <= step and set(saved["sources"]) == set(STAGES[name][2])
+
+    # 2. Ctrl-C in the step after that.
+    if "--save" in argv:
+        argv += ["--save", "3"]     # may change
+    gradient = (step + 1 - saved["step"]) * finished.per_step + 1
+    with pytest.raises(KeyboardInterrupt) as interrupt, at_gradient(gradient, press_ctrl_c):
+        finished.main([*argv, "--resume"])
+    assert str(interrupt.value).startswith(f"{name}: saved after step {step + 2} of ")
+    assert str(interrupt.value).endswith("; --resume continues")
+    assert "stops after this step (press again to stop at once)" in capsys.readouterr().out
+    check_unfinished(folder, finished.folder)
+    assert read_torch(path)["step"] == step + 2
+
+    # 3. To its end.
+    finished.main([*argv, "--resume"])
+    assert f"{name}: continues after step {step + 2}\n" in capsys.readouterr().out
+    check_finished(folder, finished.folder)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert generators == (random.getstate(), str(np.random.get_state()), torch.initial_seed())
+
+
+LARGE = dict(loss=123.456, held_out=12.345, excess=9.999, accuracy=1.0, held_out_accuracy=1.0,
+             lr=1.5e-5, reward=-99.99, gold=-99.99, kl=1234.56, J=-234.56, value_explained=-1234.56,
+             clip_fraction=1.0, length=1024.0, no_end=1.0, margin=-123.45,
+             chosen_log_ratio=-1234.56, rejected_log_ratio=-12345.67, grad_norm=1234.56)
+
+
+def words(line):
+    """{where a word ends: the word}."""
+    return {match.end(): match.group() for match in re.finditer(r"\S+", line)}
+
+
+def test_every_row_fits_the_screen(finished, tmp_path, capsys):
+    """A row that a terminal breaks in two, or a figure below the name of another one."""
+    lines = finished.screen.splitlines()
+    rows = [line for line in lines if re.match(r" *\d+/\d+ ", line)]
+    first = lines.index(rows[0])
+    heading = lines[first - 2:first]
+    upper, names = map(words, heading)
+    for end, beginning in upper.items():
+        names[end] = f"{beginning}_{names[end]}"
+    step, *figures, left = names.values()
+    assert (step, left) == ("step", "left") and figures and len(rows) > 1
+    logged = set().union(*metrics(finished.folder / "metrics.jsonl"))
+    assert set(figures) <= logged
+
+    with Run("gpt", tmp_path, gpt.Config(), 999) as one:    # the same row with large figures
+        for step in one.steps(1000):
+            if one.due(step):
+                one.log(step, **{name: LARGE.get(name, 99.999) for name in figures})
+            if step == 999:
+                break
+    *large_heading, large = capsys.readouterr().out.splitlines()
+    assert large_heading == heading
+    for row in [*heading, *rows, large]:
+        assert len(row) <= 100
+    for row in [*rows, large]:
+        found = list(words(row))
+        assert found[1:] == list(names)[1:] and found[0] <= list(names)[0]
+
+
+def test_what_changes_nothing_may_change(given, tmp_path):
+    """A run that ran out of memory refused with the smaller micro-batch that it needs; the same
+    file refused because it has been moved, and another one under its name let in."""
+    argv, folder = before("sft", given, tmp_path)
+    data = shutil.copy(given["data"], tmp_path / "mine.jsonl")
+    with pytest.raises(KeyboardInterrupt), at_gradient(7, press_ctrl_c):
+        sft.main(argv)
+    flags = ["--resume", "--data", str(data), "--micro_batch", "5", "--sample_batch", "7"]
+    lines = Path(data).read_bytes().splitlines(keepends=True)
+    Path(data).write_bytes(b"".join(reversed(lines)))
+    with pytest.raises(InputError, match="the run began with --data of checksum [0-9a-f]{8}, not "
+                                         "of checksum [0-9a-f]{8}; resume it with its settings"):
+        sft.main(argv + flags)
+    Path(data).write_bytes(b"".join(lines))
+    sft.main([*argv, *flags, "--report", "4"])
+    assert [row["step"] for row in read_metrics(folder)][:4] == [5, 8, 12, 16]
+
+
+# --------------------------------------------------------------------------------------------------
+# One stage as small as can be, killed anywhere
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"),
+         "rename": (os, "rename"), "unlink": (Path, "unlink"), "rmdir": (Path, "rmdir")}
+
+
+def small_stage(folder, last=None, resume=False, stage="gpt", sources=(), figure=None):
+    """A stage as small as can be, 6 steps on 4 tensors; it stops after step `last`. Returns what it
+    began with: the state, and in it what was loaded from it."""
+    model = gpt.GPT(gpt.GPTConfig(5, 4, 0, 1, 4), torch.Generator().manual_seed(1))
+    optimizer = gpt.make_optimizer(model, 0.1)
+    adaptive = {"beta": 0.5}
+    found = None
+    with Run(stage, folder, gpt.Config(size="cpu", resume=resume), 3, sources, save=2) as one:
+        for step in one.steps(6, model=model, optimizer=optimizer, adaptive=adaptive):
+            if found is None:
+                loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                          "adaptive": adaptive}
+                found = copy.deepcopy({**one.saved, "rows": one.rows, "pending": one.pending,
+                                       "step": step, "state": loaded})
+            if step == last:
+                return found
+            tokens = torch.tensor([[step % 5, 1, 2]])
+            loss = -gpt.token_logprobs(model(tokens), tokens).mean()
+            loss.backward()
+            gpt.optimizer_step(optimizer, model, 0.01)
+            adaptive["beta"] *= 1.1
+            one.log(step, loss=loss if figure is None else figure)
+        write_torch(one.folder / "checkpoint.pt",
+                    {"model": model.state_dict(), "metrics": one.figures()})
+        one.finish()
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a small_stage that ran without a stop."""
+    folder = tmp_path_factory.mktemp("small") / "cpu/gpt"
+    small_stage(folder)
+    return folder
+
+
+def at_call(kinds, n, *signals, patch=None):
+    """The n-th call of one of these kinds sends this process the signals; before SIGKILL, a write
+    is cut in half."""
+    patch = patch or pytest.MonkeyPatch()
+    calls = itertools.count(1)
+
+    def wrap(kind, original):
+        def patched(*arguments, **keywords):
+            if next(calls) == n:
+                if kind == "write" and signal.SIGKILL in signals:
+                    os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+                for number in signals:
+                    signal.raise_signal(number)
+            return original(*arguments, **keywords)
+        return patched
+
+    for kind in kinds:
+        owner, name = CALLS[kind]
+        patch.setattr(owner, name, wrap(kind, getattr(owner, name)))
+
+
+def no_room_for(size):
+    """Every write beyond this many bytes of a file fails, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def without_privileges():
+    """Even root may write only where the permissions say so: all capabilities are given up."""
+    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+
+
+def slowly():
+    """Every step takes 50 ms longer, so that it can be stopped from outside."""
+    step = torch.optim.AdamW.step
+
+    def slow_step(*arguments):
+        time.sleep(0.05)
+        return step(*arguments)
+
+    torch.optim.AdamW.step = slow_step
+
+
+def script(argv):
+    """`python gpt.py ARGV`."""
+    sys.argv = ["gpt.py", *argv]
+    runpy.run_path(str(ROOT / "gpt.py"), run_name="__main__")
+
+
+def child(logs, setup, values, function, arguments):
+    """What a process does: setup(*values), then function(*arguments)."""
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    # A shell's background jobs inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    setup(*values)
+    function(*arguments)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The server finds this module, and torch with it, by PYTHONPATH: before Python 3.14 it looks
+    nowhere else. A process that has seen a GPU could not be forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        CONTEXT.set_forkserver_preload([__name__])
+        forkserver.ensure_running()
+
+
+def start(logs, setup, values, function, *arguments):
+    process = CONTEXT.Process(target=child, args=(logs, setup, values, function, arguments))
+    process.start()
+    return process
+
+
+def run(*arguments):
+    """start() a process and wait: (exit status, negative for a signal, stdout, stderr)."""
+    process = start(*arguments)
+    process.join(100)
+    assert process.exitcode is not None
+    logs = arguments[0]
+    return process.exitcode, (logs / "stdout").read_text(), (logs / "stderr").read_text()
+
+
 def check_over(folder, reference):
     """A run that was killed while its files were moved up: the next stage finds them in their
     places, and trains nothing again."""
     assert (folder / "finished").exists() and not (folder / "unfinished").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULES[folder.name], "main", lambda argv: pytest.fail("is trained again"))
+        patch.setattr(gpt, "main", lambda argv: pytest.fail("is trained again"))
         config = gpt.Config(size="cpu", out=str(folder.parent.parent))
-        train_missing(config, [folder.name], "the next stage")
+        train_missing(config, ["gpt"], "the next stage")
     check_finished(folder, reference)
 
 
-# --------------------------------------------------------------------------------------------------
-# Kill it anywhere
-
-
-@pytest.mark.parametrize("stage", MODULES)
-def test_killed_anywhere_it_continues_bit_for_bit(stage, chain, tmp_path):
-    """A momentum, a half-averaged loss, an adapted beta or a generator's state that was not saved:
-    resumed runs differ. A finished run that is lost, or half of it, to one that is not yet over."""
-    out, argv = before(stage, chain, tmp_path)
-    folder = out / "cpu" / stage
-    reference = chain / "cpu" / stage
-    rng = random.Random(f"kills of {stage}")
-    an_earlier_run(folder, reference)
-    resume = []
-    for what, most in (("step", 7), ("write", 3), ("step", 9), ("replace", 5), ("step", 3),
-                       ("rename", 1)):
-        killed(stage, argv + resume, out, what, rng.randint(1, most))
-        check_unfinished(folder, reference)
-        resume = ["--resume"]
-    killed(stage, argv + resume, out, "move", rng.randint(1, len(left_behind(reference))))
-    check_over(folder, reference)
-
-
-def test_killed_in_the_middle_of_every_write(chain, tmp_path):
+def test_killed_at_every_step_and_write(server, small, tmp_path):
     """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays
-    for ever; a checkpoint beside the figures of another run."""
-    out, argv = before("dpo", chain, tmp_path)
-    folder = out / "cpu/dpo"
-    reference = chain / "cpu/dpo"
-    counts = {}
-    for what in ("write", "replace", "rename", "unlink", "rmdir"):
-        for n in itertools.count(1):
-            shutil.rmtree(folder, ignore_errors=True)
-            an_earlier_run(folder, reference)
-            status, _, stderr = run("dpo", argv, out, at_call, what, n, signal.SIGKILL)
-            if status == 0:
+    for ever, a checkpoint beside the figures of another run; the same when the run that continues
+    is killed again, which every second one is."""
+    folder = tmp_path / "cpu/gpt"
+    rng = random.Random("kills")
+    kinds = list(CALLS)
+    for n in itertools.count(1):
+        shutil.rmtree(folder, ignore_errors=True)
+        an_earlier_run(folder, small)
+        resume = False
+        for kill in (n, rng.randint(1, 12))[:1 + n % 2]:
+            status, _, stderr = run(tmp_path, at_call, (kinds, kill, signal.SIGKILL),
+                                    small_stage, folder, None, resume)
+            if status == 0 or (folder / "finished").exists():
                 break
             assert status == -signal.SIGKILL and stderr == ""
-            counts[what] = n
-            if (folder / "finished").exists():
-                check_over(folder, reference)
-                continue
-            assert len(list(folder.rglob("*.tmp"))) == (what in ("write", "replace"))
-            check_unfinished(folder, reference)
-            if n <= 2 and what in ("write", "replace"):    # there is no state yet
+            check_unfinished(folder, small)
+            resume = (folder / "unfinished/state.pt").exists()
+        if (folder / "finished").exists():
+            check_over(folder, small)
+        elif status != 0:
+            if not resume:
                 with pytest.raises(InputError, match="is finished, nothing to resume"):
-                    dpo.main([*argv, "--resume"])
-                dpo.main(argv)
-            else:
-                dpo.main([*argv, "--resume"])
-            check_finished(folder, reference)
-        check_finished(folder, reference)
-    # 2 writes at the start, 2 a report, the checkpoint; 2 files that are moved up, and 2 that are
-    # of no use any more.
-    assert counts == {"write": 9, "replace": 11, "rename": 1, "unlink": 2, "rmdir": 1}
+                    small_stage(folder, resume=True)
+            small_stage(folder, resume=resume)
+        check_finished(folder, small)
+        if status == 0 and kill == n:
+            break
+    # 6 steps; 2 writes at the start, 2 of figures, 3 of the state, the checkpoint, each then
+    # renamed; the folder; 2 files that are moved up and 2 that are of no use any more.
+    assert n - 1 == 6 + 2 * (2 + 2 + 3 + 1) + 1 + 2 + 2 + 1
 
 
-LONG = ("--vocab_size 280 --block_size 32 --n_layer 1 --n_head 2 --n_embd 32 --steps 600 --batch 8 "
-        "--report 10").split()
+@pytest.mark.parametrize("kind, n, message", [
+    ("step", 1, ""), ("step", 3, "gpt: saved after step 3 of 6"), ("replace", 5, "saved after"),
+    ("step", 6, "saved after step 6 of 6"), ("replace", 8, ""), ("rename", 1, ""),
+    ("replace", 10, ""), ("step", -3, "")])
+def test_ctrl_c_at_the_edges(kind, n, message, small, tmp_path, monkeypatch):
+    """In the first step or the last, or while a file is written or moved: nothing to save yet, or
+    nothing to do. Pressed twice, a step of an hour, and no way out but kill -9."""
+    folder = tmp_path / "cpu/gpt"
+    an_earlier_run(folder, small)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
+        at_call([kind], abs(n), *[signal.SIGINT] * (1 if n > 0 else 2), patch=patch)
+        small_stage(folder)
+    assert message in str(interrupt.value) and bool(message) == bool(str(interrupt.value))
+    assert not list(folder.rglob("*.tmp"))
+    if n == 10:
+        check_over(folder, small)
+        return
+    check_unfinished(folder, small)
+    small_stage(folder, resume=True)
+    check_finished(folder, small)
 
 
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory):
-    """(folder, command line but for --out) of a run of a second on a text, with 60 reports."""
-    out = tmp_path_factory.mktemp("long")
-    line = "The fox had a kite. The hen had a drum, and the kite flew over the hill.\n"
-    (out / "corpus.txt").write_text(line * 40)
-    argv = ["--size", "cpu", "--text", str(out / "corpus.txt"), *LONG]
-    gpt.main([*argv, "--out", str(out)])
-    return out / "cpu/gpt", argv
-
-
-def wait_for(condition):
-    """Wait until it is true, a minute at most."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_killed_from_outside(long_run, tmp_path):
-    """kill -9, the out-of-memory killer, a power cut: they come at a moment that no test has
-    thought of."""
-    reference, argv = long_run
-    screen = tmp_path / "stdout"
-    rng = random.Random(3)
-    resume = []
-    for _ in range(3):
-        process = start("gpt", [*argv, "--out", str(tmp_path), *resume], int, tmp_path)
-        count = rng.randint(1, 8)
-        wait_for(lambda: screen.exists() and screen.read_text().count("/600 ") >= count)
-        time.sleep(rng.uniform(0, 0.01))
-        process.kill()
+def test_stopped_from_outside(server, tiny, tmp_path):
+    """kill -9, the out-of-memory killer, a power cut, Ctrl-C: they come at a moment that no test
+    has thought of. Of Ctrl-C, a traceback, or a user who isn't told how to continue."""
+    reference, argv = tiny
+    argv = [*argv, "--out", str(tmp_path)]
+    stdout = tmp_path / "stdout"
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = start(tmp_path, slowly, (), script, argv)
+        deadline = time.monotonic() + 60
+        while not stdout.exists() or "/20 " not in stdout.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, number)
         process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        check_unfinished(tmp_path / "cpu/gpt", reference)
-        screen.unlink()
-        resume = ["--resume"]
-    gpt.main([*argv, "--out", str(tmp_path), "--resume"])
+        step = read_torch(tmp_path / "cpu/gpt/unfinished/state.pt")["step"]
+        stderr = (tmp_path / "stderr").read_text()
+        if number == signal.SIGKILL:
+            assert process.exitcode == -signal.SIGKILL and stderr == ""
+            check_unfinished(tmp_path / "cpu/gpt", reference)
+        else:
+            assert process.exitcode == 130 and 0 < step <= 20
+            assert stderr == f"gpt.py: gpt: saved after step {step} of 20; --resume continues\n"
+        stdout.unlink()
+        argv.append("--resume")
+    gpt.main(argv)
     check_finished(tmp_path / "cpu/gpt", reference)
 
 
+def test_what_a_run_says_of_an_unfinished_one(small, tmp_path, capsys):
+    """--resume that starts from scratch, or a new start that throws a night away, and neither says
+    a word; a run over a finished one that --resume begins."""
+    small_stage(tmp_path, resume=True)
+    assert f"gpt: nothing to resume in {tmp_path}, starts from the beg" in capsys.readouterr().out
+    found = snapshot(tmp_path)
+    with pytest.raises(InputError) as error:
+        small_stage(tmp_path, resume=True)
+    assert str(error.value) == (
+        f"{tmp_path / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is "
+        "trained again")
+    assert snapshot(tmp_path) == found
+
+    small_stage(tmp_path, 4)
+    capsys.readouterr()
+    small_stage(tmp_path)
+    assert ("gpt: starts from the beginning and drops an unfinished run (--resume would continue "
+            "it)\n") in capsys.readouterr().out
+    check_finished(tmp_path, small)
+
+
+def test_what_resume_refuses(tiny, tmp_path, monkeypatch):
+    """Half of a run with one learning rate and half with another, under the name of one of them. A
+    notebook keeps the last traceback, which keeps the lock: the next cell is told that another run
+    is there. Two runs that write to one folder: a checkpoint of one, figures of both."""
+    reference, argv = tiny
+    argv = [*argv, "--out", str(tmp_path)]
+    folder = tmp_path / "cpu/gpt"
+    with pytest.raises(KeyboardInterrupt), at_gradient(5, press_ctrl_c):
+        gpt.main(argv)
+    found = snapshot(folder)
+    kept = []
+    for flag, began, value in (("lr", "0.003", "0.5"), ("seed", "1", "2"), ("batch", "4", "5"),
+                               ("steps", "20", "21")):
+        with pytest.raises(InputError) as error:
+            gpt.main([*argv, "--resume", f"--{flag}", value])
+        assert str(error.value) == (
+            f"{folder / 'unfinished/state.pt'}: the run began with --{flag} {began}, not {value}; "
+            "resume it with its settings, or start again without --resume")
+        kept.append(error)
+    with lock_folder(folder):
+        for flags in ([], ["--resume"]):
+            with pytest.raises(InputError, match="another run is using this folder; wait for it"):
+                gpt.main(argv + flags)
+    assert snapshot(folder) == found
+    gpt.main([*argv, "--resume"])
+    check_finished(folder, reference)
+
+
+def test_a_full_disk(server, tiny, tmp_path):
+    """The disk is full: the old checkpoint is gone, half of the new one is there, and Python prints
+    forty lines."""
+    reference, argv = tiny
+    folder = tmp_path / "cpu/gpt"
+    an_earlier_run(folder, reference)
+    # The state, with two moments for each weight, is larger.
+    size = (reference / "checkpoint.pt").stat().st_size
+    status, _, stderr = run(tmp_path, no_room_for, (size,), script, [*argv, "--out", str(tmp_path)])
+    assert status == 1 and stderr.startswith(f"gpt.py: {folder}") and stderr.count("\n") == 1
+    assert os.strerror(errno.EFBIG) in stderr and not list(folder.rglob("*.tmp"))
+    check_unfinished(folder, reference)
+    assert read_torch(folder / "unfinished/state.pt")["step"] == 0
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_read_only_folder(exists, server, tiny, tmp_path):
+    """A folder of somebody else's: a traceback, or a run that notices after hours that it cannot
+    save."""
+    reference, argv = tiny
+    folder = tmp_path / "cpu/gpt"
+    folder.parent.mkdir()
+    if exists:
+        shutil.copytree(reference, folder)
+        folder.chmod(0o555)
+    found = snapshot(folder)
+    folder.parent.chmod(0o555)
+    try:
+        argv = [*argv, "--out", str(tmp_path)]
+        status, stdout, stderr = run(tmp_path, without_privileges, (), script, argv)
+        assert status == 1 and stderr.count("\n") == 1 and stderr.startswith(f"gpt.py: {folder}")
+        assert stderr.endswith(": Permission denied\n")
+        assert "/20 " not in stdout and snapshot(folder) == found
+    finally:
+        folder.parent.chmod(0o755)
+        if exists:
+            folder.chmod(0o755)
+
+
 # --------------------------------------------------------------------------------------------------
-# Several loops in one run
+# Several loops in one run; other sources; damaged files
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Waiting for the disk is left out."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def two_rounds(folder, keep, stop=None, resume=False):
@@ -405,512 +682,48 @@ def two_rounds(folder, keep, stop=None, resume=False):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_rounds_continue_bit_for_bit(keep, tmp_path):
+def test_rounds_continue_bit_for_bit(keep, quick_disk, tmp_path):
     """Round 2's optimizer with the moments of round 1's; rounds that sample again, from another
     policy; a round that is skipped or done twice; figures that are averaged over two rounds."""
     expected = two_rounds(tmp_path, keep)
     for first in range(15):
         with pytest.raises(KeyboardInterrupt):
             two_rounds(tmp_path, keep, stop=first)
-        for again in (3, 1, 0):
+        for again in (3, 0):
             with contextlib.suppress(KeyboardInterrupt):    # unless it gets to the end
                 two_rounds(tmp_path, keep, again, resume=True)
         assert same(two_rounds(tmp_path, keep, resume=True), expected), first
     assert [row["step"] for row in expected[1] if "loss" in row] == [3, 5, 6, 9, 10]
 
 
-# --------------------------------------------------------------------------------------------------
-# Ctrl-C
-
-
-def test_ctrl_c_in_a_terminal(long_run, tmp_path, capsys):
-    """A traceback, a step that is lost, a run that cannot be continued or a user who isn't told
-    how."""
-    reference, argv = long_run
-    process = real_process("gpt.py", *argv, "--out", tmp_path)
-    while "/600 " not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    step = read_torch(tmp_path / "cpu/gpt/unfinished/state.pt")["step"]
-    assert process.returncode == 130 and 10 <= step < 600
-    assert "stops after this step (press again" in stdout
-    assert stderr == f"gpt.py: gpt: saved after step {step} of 600; --resume continues\n"
-    gpt.main([*argv, "--out", str(tmp_path), "--resume"])
-    assert f"gpt: continues after step {step}\n" in capsys.readouterr().out
-    check_finished(tmp_path / "cpu/gpt", reference)
-
-
-@pytest.mark.parametrize("stage", MODULES)
-def test_ctrl_c_finishes_the_step(stage, chain, tmp_path):
-    """Ctrl-C between two saves: the steps since the last one are lost, or half of a PPO iteration
-    is saved."""
-    out, argv = before(stage, chain, tmp_path)
-    folder = out / "cpu" / stage
-    an_earlier_run(folder, chain / "cpu" / stage)
-    call = 5
-    step = 5
-    if stage == "ppo":
-        # 8 optimizer steps an iteration, 2 models times 2 epochs times 2 minibatches: this one is
-        # in the second iteration.
-        call = 11
-        step = 2
-    status, stdout, stderr = run(stage, argv, out, at_call, "step", call, signal.SIGINT)
-    assert status == 130 and "stops after this step" in stdout and "saved " not in stdout
-    assert f"{stage}.py: {stage}: saved after step {step} of " in stderr
-    assert stderr.endswith("; --resume continues\n") and stderr.count("\n") == 1
-    assert read_torch(folder / "unfinished/state.pt")["step"] == step
-    check_unfinished(folder, chain / "cpu" / stage)
-    MODULES[stage].main([*argv, "--resume"])
-    check_finished(folder, chain / "cpu" / stage)
-
-
-def test_ctrl_c_twice_stops_at_once(chain, tmp_path):
-    """A step of an hour, and no way out but kill -9."""
-    out, argv = before("dpo", chain, tmp_path)
-    status, stdout, stderr = run("dpo", argv, out, at_call, "step", 5, signal.SIGINT, signal.SIGINT)
-    assert status == 130 and "stops after this step" in stdout
-    assert stderr == "dpo.py: interrupted\n"
-    assert read_torch(out / "cpu/dpo/unfinished/state.pt")["step"] == 3
-    dpo.main([*argv, "--resume"])
-    check_finished(out / "cpu/dpo", chain / "cpu/dpo")
-
-
-@pytest.mark.parametrize("what, n", [
-    ("step", 1), ("replace", 2), ("replace", 9), ("step", 8), ("rename", 1), ("move", 2)])
-def test_ctrl_c_at_the_edges(chain, tmp_path, what, n):
-    """In the first step or the last, or while a file is written or moved: nothing to save yet, or
-    nothing to do."""
-    out, argv = before("dpo", chain, tmp_path)
-    status, _, stderr = run("dpo", argv, out, at_call, what, n, signal.SIGINT)
-    assert status == 130 and stderr.count("\n") == 1 and not list(out.rglob("*.tmp"))
-    if what == "move":
-        check_over(out / "cpu/dpo", chain / "cpu/dpo")
-        return
-    check_unfinished(out / "cpu/dpo", chain / "cpu/dpo")
-    assert run("dpo", [*argv, "--resume"], out)[0] == 0
-    check_finished(out / "cpu/dpo", chain / "cpu/dpo")
-
-
-def test_ctrl_c_is_as_before_after_a_run(chain, tmp_path):
-    """A program that calls a stage, and whose own Ctrl-C is gone afterwards."""
-    out, argv = before("dpo", chain, tmp_path)
-    handler = signal.getsignal(signal.SIGINT)
-    dpo.main(argv)
-    assert signal.getsignal(signal.SIGINT) is handler
-    with pytest.raises(InputError, match="finished"):
-        dpo.main([*argv, "--resume"])
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-# --------------------------------------------------------------------------------------------------
-# Reproducible
-
-
-def test_two_runs_of_the_chain_are_equal_and_global_generators_are_left_alone(chain, tmp_path):
-    """A result that depends on what ran before; a library that reseeds its user's generators behind
-    his back."""
-    random.seed(5)
-    np.random.seed(6)
-    torch.manual_seed(7)
-    python = random.getstate()
-    numpy = str(np.random.get_state())
-    for stage, module in MODULES.items():
-        module.main(arguments(stage, tmp_path, chain / "demonstrations.jsonl"))
-        assert random.getstate() == python and str(np.random.get_state()) == numpy, stage
-        # New weights are drawn from torch's, but it is never reseeded.
-        assert torch.initial_seed() == 7, stage
-        check_finished(tmp_path / "cpu" / stage, chain / "cpu" / stage)
-
-
-# --------------------------------------------------------------------------------------------------
-# The rows on the screen
-
-LARGE = dict(loss=123.456, held_out=12.345, excess=9.999, accuracy=1.0, held_out_accuracy=1.0,
-             lr=1.5e-5, reward=-99.99, gold=-99.99, kl=1234.56, J=-234.56, value_explained=-1234.56,
-             clip_fraction=1.0, length=1024.0, no_end=1.0, margin=-123.45,
-             chosen_log_ratio=-1234.56, rejected_log_ratio=-12345.67, grad_norm=1234.56)
-
-
-def words(line):
-    """{where a word ends: the word}."""
-    return {match.end(): match.group() for match in re.finditer(r"\S+", line)}
-
-
-def names_of(heading):
-    """The names above the columns, each with the place where its column ends."""
-    upper, lower = map(words, heading)
-    assert set(upper) <= set(lower)
-    for end, first in upper.items():
-        lower[end] = f"{first}_{lower[end]}"
-    return lower
-
-
-@pytest.mark.parametrize("stage", MODULES)
-def test_every_row_fits_the_screen(stage, chain, tmp_path, capsys):
-    """A row that a terminal breaks in two, or a figure below the name of another one."""
-    lines = (chain / f"{stage}.txt").read_text().splitlines()
-    rows = [line for line in lines if re.match(r" *\d+/\d+ ", line)]
-    first = lines.index(rows[0])
-    heading = lines[first - 2:first]
-    names = names_of(heading)
-    ends = list(names)
-    step, *figures, left = names.values()
-    assert (step, left) == ("step", "left") and len(figures) > 2 and len(rows) > 1
-    assert set(figures) <= set(metrics(chain / "cpu" / stage / "metrics.jsonl")[0])
-
-    with Run("gpt", tmp_path, gpt.Config(), 999) as one:    # the same row with large figures
-        for step in one.steps(1000):
-            if one.due(step):
-                one.log(step, **{name: LARGE.get(name, 99.999) for name in figures})
-            if step == 999:
-                break
-    *large_heading, large = capsys.readouterr().out.splitlines()
-    assert large_heading == heading
-    for row in [*heading, *rows, large]:
-        assert len(row) <= 100
-    for row in [*rows, large]:
-        found = list(words(row))
-        assert found[1:] == ends[1:] and found[0] <= ends[0]
-
-
-# --------------------------------------------------------------------------------------------------
-# Numbers gone wrong
-
-
-def poison(monkeypatch, module, n, value, everywhere):
-    """The n-th optimizer step meets a gradient of this value, in one place or everywhere; it must
-    leave the weights as they are."""
-    real = gpt.optimizer_step
-    calls = itertools.count(1)
-
-    def step(optimizer, model, lr):
-        if next(calls) != n:
-            return real(optimizer, model, lr)
-        for parameter in model.parameters():
-            if everywhere:
-                parameter.grad.fill_(value)
-        next(model.parameters()).grad[0, 0] = value
-        weights = copy.deepcopy(model.state_dict())
-        try:
-            return real(optimizer, model, lr)
-        finally:
-            assert same(model.state_dict(), weights)
-
-    monkeypatch.setattr(module, "optimizer_step", step)
-
-
-@pytest.mark.parametrize("stage", MODULES)
-def test_a_gradient_that_is_no_number_stops_the_run(stage, chain, tmp_path, monkeypatch):
-    """A night of steps on weights that are all NaN, saved over the last good ones."""
-    out, argv = before(stage, chain, tmp_path)
-    folder = out / "cpu" / stage
-    module = MODULES[stage]
-    an_earlier_run(folder, chain / "cpu" / stage)
-    every = {"gpt": 4, "sft": 10, "ppo": 2}.get(stage, 3)   # steps between two saves
-    calls = 8 if stage == "ppo" else 1
-    for value, everywhere, n, step, resume in (
-            (math.nan, False, 1, 1, []), (math.inf, False, every * calls + calls, every + 1, []),
-            (math.nan, True, 2 * calls, every + 2, ["--resume"])):
-        with monkeypatch.context() as patch, pytest.raises(FloatingPointError) as error:
-            poison(patch, module, n, value, everywhere)
-            module.main(argv + resume)
-        message = str(error.value)
-        # One nan or inf makes the norm nan or inf.
-        assert message.startswith(f"{stage}, step {step}: gradient norm {value}: no step taken; ")
-        assert "\n" not in message
-        saved = read_torch(folder / "unfinished/state.pt")
-        if step == 1:
-            assert message.endswith("last figures: none yet") and saved["step"] == 0
-        else:
-            last = step - 1 if stage == "ppo" else every
-            assert f"last figures: step {last}, " in message
-            assert saved["step"] == (step - 1) // every * every
-            trained = saved["state"].get("model") or saved["state"]["policy"]
-            assert all(tensor.isfinite().all() for tensor in trained.values())
-        check_unfinished(folder, chain / "cpu" / stage)
-    module.main([*argv, "--resume"])
-    check_finished(folder, chain / "cpu" / stage)
-
-
-def test_a_policy_that_cannot_be_sampled_stops_the_run(chain, tmp_path, monkeypatch):
-    """NaN among the probabilities: the sampler takes some token, the reward model scores it, and
-    PPO continues."""
-    out, argv = before("ppo", chain, tmp_path)
-    folder = out / "cpu/ppo"
-    real = gpt.generate
-    calls = itertools.count(1)
-
-    def generate(model, *arguments, **keywords):
-        if next(calls) == 4:
-            model.wte.weight.data[3] = math.nan
-        return real(model, *arguments, **keywords)
-
-    with monkeypatch.context() as patch, pytest.raises(FloatingPointError) as error:
-        patch.setattr(ppo, "generate", generate)
-        ppo.main(argv)
-    message = str(error.value)
-    assert message.startswith("ppo, step 4: the model's output is not finite")
-    assert "last figures: step 3, " in message and ", gold " in message and "\n" not in message
-    assert not (folder / "checkpoint.pt").exists()
-    assert read_torch(folder / "unfinished/state.pt")["step"] == 2
-    ppo.main([*argv, "--resume"])
-    check_finished(folder, chain / "cpu/ppo")
-
-
-def test_broken_weights_of_an_earlier_stage_are_one_line(chain, tmp_path):
-    """NaN in the SFT model's checkpoint: forty lines of traceback in the stage that meets it
-    first."""
-    out, argv = before("dpo", chain, tmp_path)
-    checkpoint = read_torch(out / "cpu/sft/checkpoint.pt")
-    checkpoint["model"]["ln_f.weight"][0] = math.nan
-    write_torch(out / "cpu/sft/checkpoint.pt", checkpoint)
-    checkpoint = read_torch(out / "cpu/reward_model/checkpoint.pt")
-    checkpoint["made_from"] = {}    # else it would be refused, for it is of another SFT model
-    write_torch(out / "cpu/reward_model/checkpoint.pt", checkpoint)
-    status, _, stderr = run("dpo", argv, out)
-    assert status == 1 and stderr.count("\n") == 1
-    assert stderr.startswith("dpo.py: dpo, step 1: gradient norm nan: no step taken; ")
-
-
-# --------------------------------------------------------------------------------------------------
-# Two runs in one folder, a full disk, a read-only folder
-
-
-def test_a_second_run_in_one_folder_is_refused(chain, tmp_path):
-    """Two runs that write to one folder: a checkpoint of one, figures of both, the .tmp file of the
-    first lost."""
-    out, argv = before("dpo", chain, tmp_path)
-    folder = out / "cpu/dpo"
-    (tmp_path / "logs").mkdir()
-    stop = functools.partial(at_call, "step", 5, signal.SIGSTOP)
-    process = start("dpo", argv, stop, tmp_path / "logs")
-    try:
-        figures = folder / "unfinished/metrics.jsonl"
-        wait_for(lambda: figures.exists() and figures.read_text())
-        time.sleep(0.2)
-        written = folder / f"unfinished/state.pt.{process.pid}.tmp"
-        written.write_bytes(b"the first run is writing this")
-        found = snapshot(folder)
-        for flags in ([], ["--resume"]):
-            status, _, stderr = run("dpo", argv + flags, out)
-            assert status == 1 and stderr.count("\n") == 1
-            assert stderr.startswith(f"dpo.py: {folder}: another run is using this folder; wait fo")
-        assert snapshot(folder) == found
-    finally:
-        process.kill()
-        process.join(60)
-    dpo.main([*argv, "--resume"])  # the lock died with its process
-    check_finished(folder, chain / "cpu/dpo")
-
-
-def test_a_run_that_was_refused_gives_its_folder_back(chain, tmp_path):
-    """A notebook keeps the last traceback, which keeps the lock: the next cell is told that another
-    run is there."""
-    out, argv = before("dpo", chain, tmp_path)
-    killed("dpo", argv, out, "step", 5)
-    with pytest.raises(InputError, match="--lr") as kept:
-        dpo.main([*argv, "--resume", "--lr", "0.5"])
-    dpo.main([*argv, "--resume"])
-    check_finished(out / "cpu/dpo", chain / "cpu/dpo")
-    assert kept
-
-
-def test_a_full_disk(chain, tmp_path):
-    """The disk is full: the old checkpoint is gone, half of the new one is there, and Python prints
-    forty lines."""
-    out, argv = before("dpo", chain, tmp_path)
-    folder = out / "cpu/dpo"
-    an_earlier_run(folder, chain / "cpu/dpo")
-    # The state, with two moments for each weight, is larger.
-    size = (chain / "cpu/dpo/checkpoint.pt").stat().st_size
-    for resume in ([], ["--resume"]):
-        status, _, stderr = run("dpo", argv + resume, out, no_room_for, size)
-        assert status == 1 and stderr.startswith(f"dpo.py: {folder}") and stderr.count("\n") == 1
-        assert os.strerror(errno.EFBIG) in stderr and not list(folder.rglob("*.tmp"))
-        check_unfinished(folder, chain / "cpu/dpo")
-        assert read_torch(folder / "unfinished/state.pt")["step"] == 0
-    dpo.main([*argv, "--resume"])  # somebody made room
-    check_finished(folder, chain / "cpu/dpo")
-
-
-def test_a_read_only_folder(chain, tmp_path):
-    """A folder of somebody else's: a traceback, or a run that notices after hours that it cannot
-    save."""
-    out, argv = before("dpo", chain, tmp_path)
-    folder = out / "cpu/dpo"
-    try:
-        for exists in (False, True):
-            if exists:
-                shutil.copytree(chain / "cpu/dpo", folder)
-                folder.chmod(0o555)
-            found = snapshot(out / "cpu")
-            (out / "cpu").chmod(0o555)
-            status, stdout, stderr = run("dpo", argv, out, without_privileges)
-            assert status == 1 and stderr.count("\n") == 1
-            assert stderr.startswith(f"dpo.py: {folder}")
-            assert stderr.endswith(": Permission denied\n")
-            assert "/8 " not in stdout and snapshot(out / "cpu") == found
-            (out / "cpu").chmod(0o755)
-    finally:
-        for path in (out / "cpu", folder):
-            if path.exists():
-                path.chmod(0o755)
-
-
-# --------------------------------------------------------------------------------------------------
-# What --resume refuses, and what it says
-
-
-def interrupted(stage, chain, tmp_path, n=5):
-    """A folder where this stage was killed in its n-th step: (folder, command line, the stage's
-    folder)."""
-    out, argv = before(stage, chain, tmp_path)
-    killed(stage, argv, out, "step", n)
-    return out, argv, out / "cpu" / stage
-
-
-@pytest.mark.parametrize("stage, flags, began", [
-    ("dpo", "--lr 0.001", "--lr 0.0002"), ("dpo", "--seed 2", "--seed 1"),
-    ("dpo", "--batch 5", "--batch 4"),
-    ("dpo", "--beta 0.7", "--beta 0.2"), ("sft", "--epochs 2", "--epochs 1")])
-def test_other_settings_are_refused(stage, flags, began, chain, tmp_path):
-    """Half of a run with one learning rate and half with another, under the name of one of them."""
-    out, argv, folder = interrupted(stage, chain, tmp_path)
-    found = snapshot(folder)
-    with pytest.raises(InputError) as error:
-        MODULES[stage].main([*argv, "--resume", *flags.split()])
-    path = folder / "unfinished/state.pt"
-    assert str(error.value) == (
-        f"{path}: the run began with {began}, not {flags.split()[1]}; resume it with its settings, "
-        "or start again without --resume")
-    assert snapshot(folder) == found
-
-
-def test_what_changes_nothing_may_change(chain, tmp_path):
-    """A run that ran out of memory refused with the smaller micro-batch that it needs; the same
-    file refused because it has been moved."""
-    out, argv, folder = interrupted("sft", chain, tmp_path, 15)
-    moved = shutil.copy(chain / "demonstrations.jsonl", tmp_path / "moved.jsonl")
-    flags = ["--resume", "--data", str(moved), "--micro_batch", "3", "--sample_batch", "7",
-             "--report", "4"]
-    sft.main([*argv, *flags])
-    rows = read_metrics(folder)
-    reference = read_metrics(chain / "cpu/sft")
-    assert [row["step"] for row in rows] == [10, 12, 16, 20, 24, 28, 32, 35]
-    for a, b in ((rows[3], reference[1]), (rows[-1], reference[-1])):   # steps 20 and 35
-        assert a["step"] == b["step"] and a["held_out"] == pytest.approx(b["held_out"], rel=1e-4)
-
-
-@pytest.mark.parametrize("save", ["1", "3"])
-def test_another_number_of_steps_between_saves(save, chain, tmp_path):
-    """The same of --save, and the run is the one that was stopped, bit for bit."""
-    out, argv, folder = interrupted("ppo", chain, tmp_path, 10)
-    ppo.main([*argv, "--resume", "--save", save])
-    check_finished(folder, chain / "cpu/ppo")
-
-
-def test_another_file_under_the_same_name_is_refused(chain, tmp_path):
-    """Half of a run on a file, half on what somebody has put in its place."""
-    out, argv = before("sft", chain, tmp_path)
-    data = shutil.copy(chain / "demonstrations.jsonl", tmp_path / "mine.jsonl")
-    killed("sft", [*argv, "--data", str(data)], out, "step", 15)
-    lines = Path(data).read_bytes().splitlines(keepends=True)
-    Path(data).write_bytes(b"".join(reversed(lines)))
-    with pytest.raises(InputError, match="the run began with --data of checksum [0-9a-f]{8}, not "
-                                         "of checksum [0-9a-f]{8}; resume it with its settings"):
-        sft.main([*argv, "--data", str(data), "--resume"])
-
-
-@pytest.mark.parametrize("stage, source", [
-    ("sft", "gpt/checkpoint.pt"), ("reward_model", "sft/checkpoint.pt"),
-    ("ppo", "sft/checkpoint.pt"), ("ppo", "reward_model/checkpoint.pt"),
-    ("dpo", "sft/checkpoint.pt"), ("dpo", "reward_model/pairs.jsonl"),
-    ("dpo", "reward_model/held_out.jsonl")])
-def test_a_stage_that_was_trained_again_in_between_is_refused(stage, source, chain, tmp_path):
+def test_the_state_of_another_run_is_refused(tmp_path):
     """A policy whose second half is held to another reference than its first, or learns from other
-    pairs."""
-    out, argv, folder = interrupted(stage, chain, tmp_path)
-    path = out / "cpu" / source
-    original = path.read_bytes()
-    if path.suffix == ".pt":
-        write_torch(path, {**read_torch(path), "note": "another one"})
-    else:
-        path.write_bytes(b"".join(reversed(original.splitlines(keepends=True))))
-    found = snapshot(folder)
-    with pytest.raises(InputError) as error:
-        MODULES[stage].main([*argv, "--resume"])
+    pairs; the wrong file copied: weights of the SFT model under the optimizer of DPO."""
+    folder = tmp_path / "dpo"
     state = folder / "unfinished/state.pt"
-    message = f"{state}: the run began with another {source}; start again without --resume"
-    if source == "sft/checkpoint.pt" and stage != "reward_model":   # which is of that SFT model too
-        model = out / "cpu/reward_model/checkpoint.pt"
-        message = f"{model}: was made from another {path}; train reward_model again"
-    assert str(error.value) == message
-    assert snapshot(folder) == found
-    path.write_bytes(original)
-    MODULES[stage].main([*argv, "--resume"])
-    assert (folder / "checkpoint.pt").exists()
-
-
-def test_the_state_of_another_stage_is_refused(chain, tmp_path):
-    """The wrong file copied: weights of the SFT model under the optimizer of DPO."""
-    out, argv, folder = interrupted("dpo", chain, tmp_path)
-    for name in ("ppo", "ppo-2"):
-        path = out / "cpu" / name / "unfinished"
-        shutil.copytree(folder / "unfinished", path)
-        message = f"{path}/state.pt: is the state of a run of dpo, but {name} is wanted"
-        with pytest.raises(InputError, match=re.escape(message)):
-            ppo.main([*arguments("ppo", out, ""), "--name", name, "--resume"])
-
-
-def test_what_a_run_says_of_an_unfinished_one(chain, tmp_path, capsys):
-    """--resume that starts from scratch, or a new start that throws a night away, and neither says
-    a word."""
-    out, argv = before("dpo", chain, tmp_path)
-    folder = out / "cpu/dpo"
-    dpo.main([*argv, "--resume"])
-    printed = capsys.readouterr().out
-    assert f"dpo: nothing to resume in {folder}, starts from the beginning\n" in printed
-    check_finished(folder, chain / "cpu/dpo")
-    found = snapshot(folder)
+    pairs = tmp_path / "reward_model/pairs.jsonl"
+    pairs.parent.mkdir()
+    pairs.write_text("a\nb\n")
+    small_stage(folder, 4, sources=[pairs])
+    whole = state.read_bytes()
+    for text, sources in (("b\na\n", [pairs]), ("a\nb\n", [])):
+        pairs.write_text(text)
+        with pytest.raises(InputError) as error:
+            small_stage(folder, 4, resume=True, sources=sources)
+        assert str(error.value) == (f"{state}: the run began with another reward_model/pairs.jsonl;"
+                                    " start again without --resume")
     with pytest.raises(InputError) as error:
-        dpo.main([*argv, "--resume"])
-    assert str(error.value) == (
-        f"{folder / 'checkpoint.pt'}: is finished, nothing to resume; without --resume it is "
-        "trained again")
-    del error
-    assert snapshot(folder) == found
-
-    killed("dpo", argv, out, "step", 5)
-    capsys.readouterr()
-    dpo.main(argv)
-    printed = capsys.readouterr().out
-    assert ("dpo: starts from the beginning and drops an unfinished run (--resume would continue "
-            "it)\n") in printed
-    check_finished(folder, chain / "cpu/dpo")
+        small_stage(folder, 4, resume=True, stage="ppo")
+    assert str(error.value) == f"{state}: is the state of a run of gpt, but ppo is wanted"
+    assert state.read_bytes() == whole
+    assert small_stage(folder, resume=True, sources=[pairs])["step"] == 4
 
 
-def test_the_flag_goes_down_the_chain(chain, tmp_path, monkeypatch, capsys):
-    """ppo.py trains what is missing; interrupted in the middle of that, ppo.py --resume would begin
-    SFT again."""
-    out, _, _ = interrupted("sft", chain, tmp_path, n=25)
-    data = chain / "demonstrations.jsonl"
-    for stage in ("sft", "reward_model"):
-        flags = FLAGS[stage].format(data=data).split()
-        main = MODULES[stage].main
-        monkeypatch.setattr(MODULES[stage], "main",
-                            lambda argv, main=main, flags=flags: main(argv + flags))
-    ppo.main([*arguments("ppo", out, data), "--resume"])
-    printed = capsys.readouterr().out
-    assert printed.startswith("plan    sft → reward_model → ppo, about 5 minutes on two cores\n")
-    assert "sft: continues after step 20\n" in printed
-    assert "reward_model: nothing to resume" in printed
-    for stage in ("sft", "reward_model", "ppo"):
-        check_finished(out / "cpu" / stage, chain / "cpu" / stage)
-
-
-# --------------------------------------------------------------------------------------------------
-# Damaged files
+def test_a_figure_that_is_infinite_is_no_damage(tmp_path):
+    """A run whose loss was once infinite, and which can't be resumed for it."""
+    small_stage(tmp_path, 4, figure=math.inf)
+    found = small_stage(tmp_path, resume=True)
+    assert found["rows"][0]["loss"] == math.inf and found["pending"]["loss"] == [(math.inf, 1.0)]
 
 
 class Evil:
@@ -923,53 +736,22 @@ class Evil:
         return os.mkdir, (self.marker,)
 
 
-def small_stage(folder, last, resume=False):
-    """A stage as small as can be, 6 steps on 4 tensors; it stops after step `last`. Returns what it
-    began with: the state, and in it what was loaded from it."""
-    model = gpt.GPT(gpt.GPTConfig(5, 4, 0, 1, 4), torch.Generator().manual_seed(1))
-    optimizer = gpt.make_optimizer(model, 0.1)
-    adaptive = {"beta": 0.5}
-    found = None
-    with Run("gpt", folder, gpt.Config(size="cpu", resume=resume), 3, save=2) as one:
-        for step in one.steps(6, model=model, optimizer=optimizer, adaptive=adaptive):
-            if found is None:
-                loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "adaptive": adaptive}
-                found = copy.deepcopy({**one.saved, "rows": one.rows, "pending": one.pending,
-                                       "step": step, "state": loaded})
-            if step == last:
-                break
-            tokens = torch.tensor([[step % 5, 1, 2]])
-            loss = -gpt.token_logprobs(model(tokens), tokens).mean()
-            loss.backward()
-            gpt.optimizer_step(optimizer, model, 0.01)
-            adaptive["beta"] *= 1.1
-            one.log(step, loss=loss)
-    return found
-
-
-def small_checkpoint(path, stage="sft", text="the fox and the kite and the fox"):
-    tokenizer = Tokenizer(train_vocabulary(text, 262))
-    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 4, 1, 1, 4))
-    gpt.save_checkpoint(path, stage, "cpu", model, tokenizer)
-
-
 def flipped(whole, position, bit):
     return whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1:]
 
 
 def damaged(whole, rng):
-    """(what was done, content) of some 700 damaged files."""
+    """(what was done, content) of some 400 damaged files."""
     directory = whole.index(b"PK\x01\x02")
     size = len(whole)
     for where in (range(size), range(directory, size), range(size - 98, size)):
-        for position in rng.sample(where, min(len(where), 130)):
+        for position in rng.sample(where, min(len(where), 60)):
             bit = rng.randrange(8)
             yield f"bit {bit} of byte {position} flipped", flipped(whole, position, bit)
 
     # The table of contents says how each of the first records is packed, and where.
     start = directory
-    for entry in range(12):
+    for entry in range(8):
         flips = [(10, 3)]
         for offset in (8, 10, 20, 24, 28, 30, 42):
             flips.append((offset, rng.randrange(8)))
@@ -978,16 +760,16 @@ def damaged(whole, rng):
             yield f"bit {bit} of byte {offset} of entry {entry} flipped", content
         start = whole.index(b"PK\x01\x02", start + 4)
 
-    for length in [0, 1, size - 1] + rng.sample(range(size), 70):
+    for length in [0, 1, size - 1] + rng.sample(range(size), 30):
         yield f"cut to {length} bytes", whole[:length]
-    for _ in range(70):
+    for _ in range(30):
         start = rng.randrange(size)
         length = rng.choice([1, 2, 4, 16, 256, 4096])
         rest = whole[start + length:]
         yield f"{length} random bytes at {start}", whole[:start] + rng.randbytes(length) + rest
         yield f"{length} zeros at {start}", whole[:start] + bytes(length) + rest
     middle = directory // 2
-    for length in (1, 22, 100, 5000, 50000):
+    for length in (1, 100, 50000):
         yield f"{length} random bytes", rng.randbytes(length)
         yield f"{length} bytes added", whole + rng.randbytes(length)
         yield f"{length} bytes before", rng.randbytes(length) + whole
@@ -1020,8 +802,7 @@ def evil_files(whole, values, marker):
     yield "another pickle in the archive", buffer.getvalue()
 
 
-JUNK = [None, 3, -1, 2.5, math.nan, "3", b"x", [], [1], ["x"], {}, {"x": 1}, [{}], [[1, 2]],
-        torch.zeros(2)]
+JUNK = [None, -1, math.nan, "3", b"x", [], [[1, 2]], {"x": 1}, torch.zeros(2)]
 HOLDS_MORE = ("settings", "config", "model", "optimizer", "vocabulary")
 
 
@@ -1037,31 +818,27 @@ def wrong_types(values):
         yield f"just {junk!r:.30}", junk
 
 
-def outcomes(path, cases, load, expected):
-    """What goes wrong: damaged files neither refused in one line that names them nor loaded (None:
-    must not be). Returns ({what was done: what went wrong}, number of cases)."""
+def check_refused(path, cases, load, expected, least):
+    """Damaged files are refused in one line that names them, or loaded as they were."""
     wrong = {}
     count = 0
     for damage, content in cases:
         count += 1
         path.write_bytes(content)
         try:
-            loaded = load()
-            if expected is None or not same(loaded, expected):
+            if not same(load(), expected):
                 wrong[damage] = "loads something else"
         except InputError as error:
             if path.name not in str(error) or "\n" in str(error):
                 wrong[damage] = str(error)
         except BaseException as error:
             wrong[damage] = repr(error)
-    return wrong, count
+    assert wrong == {} and count > least
 
 
 @pytest.fixture
-def small_state(tmp_path, monkeypatch):
-    """(path of a state.pt after step 4 of 6, its bytes, what it holds). Waiting for the disk is
-    left out."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+def small_state(tmp_path, quick_disk):
+    """(path of a state.pt after step 4 of 6, its bytes, what it holds)."""
     small_stage(tmp_path, 4)
     path = tmp_path / "unfinished/state.pt"
     values = read_torch(path)
@@ -1076,8 +853,8 @@ def test_a_damaged_state_is_refused(small_state, tmp_path):
     assert same(small_stage(tmp_path, 4, resume=True), values)
     cases = [*damaged(whole, random.Random("damaged states")),
              *evil_files(whole, values, tmp_path / "marker")]
-    wrong, count = outcomes(path, cases, lambda: small_stage(tmp_path, 4, resume=True), values)
-    assert wrong == {} and count > 600 and not (tmp_path / "marker").exists()
+    check_refused(path, cases, lambda: small_stage(tmp_path, 4, resume=True), values, 350)
+    assert not (tmp_path / "marker").exists()
     pickle.loads(pickle.dumps(Evil(tmp_path / "marker")))  # it does run, where it is let
     assert (tmp_path / "marker").exists()
 
@@ -1085,7 +862,8 @@ def test_a_damaged_state_is_refused(small_state, tmp_path):
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
 def test_a_state_with_other_things_in_it_is_refused(small_state, tmp_path):
     """A state of an older version of this project, or one that somebody wrote by hand: a traceback
-    out of the loop, or a beta that is not a number."""
+    out of the loop, a beta that is not a number, or a state from beyond the last step: over at
+    once, untrained."""
     path, _, values = small_state
     changes = list(wrong_types(values))
     for name, part in values["state"].items():
@@ -1097,42 +875,13 @@ def test_a_state_with_other_things_in_it_is_refused(small_state, tmp_path):
                        ("pending", {"loss": [1]}), ("pending", {"loss": [(1.0, None)]})):
         changes.append((f"{name} = {junk}", {**values, name: junk}))
     cases = [(label, torch_bytes(content)) for label, content in changes]
-    wrong, count = outcomes(path, cases, lambda: small_stage(tmp_path, None, resume=True), values)
-    assert wrong == {} and count > 250
+    check_refused(path, cases, lambda: small_stage(tmp_path, resume=True), values, 150)
 
 
-@pytest.mark.parametrize("stage, name, n", [
-    ("sft", "model", 12), ("reward_model", "optimizer", 5), ("dpo", "policy", 5),
-    ("ppo", "value_optimizer", 20), ("ppo", "adaptive", 20)])
-def test_a_stages_own_values_are_checked_too(stage, name, n, chain, tmp_path):
-    """A traceback for what only this stage keeps; or a state from beyond the last step: over at
-    once, untrained."""
-    _, argv, folder = interrupted(stage, chain, tmp_path, n)
-    path = folder / "unfinished/state.pt"
-    values = read_torch(path)
-    assert values["step"] > 0
-    state = values["state"]
-    changes = []
-    for junk in (None, "3", ["x"], {"x": 1}):
-        changes.append((f"{name} = {junk!r}", {**values, "state": {**state, name: junk}}))
-    without = {key: x for key, x in state.items() if key != name}
-    changes.append((f"without {name}", {**values, "state": without}))
-    for step in (100, 10 ** 6):
-        changes.append((f"step = {step}", {**values, "step": step}))
-    cases = [(label, torch_bytes(content)) for label, content in changes]
-    wrong, _ = outcomes(path, cases, lambda: MODULES[stage].main([*argv, "--resume"]), None)
-    assert wrong == {} and not (folder / "checkpoint.pt").exists()
-
-
-def test_a_figure_that_is_infinite_is_no_damage(tmp_path):
-    """A run whose loss was once infinite, and which can't be resumed for it."""
-    for resume, stop in ((False, 4), (True, None)):
-        with Run("gpt", tmp_path, gpt.Config(resume=resume), 2) as one:
-            for step in one.steps(6):
-                if step == stop:
-                    break
-                one.log(step, loss=math.inf if step < 2 else 1.0)
-    assert [row["loss"] for row in one.rows] == [math.inf, 1.0, 1.0]
+def small_checkpoint(path, stage="sft", text="the fox and the kite and the fox"):
+    tokenizer = Tokenizer(train_vocabulary(text, 262))
+    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 4, 1, 1, 4))
+    gpt.save_checkpoint(path, stage, "cpu", model, tokenizer)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
@@ -1156,5 +905,5 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         vocabulary = {**values, "vocabulary": other["vocabulary"][:-1]}
         changes.append(("another vocabulary", vocabulary))
     cases += [(label, torch_bytes(content)) for label, content in changes]
-    wrong, count = outcomes(path, cases, lambda: gpt.load_checkpoint(path, "sft", "cpu")[2], values)
-    assert wrong == {} and count > 800 and not (tmp_path / "marker").exists()
+    check_refused(path, cases, lambda: gpt.load_checkpoint(path, "sft", "cpu")[2], values, 450)
+    assert not (tmp_path / "marker").exists()
