@@ -53,7 +53,8 @@ def split_text(path, tokenizer, block_size, folder):
     stride = max(1, len(starts) // 500)
     held_out = [tokens[start:start + block_size].tolist() for start in starts[::stride]]
     if cut < block_size or not held_out:
-        raise InputError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}")
+        raise InputError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}; "
+                         "give a longer text, or a smaller --block_size")
     description = (f"{path}: {cut:,} tokens to train on, the last {len(tokens) - cut:,} held out, "
                    f"{sum(map(len, held_out)):,} of them read")
     return tokens[:cut], held_out, description
@@ -109,7 +110,8 @@ def world_corpus(tokenizer, vocab_size, block_size, count, seed, folder, curated
             path.unlink()
     longest = max(map(len, held_out + sequences))
     if longest > block_size:
-        raise InputError(f"--block_size {block_size}: the longest document has {longest} tokens")
+        raise InputError(f"--block_size {block_size}: the longest document has {longest} tokens; "
+                         "raise it to that")
     description = (f"{what}: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} "
                    f"tokens; {len(documents)} documents held out")
     return Corpus(tokenizer, sequences, held_out, [tokenizer.end_token], entropy, description)
@@ -137,7 +139,7 @@ def pretraining_text(checkpoint, path, tokenizer, block_size):
     text = checkpoint["text"]
     if checkpoint.get("loaded"):
         raise InputError(f"{path}: came from {checkpoint['loaded']}; what that was trained on is "
-                         "not known")
+                         "not known, so leave out --ptx")
     if text:
         tokens, held_out, _ = split_text(text, tokenizer, block_size, path.parent)
 
@@ -182,7 +184,7 @@ def prompts_with_room(prompts, origin, tokenizer, max_new_tokens, block_size):
             fitting.append(prompt)
     if not fitting:
         raise InputError(f"{origin}: no prompt leaves room for --max_new_tokens {max_new_tokens} "
-                         f"in the context of {block_size}")
+                         f"in the context of {block_size}; lower it")
     dropped = len(prompts) - len(fitting)
     return fitting, (f"{origin}: {len(fitting)} prompts, dropped {dropped} that leave no room for "
                      f"{max_new_tokens} new tokens")

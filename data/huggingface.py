@@ -122,7 +122,7 @@ def read_folder(folder):
     if max(known) >= vocab_size or config["n_layer"] > len(weights):
         raise InputError(f"{folder / 'config.json'}: vocab_size is {vocab_size} and n_layer "
                          f"{config['n_layer']}, but there are {max(known) + 1} tokens in the "
-                         f"tokenizer, and {len(weights)} tensors")
+                         f"tokenizer, and {len(weights)} tensors; copy all files of one model")
     if vocab_size > 2 * len(known):
         raise InputError(f"{folder}: the model has {vocab_size:,} tokens, its tokenizer "
                          f"{len(known):,}; copy the model's own tokenizer into the folder")
@@ -181,7 +181,7 @@ def read_config(folder):
     for name, known in ARCHITECTURE.items():
         if config.get(name, known[0]) not in known:
             raise InputError(f"{path}: {name} is {config[name]!r:.60}, but gpt.py's is "
-                             f"{' or '.join(map(repr, known))}")
+                             f"{' or '.join(map(repr, known))}; only a GPT-2 can be loaded")
     for name in SIZES:
         value = config.get(name)
         if type(value) is not int or value < 1:
@@ -221,11 +221,12 @@ def check_shapes(origin, weights, config):
         if name in weights:
             found = tuple(weights[name].shape)
         if found != shape:
-            raise InputError(f"{origin}: the tensor {name} is {found}, but by config.json {shape}")
+            raise InputError(f"{origin}: the tensor {name} is {found}, but by config.json {shape}; "
+                             "copy all files of one GPT-2")
     for name, tensor in weights.items():
         if name not in expected:
             raise InputError(f"{origin}: the tensor {name} is {tuple(tensor.shape)}, but by "
-                             "config.json none of a GPT-2's")
+                             "config.json none of a GPT-2's; copy all files of one GPT-2")
 
 
 def read_weights(folder):
@@ -289,7 +290,7 @@ def read_bin(path):
             continue
         if tensor.dtype not in DTYPES.values():
             raise InputError(f"{path}: the tensor {name} is {tensor.dtype}; "
-                             f"{', '.join(DTYPES)} can be read")
+                             f"{', '.join(DTYPES)} can be read; save the model in one of them")
         tensors[name] = tensor
     return tensors
 
@@ -316,7 +317,7 @@ def read_safetensors(path):
             continue
         if entry["dtype"] not in DTYPES:
             raise InputError(f"{path}: the tensor {name} is {entry['dtype']}; "
-                             f"{', '.join(DTYPES)} can be read")
+                             f"{', '.join(DTYPES)} can be read; save the model in one of them")
         # Every tensor has its own map, which is released with it. Copy on write ("c"), because
         # torch wants memory that it could write to.
         begin, end = entry["data_offsets"]
@@ -331,7 +332,8 @@ def read_tokenizer(folder):
     that are left out."""
     options = folder / "tokenizer_config.json"
     if options.exists() and read_json(options).get("add_prefix_space"):
-        raise InputError(f"{options}: add_prefix_space is true, but GPT-2's is false")
+        raise InputError(f"{options}: add_prefix_space is true, but GPT-2's is false; a model that "
+                         "was trained with it cannot be loaded")
 
     path = folder / "tokenizer.json"
     if path.exists():
@@ -422,7 +424,8 @@ def read_tokenizer_json(path):
         if found.get("normalizer") not in (None, NORMALIZER):
             odd.append("normalizer")
         if odd:
-            raise InputError(f"{path}: its {odd[0]} is not a GPT-2's")
+            raise InputError(f"{path}: its {odd[0]} is not a GPT-2's; only byte-level BPE as GPT-2 "
+                             "has it can be loaded")
     return vocab, added, merges, pattern
 
 
@@ -593,7 +596,7 @@ def load(config):
         _, sft_tokenizer, _ = load_checkpoint(path, "sft", config.size)
         if sft_tokenizer.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{config.folder}: its vocabulary is not that of {path}, so the two "
-                             "cannot be compared")
+                             "cannot be compared; load a policy that was trained from that model")
         sources = [path]
 
     model = GPT(GPTConfig(**shape))

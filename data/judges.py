@@ -198,7 +198,8 @@ def reward_of(name, data=""):
     prompts are of a user's data."""
     if data and name in ("process", "verifier"):
         raise InputError(
-            f"--reward {name}: knows the little world only, not the prompts of {data}")
+            f"--reward {name}: knows the little world only, not the prompts of {data}; give "
+            'reward_model, or a program: "COMMAND"')
     if name in ("reward_model", "process"):
         return None
     if name == "verifier":

@@ -416,7 +416,7 @@ def encode_comparisons(split, origin, tokenizer, block_size):
     if not pairs or not held_out:
         purpose = "hold out" if pairs else "train on"
         raise InputError(f"{origin}: no pair is left to {purpose}; dropped {counts(dropped)} "
-                         f"and {counts(held_out_dropped)}")
+                         f"and {counts(held_out_dropped)}; the context has {block_size} tokens")
     description = (f"{origin}\n"
                    f"        {len(pairs):,} pairs, dropped {counts(dropped)}\n"
                    f"        {len(held_out):,} held out, dropped {counts(held_out_dropped)}{about}")
@@ -474,7 +474,7 @@ def encode_labels(split, origin, tokenizer, block_size):
     if not labels or not held_out:
         purpose = "hold out" if labels else "train on"
         raise InputError(f"{origin}: no label is left to {purpose}; dropped {dropped} longer than "
-                         "the context")
+                         f"the context of {block_size} tokens")
     description = (f"{origin}: {len(labels):,} labels, {len(held_out):,} held out; dropped "
                    f"{dropped} longer than the context{remarks(split[0] + split[1])}")
     return labels, held_out, description
