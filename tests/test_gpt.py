@@ -150,9 +150,8 @@ def test_response_mask_is_exactly_the_response_and_its_end():
 
 @pytest.mark.parametrize("scale", [1, 40])
 def test_masked_logprobs_are_the_full_ones(scale):
-    """Logits of the response only, put back in the wrong order, one column late, or at another
-    row's places; a place whose gradient is lost, or counted twice. At a scale of 40 some tokens
-    have all of the probability, and others none to speak of."""
+    """Logits of the response only, put back in the wrong order, late, or in another row; a gradient
+    that is lost or counted twice. At a scale of 40 some tokens have all of the probability."""
     model = tiny_model(seed=31).float()
     with torch.no_grad():
         model.wte.weight *= scale
@@ -262,11 +261,9 @@ def nan_memory():
 
 @pytest.mark.parametrize("temperature, rows", [(1.0, None), (0.6, 7)])
 def test_sampling_equals_a_brute_force_sampler(temperature, rows, shapes, nan_memory):
-    """Anything at all between the cache and the draw: an old key, padding or memory that is seen, a
-    row's neighbour, a temperature applied twice, a row that goes on in another one's slots once the
-    batch has shrunk. A layout that no mask fits; a response that counts as ended. All rollouts in
-    memory at once, whatever the flags; other samples where there is room for few. A report in the
-    middle of training that changes the training after it."""
+    """An old key, padding or memory that is seen, a row that goes on in another one's slots once
+    the batch has shrunk; more in memory than `rows`, or other samples then; a layout that no mask
+    fits; draws from the global generator, which training would notice."""
     model = tiny_model(seed=41)
     prompts = random_prompts(11, 20)
     expected = brute_force_sample(model, prompts, 45, END, temperature, seed=5)
@@ -299,10 +296,8 @@ def test_sampling_stops_when_all_rows_have_ended(shapes):
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
 def test_a_recorded_step_is_the_plain_one(dtype, atol, monkeypatch):
-    """A step for a GPU, whose shapes may not depend on t, that sees slots which are still empty, or
-    not those of the tokens before; that goes on with rows that have left the batch, or beyond the
-    slots that it was recorded for. Here a replay runs the step anew: the recording itself needs a
-    GPU."""
+    """A step for a GPU that sees empty slots, or goes on with rows that have left the batch, or
+    beyond its slots. Here a replay runs it anew: the recording itself needs a GPU."""
     recordings = []
 
     class Graph:
@@ -425,9 +420,8 @@ def test_a_prompt_that_all_but_fills_the_context():
     ([[1]], 4, math.nan, FloatingPointError, "not finite"),
     ([[1]], 4, math.inf, FloatingPointError, "not finite")])
 def test_generate_refuses(prompts, new, temperature, error, message):
-    """An empty prompt has no logits to sample from; a prompt that is too long must not be cut
-    without a word; division by zero gives NaN, a negative temperature the unlikeliest tokens. A
-    model that diverged answers with token 0 or V-1 for ever, and nobody learns why."""
+    """A prompt that is too long, cut without a word; at a negative temperature the unlikeliest
+    tokens; a model that diverged answers with token 0 for ever, and nobody learns why."""
     model = tiny_model(block_size=16)
     if error is FloatingPointError:
         with torch.no_grad():
@@ -608,9 +602,8 @@ def test_pretraining_on_the_world_learns(stages):
 
 
 def test_every_token_of_pretraining_counts_equally(monkeypatch):
-    """A loss divided by its own batch's tokens: documents of one length share a batch, so a token
-    of a short document would weigh many times more. Without steps, the gradients of an epoch add up
-    to that of the mean token. A mean of the batches' losses, reported as that of a token."""
+    """A loss divided by its own batch's tokens, whose documents have one length: a token of a short
+    one weighs many times more. Without steps, an epoch's gradients add up to the mean token's."""
     rng = random.Random(34)
     sequences = []
     for length in [2] * 20 + [3] * 20 + [60] * 20 + [15, 31, 45]:

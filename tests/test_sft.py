@@ -2,6 +2,7 @@
 stage."""
 
 import json
+import math
 import random
 
 import pytest
@@ -55,11 +56,9 @@ def token_losses(model, demonstrations):
 @pytest.mark.parametrize("batch, micro_batch, epochs", [
     (7, 1, 1), (7, 2, 1), (7, 3, 1), (7, 64, 1), (2, 2, 1), (3, 2, 3)])
 def test_every_response_token_counts_equally(batch, micro_batch, epochs, monkeypatch):
-    """A mean of the micro-batches' means weighs a token of a short answer more: the bug of gradient
-    accumulation that Hugging Face's Trainer had until October 2024; so does a mean over each batch
-    of its own, for its rows have one length. A micro-batch that clears the gradient of the one
-    before. A model whose <|end|> is masked out never learns to stop (TRL #1623, #3091); one whose
-    prompts count learns to ask. Here nothing is learnt: the gradients of all steps add up."""
+    """A mean of micro-batches' or batches' means weighs a token of a short answer more (Hugging
+    Face's Trainer until October 2024); a model whose <|end|> is masked out never learns to stop
+    (TRL #1623, #3091). Here nothing is learnt: the gradients of all steps add up."""
     steps = []
 
     def no_step(optimizer, model, lr):
@@ -76,7 +75,7 @@ def test_every_response_token_counts_equally(batch, micro_batch, epochs, monkeyp
     oracle = token_losses(twin, demonstrations).mean()
     oracle.backward()
     assert run.rows[0]["loss"] == pytest.approx(oracle.item(), rel=1e-5)
-    assert len(steps) == -(-7 // batch) * epochs  # the last batch is smaller
+    assert len(steps) == math.ceil(7 / batch) * epochs  # the last batch is smaller
     for ours, theirs in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(ours.grad / len(steps), theirs.grad, atol=1e-5, rtol=1e-4)
 
