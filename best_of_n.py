@@ -11,7 +11,8 @@ answer should be as good as the winner of N. One round of it is
     3. score          with the reward model; keep the best of each prompt, or the best of all
     4. fine-tune      on what was kept, with the SFT loss
 
-    python best_of_n.py --prompt "Tell me ..." --n 16   the candidates and the winner
+    python best_of_n.py --prompt "Tell me ..." --n 16   the candidates and the winner, and how the
+                                                        optimum weighs them for three β
     python best_of_n.py --finetune per_prompt           RSFT on the best response to every prompt
                                                         (with --prompt "...": ask its policy)
     python best_of_n.py --finetune overall              RSFT on the best of all
@@ -22,6 +23,8 @@ answer should be as good as the winner of N. One round of it is
 
 Where this differs from the slides: completions are counted from 0, and the k best overall come best
 first. The statistics of the yardstick, J* among them, are in data/answer_key.py.
+
+Everything up to "The yardstick" is the lecture's and can be read top to bottom.
 """
 
 import copy
@@ -33,8 +36,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from data.annotator import gold_rewards
-from data.answer_key import (best_of_n_rows, compare_policies, last_with, print_selection,
-                             print_yardstick, process_scores, selection_figures)
+from data.answer_key import (best_of_n_rows, compare_policies, last_with, pooled_log_weights,
+                             pooled_optimum, print_selection, print_yardstick, process_scores,
+                             selection_figures)
 from data.answer_key import optimality_gap  # so that it can be imported from here
 from data.corpus import draw_requests, encode_documents, held_out_documents, prompts_with_room
 from data.files import (InputError, lock_folder, read_demonstrations, run_script, split_prompts,
@@ -44,6 +48,7 @@ from data.run import (Run, allow_flags, announce, check_name, complete, forget_r
                       parse_config, progress, read_torch, refuse_flags, refuse_stale,
                       refused_if_broken, show_models, stage_folder, train_missing)
 from data.stories import parse_request
+from data.table import Column, print_columns
 from data.tokenizer import encode_demonstrations
 from gpt import (GPT, autocast, generate, get_device, held_out_loss, load_checkpoint,
                  memory_of_pieces, response_logprobs, response_texts, save_checkpoint)
@@ -143,7 +148,8 @@ class Policy(NamedTuple):
     """A policy that is sampled."""
     model: GPT
     temperature: float = 1.0    # at which it was trained
-    distils: int = 1            # N of the best-of-N that it distils; 1: none
+    distils: int = 1            # N of the best-of-N that it distils; 1: none. With --finetune
+                                # overall too: one sample in N is kept
 
 
 class Samples(NamedTuple):
@@ -152,6 +158,52 @@ class Samples(NamedTuple):
     texts: list         # M·N texts, prompt by prompt
     figures: dict       # (M, N) each: "reward", "length" in tokens, "ended" (1 or 0); "gold" if the
                         # annotator was asked; "verified", right (1) or wrong (0), with --verify
+
+
+def load_policies(config, names, stage):
+    """({name: Policy}, reward model, tokenizer) for a stage: SFT and the policies of these names.
+    What is missing is trained. InputError if the vocabularies differ."""
+    needed = ["gpt", "sft", "reward_model"]
+    kinds = {"sft": "sft"}
+    for name in names:
+        path = stage_folder(config, name) / "checkpoint.pt"
+        complete(path.parent)
+        kind = ""
+        for prefix in ("ppo", "dpo", "rsft"):
+            if name.startswith(prefix):
+                kind = prefix
+        if not kind or not path.exists():
+            if name not in ("ppo", "dpo"):
+                raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a "
+                                 "finished run of them or RSFT")
+            needed.append(name)
+        else:
+            refuse_stale(path.parent)
+        kinds[name] = kind
+    train_missing(config, needed, stage)
+
+    device = get_device()
+    reward_path = stage_folder(config, "reward_model") / "checkpoint.pt"
+    reward_model, tokenizer, _ = load_checkpoint(
+        reward_path, "reward_model", config.size, device, RewardModel)
+    policies = {}
+    for name, kind in kinds.items():
+        path = stage_folder(config, name) / "checkpoint.pt"
+        model, policy_tokenizer, checkpoint = load_checkpoint(path, kind, config.size, device)
+        policies[name] = Policy(model, checkpoint.get("temperature", 1.0),
+                                checkpoint.get("distils", 1))
+        if name == "sft" and not config.data and not config.prompt:
+            refuse_own_text(path, checkpoint)
+        for setting in ("beta", "missing_end_score"):
+            ours = getattr(config, setting)
+            theirs = checkpoint.get(setting, ours)
+            if theirs != ours:
+                print(f"{name} was trained with {setting} {theirs}; J and J* are those of "
+                      f"{setting} {ours}")
+        if policy_tokenizer.vocabulary != tokenizer.vocabulary:
+            raise InputError(f"{path}: its vocabulary is not that of {reward_path}; train the "
+                             "stages again")
+    return policies, reward_model, tokenizer
 
 
 def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng):
@@ -192,11 +244,44 @@ def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rn
     return Samples(rollouts, texts, figures)
 
 
+@torch.no_grad()
+def sequence_logprobs(policy, rollouts, micro_batch=128):
+    """log π(y|x) of every sampled response under a Policy, micro_batch in one forward pass:
+    (M·N,)."""
+    logprobs = []
+    for tokens, prompt_lengths, lengths in rollouts:
+        part = torch.empty(len(lengths), device=lengths.device)
+        for rows in lengths.argsort().split(micro_batch):  # by length: little padding
+            longest = int(lengths[rows].max())
+            part[rows] = response_logprobs(policy.model, tokens[rows, :longest],
+                                           prompt_lengths[rows], lengths[rows], policy.temperature)
+        logprobs.append(part)
+    return torch.cat(logprobs).cpu()
+
+
+def log_ratios_of(drawn, policies, micro_batch):
+    """log π_k/π_ref of every sample under each of K policies, SFT first: {policy that drew it:
+    (M, N, K)}."""
+    log_ratios = {}
+    report = progress("log-probabilities under every policy", len(drawn) * len(policies))
+    for name, samples in drawn.items():
+        logprobs = []
+        for policy in policies.values():
+            logprobs.append(sequence_logprobs(policy, samples.rollouts, micro_batch))
+            report(len(log_ratios) * len(policies) + len(logprobs))
+        logprobs = torch.stack(logprobs, dim=1)     # (M·N, K)
+        ratios = logprobs - logprobs[:, :1]
+        log_ratios[name] = ratios.view(*samples.figures["reward"].shape, len(policies))
+    return log_ratios
+
+
 def answer(config):
     """Best-of-N for one prompt: print the candidates, best first, and the winner. They are SFT's,
-    or with --finetune those of the fine-tuned policy."""
+    with how the optimum weighs them, or with --finetune those of the fine-tuned policy."""
     name = config.name or "sft"
     names = [config.name] if config.name else []
+    if name == "sft" and is_trained(config, "ppo"):
+        names.append("ppo")
     policies, reward_model, tokenizer = load_policies(config, names, "best_of_n")
     gold = parse_request(config.prompt) is not None  # the annotator knows the world's requests only
     rng = random.Random(f"candidates {config.seed}")
@@ -210,6 +295,74 @@ def answer(config):
             line += f"  gold {samples.figures['gold'][0, j]:+7.3f}"
         print(f"{line}  {samples.texts[j]}")
     print(f"\nwinner of {config.n}: {samples.texts[top_per_prompt(rewards)[0]]}")
+
+    if name == "sft":
+        log_ratios = log_ratios_of({name: samples}, policies, config.micro_batch)[name]
+        print_weights(samples, log_ratios, config.beta)
+
+
+def is_trained(config, name):
+    """Whether a policy has a checkpoint. One that was made from others than those beside it is none
+    here, and a line says so."""
+    folder = stage_folder(config, name)
+    complete(folder)
+    try:
+        refuse_stale(folder)
+    except InputError as error:
+        print(f"note    {error}; it is left out here", flush=True)
+        return False
+    return (folder / "checkpoint.pt").exists()
+
+
+def print_weights(samples, log_ratios, beta):
+    """SFT's candidates, best first, with their Boltzmann weights softmax(r/β) in the optimum π* for
+    β/4, β and 4β, and with their weights in PPO's policy, if there is one. Below, the means under
+    these weights. log_ratios (1, N, K): log π/π_ref under SFT, 0, and under PPO."""
+    rewards = samples.figures["reward"]  # (1, N)
+    N = rewards.shape[1]
+    order = top_k_overall(rewards, N)[:, 1]
+    columns = [Column("candidate", [samples.texts[j] for j in order])]
+    scores = {"r": rewards}
+    if "gold" in samples.figures:
+        scores["gold"] = samples.figures["gold"]
+    for name, x in scores.items():
+        columns.append(Column(name, x[0, order].tolist(), ".2f"))
+
+    winner = torch.zeros(1, N)
+    winner[0, order[0]] = 1.0
+    weights = {f"best of {N}": winner}  # (1, N) each
+    kls = {f"best of {N}": best_of_n_kl(N), "π_ref": 0.0}
+    optima = {}
+    for b in (beta / 4, beta, 4 * beta):
+        name = f"β = {b:g}"
+        weights[name] = pooled_log_weights(rewards, log_ratios[:, :, :1], b).softmax(dim=1)
+        J_star, kl = pooled_optimum(rewards, log_ratios[:, :, :1], b)
+        optima[name] = J_star.item()
+        kls[name] = kl.item()
+        columns.append(Column(name, weights[name][0, order].tolist(), ".3f"))
+    weights["π_ref"] = torch.full((1, N), 1 / N)
+    if log_ratios.shape[2] == 2:
+        weights["PPO"] = log_ratios[:, :, 1].softmax(dim=1)
+        columns.append(Column("PPO", weights["PPO"][0, order].tolist(), ".3f"))
+        columns.append(Column("log π_PPO/π_ref", log_ratios[0, order, 1].tolist(), ".2f",
+                              signed=True))
+    print()
+    print_columns(columns)
+
+    entropies = [torch.special.entr(x).sum().item() for x in weights.values()]
+    columns = [Column("", list(weights))]
+    for name, x in scores.items():
+        columns.append(Column(f"E[{name}]", [(w * x).sum().item() for w in weights.values()], ".2f"))
+    columns += [Column("entropy", entropies, ".3f"),
+                Column("KL to π_ref", [kls.get(name) for name in weights], ".3f"),
+                Column("β log Z", [optima.get(name) for name in weights], ".3f")]
+    print()
+    print_columns(columns, [
+        f"β = …: the optimum π*, weights softmax(r/β) of {N} samples of π_ref (pooled_log_weights). "
+        "β → 0 is",
+        'greedy, β → ∞ π_ref: CS 224R, ch. 7, "Boltzmann Intuition". KL = log N - entropy, '
+        f"log {N} = {math.log(N):.3f};",
+        f"best of {N}: log N - (N-1)/N (best_of_n_kl). β log Z = E[r] - β KL = J*."])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,53 +465,8 @@ def finetune(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# The yardstick
-
-
-def load_policies(config, names, stage):
-    """({name: Policy}, reward model, tokenizer) for a stage: SFT and the policies of these names.
-    What is missing is trained. InputError if the vocabularies differ."""
-    needed = ["gpt", "sft", "reward_model"]
-    kinds = {"sft": "sft"}
-    for name in names:
-        path = stage_folder(config, name) / "checkpoint.pt"
-        complete(path.parent)
-        kind = ""
-        for prefix in ("ppo", "dpo", "rsft"):
-            if name.startswith(prefix):
-                kind = prefix
-        if not kind or not path.exists():
-            if name not in ("ppo", "dpo"):
-                raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a "
-                                 "finished run of them or RSFT")
-            needed.append(name)
-        else:
-            refuse_stale(path.parent)
-        kinds[name] = kind
-    train_missing(config, needed, stage)
-
-    device = get_device()
-    reward_path = stage_folder(config, "reward_model") / "checkpoint.pt"
-    reward_model, tokenizer, _ = load_checkpoint(
-        reward_path, "reward_model", config.size, device, RewardModel)
-    policies = {}
-    for name, kind in kinds.items():
-        path = stage_folder(config, name) / "checkpoint.pt"
-        model, policy_tokenizer, checkpoint = load_checkpoint(path, kind, config.size, device)
-        policies[name] = Policy(model, checkpoint.get("temperature", 1.0),
-                                checkpoint.get("distils", 1))
-        if name == "sft" and not config.data and not config.prompt:
-            refuse_own_text(path, checkpoint)
-        for setting in ("beta", "missing_end_score"):
-            ours = getattr(config, setting)
-            theirs = checkpoint.get(setting, ours)
-            if theirs != ours:
-                print(f"{name} was trained with {setting} {theirs}; J and J* are those of "
-                      f"{setting} {ours}")
-        if policy_tokenizer.vocabulary != tokenizer.vocabulary:
-            raise InputError(f"{path}: its vocabulary is not that of {reward_path}; train the "
-                             "stages again")
-    return policies, reward_model, tokenizer
+# The yardstick: all policies beside the optimum. A student of best-of-N and rejection sampling can
+# close the file here.
 
 
 def stage_metrics(config, stage):
@@ -369,37 +477,6 @@ def stage_metrics(config, stage):
         return []
     with refused_if_broken(path, "train the stage again"):
         return read_torch(path)["metrics"]
-
-
-@torch.no_grad()
-def sequence_logprobs(policy, rollouts, micro_batch=128):
-    """log π(y|x) of every sampled response under a Policy, micro_batch in one forward pass:
-    (M·N,)."""
-    logprobs = []
-    for tokens, prompt_lengths, lengths in rollouts:
-        part = torch.empty(len(lengths), device=lengths.device)
-        for rows in lengths.argsort().split(micro_batch):  # by length: little padding
-            longest = int(lengths[rows].max())
-            part[rows] = response_logprobs(policy.model, tokens[rows, :longest],
-                                           prompt_lengths[rows], lengths[rows], policy.temperature)
-        logprobs.append(part)
-    return torch.cat(logprobs).cpu()
-
-
-def log_ratios_of(drawn, policies, micro_batch):
-    """log π_k/π_ref of every sample under each of K policies, SFT first: {policy that drew it:
-    (M, N, K)}."""
-    log_ratios = {}
-    report = progress("log-probabilities under every policy", len(drawn) * len(policies))
-    for name, samples in drawn.items():
-        logprobs = []
-        for policy in policies.values():
-            logprobs.append(sequence_logprobs(policy, samples.rollouts, micro_batch))
-            report(len(log_ratios) * len(policies) + len(logprobs))
-        logprobs = torch.stack(logprobs, dim=1)     # (M·N, K)
-        ratios = logprobs - logprobs[:, :1]
-        log_ratios[name] = ratios.view(*samples.figures["reward"].shape, len(policies))
-    return log_ratios
 
 
 def judge_steps(samples, process_model, tokenizer, micro_batch):
@@ -511,16 +588,17 @@ def main(argv=None):
     config = parse_config(Config, GPU, argv, description, needs, PRESETS)
     if config.finetune != "no" and (config.process or config.verify):
         raise InputError(f"--finetune {config.finetune}: cannot be used with --process or --verify")
+    if config.beta == 0:
+        raise InputError("--beta 0.0: must be positive; the optimum for 0 has no finite J*")
     if config.prompt:
-        allow_flags(config, ("finetune", "name", "n", "max_new_tokens", "missing_end_score",
-                             "sample_batch", "seed", "size", "out", "resume"), "prompt")
+        allow_flags(config, ("finetune", "name", "n", "beta", "max_new_tokens", "missing_end_score",
+                             "sample_batch", "micro_batch", "seed", "size", "out", "resume"),
+                    "prompt")
         answer(config)
     elif config.finetune != "no":
         finetune(config)
     else:
         refuse_flags(config, ("n",), "goes with --prompt or --finetune only")
-        if config.beta == 0:
-            raise InputError("--beta 0.0: must be positive; the optimum for 0 has no finite J*")
         yardstick(config)
 
 

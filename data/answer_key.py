@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from data.table import Column, print_columns
+
 # --------------------------------------------------------------------------------------------------
 # The optimum of the objective
 
@@ -526,6 +528,26 @@ def frontier(under, field, pool):
     return rows
 
 
+def print_frontier(rows):
+    """Print every other row of frontier, those of a β and of its doubles, the ones under the reward
+    model beside those under gold, if there is any."""
+    columns = []
+    for under in dict.fromkeys(row["under"] for row in rows):
+        found = [row for row in rows if row["under"] == under][::2]
+        if not columns:
+            columns.append(Column("β", [row["beta"] for row in found], ".2f"))
+        columns.append(Column(f"{under}:", [""] * len(found)))
+        for name, form in (("kl", ".2f"), ("reward", ".2f"), ("gold", ".2f"),
+                           ("effective_samples", ".0f")):
+            if name in found[0]:
+                heading = name.replace("effective_samples", "n_eff")
+                columns.append(Column(heading, [row[name] for row in found], form))
+    print("\nthe frontier that no policy can cross: the exact optimum of each reward for every β, "
+          "from greedy\n(β → 0) to the reference (β → ∞): CS 224R, ch. 7, \"KL Penalty Effect\"; "
+          "n_eff: effective samples")
+    print_columns(columns)
+
+
 def last_with(rows, *names):
     """The last row with all these figures, or None."""
     for row in reversed(rows):
@@ -616,8 +638,7 @@ def best_of_n_rows(figures, texts, kls):
 
 
 def print_yardstick(per_prompt, figures, log_ratios, losses, stages, beta):
-    """Print the yardstick's tables. Returns all their rows, and the frontier's, which are not
-    printed.
+    """Print the yardstick's tables. Returns all their rows, and all of the frontier's.
 
     figures, log_ratios: see pool_samples; losses: {policy: nats per token of the pretraining text},
     {} if unknown; stages: see close_to_the_best.
@@ -646,9 +667,11 @@ def print_yardstick(per_prompt, figures, log_ratios, losses, stages, beta):
         verified, right = verified_rows(figures, per_prompt, beta)
         print_verified(verified, right, beta)
         rows += verified
+    ladder = []
+    for under, field in judges.items():
+        ladder += frontier(under, field, pool)
+    print_frontier(ladder)
     if "gold" in pool.scores:
         where_gold_is_lost(optima)
         close_to_the_best(stages, rows)
-    for under, field in judges.items():
-        rows += frontier(under, field, pool)
-    return rows
+    return rows + ladder

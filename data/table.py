@@ -5,6 +5,7 @@ Plain text on a pipe; on a terminal the cells of signed quantities are shaded by
 
 import os
 import sys
+import unicodedata
 from typing import NamedTuple
 
 WIDTH = 100  # columns of the screen
@@ -27,7 +28,7 @@ def print_columns(columns, legend=()):
     for column in columns:
         texts = ["" if value is None else format(value, column.form) for value in column.values]
         cells.append([column.name, *texts])
-    widths = [max(len(text) for text in texts) for texts in cells]
+    widths = [max(columns_of(text) for text in texts) for texts in cells]
     widest = max(range(len(columns)), key=lambda i: (columns[i].form == "s", widths[i]))
     room = WIDTH - sum(widths) - 2 * (len(widths) - 1)
     widths[widest] = max(1, widths[widest] + min(room, 0))
@@ -37,15 +38,21 @@ def print_columns(columns, legend=()):
         line = []
         for column, texts, width in zip(columns, cells, widths):
             text = texts[row]
-            if len(text) > width:
+            if columns_of(text) > width:
                 text = text[:width - 1] + "…"
-            text = text.ljust(width) if column.form == "s" else text.rjust(width)
+            blanks = " " * (width - columns_of(text))
+            text = text + blanks if column.form == "s" else blanks + text
             if shaded and column.signed and row > 0:
                 text = shade(text, column.values[row - 1], column.values)
             line.append(text)
         print("  ".join(line).rstrip())
     for line in legend:
         print(line)
+
+
+def columns_of(text):
+    """How many columns of the screen a text takes: the hat of r̂ is a character, but has none."""
+    return sum(not unicodedata.combining(character) for character in text)
 
 
 def shade(text, value, values):
