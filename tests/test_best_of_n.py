@@ -182,6 +182,8 @@ def test_prompt_prints_candidates_and_the_winner(trained, capsys):
         assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
         assert all(bool(found) == gold for _, found, _ in candidates)
         assert f"winner of 6: {candidates[0][2]}\n" in printed
+    printed = run(trained, capsys, "--prompt", "Why?", "--n", "6", "--missing_end_score", "99")
+    assert "note    sft: finished responses score less than unfinished ones" in printed
 
 
 def test_candidates_of_no_prompt(tmp_path):
@@ -189,6 +191,20 @@ def test_candidates_of_no_prompt(tmp_path):
     with pytest.raises(InputError, match="--n 4: goes with --prompt or --finetune only"):
         best_of_n.main(["--out", str(tmp_path), "--size", "cpu", "--n", "4",
                         "--data", "found-wrong-later.jsonl"])
+
+
+def test_found_before_the_sampling(trained, tmp_path, monkeypatch):
+    """A folder that cannot be written to, found after minutes of sampling, whose tables are lost; a
+    blank in a list of policies; β = 0, which gave tables of nan."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    shutil.rmtree(out / "cpu/best_of_n", ignore_errors=True)
+    (out / "cpu/best_of_n").write_text("a file")
+    monkeypatch.setattr(best_of_n, "draw", None)
+    flags = ["--size", "cpu", "--out", str(out), "--policies"]
+    with pytest.raises(FileExistsError):
+        best_of_n.main([*flags, "ppo, dpo"])
+    with pytest.raises(InputError, match="--beta 0.0: must be positive"):
+        best_of_n.main([*flags, "ppo", "--beta", "0"])
 
 
 def test_prompt_that_does_not_fit(trained, capsys):

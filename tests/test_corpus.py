@@ -34,6 +34,7 @@ def test_the_entropy_is_that_of_the_held_out_documents(tmp_path):
     assert len(curated.sequences) == 64
     for ids in curated.sequences:
         assert stories.document_log_probability(tokenizer.decode(ids[1:-1]), world) > -1e9
+    assert len(list(tmp_path.glob("*.ids"))) == 1  # those of other runs pile up
 
 
 def test_the_worlds_demonstrations_answer_their_own_request():
