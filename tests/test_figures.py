@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import gpt
 from data.files import write_jsonl
+from data.run import Run
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / name for name in
@@ -303,6 +305,18 @@ def test_what_is_no_run_is_one_line(figures, tmp_path, monkeypatch, content, mes
     for arguments in ([str(tmp_path / "seed9")], ["--runs", "out"], ["--run"], ["--run", "a", "b"]):
         with pytest.raises(SystemExit):
             figures.main(arguments)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_finished_run_names_its_picture(tmp_path, monkeypatch, capsys, installed):
+    """A command that the reader's machine cannot run; one that draws another folder."""
+    monkeypatch.setattr("importlib.util.find_spec", {"matplotlib": installed}.get)
+    with Run("gpt", tmp_path, gpt.Config(), 1) as run:
+        for step in run.steps(2):
+            run.log(step, loss=step)
+        run.finish()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (last == f"picture python assets/figures.py --run {tmp_path}") == installed
 
 
 def test_without_matplotlib(figures, run, monkeypatch, capsys):
