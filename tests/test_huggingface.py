@@ -113,14 +113,12 @@ def test_special_rows(folder):
     """<|endoftext|> is what ends a text in GPT-2; a new token whose row is 0 or noise may be the
     likeliest of all."""
     shape, weights, tokenizer, begins = read_folder(folder)
-    table = weights["wte.weight"]
-    assert len(table) == tokenizer.n_vocab == shape["vocab_size"] and begins
-    old = torch.cat([table[:tokenizer.user_token], table[tokenizer.end_token:]])
-    assert torch.equal(table[tokenizer.user_token], table[tokenizer.assistant_token])
-    torch.testing.assert_close(table[tokenizer.user_token], old.mean(dim=0))
+    *old, user, assistant, end = weights["wte.weight"]
+    assert len(old) + 3 == tokenizer.n_vocab == shape["vocab_size"] and begins
+    torch.testing.assert_close(user, torch.stack([*old, end]).mean(dim=0))
     raw = read_weights(folder)[1]["wte.weight"].float()
-    end = 0 if folder.name == "saved" else read_json(folder / "vocab.json")["<|endoftext|>"]
-    assert torch.equal(table[tokenizer.end_token], raw[end])
+    row = 0 if folder.name == "saved" else read_json(folder / "vocab.json")["<|endoftext|>"]
+    assert torch.equal(assistant, user) and torch.equal(end, raw[row])
 
 
 def legacy_layout(folder):
@@ -245,6 +243,7 @@ def test_other_containers(copies):
 
 
 THEIRS = read_json(FOLDERS / "saved/tokenizer.json")
+SPLIT = THEIRS["pre_tokenizer"]
 BPE = THEIRS["model"]
 MERGES = BPE["merges"]
 WRONG = {
@@ -263,7 +262,7 @@ WRONG = {
         (None, "config.json: no such file")],
     "saved/tokenizer.json": [
         (dict(normalizer={"type": "NFC"}), "normalizer"),
-        (dict(pre_tokenizer={**THEIRS["pre_tokenizer"], "add_prefix_space": True}), "pre_tokenizer"),
+        (dict(pre_tokenizer={**SPLIT, "add_prefix_space": True}), "pre_tokenizer"),
         (dict(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
         (dict(pre_tokenizer=None), "not a whole file"),
         (dict(model={**BPE, "type": "Unigram"}), "type"),
@@ -297,9 +296,10 @@ def test_what_is_no_gpt2_is_named(copies, name):
         assert said in refusal(path.parent)
 
 
-def test_damaged_headers_are_named(copies):
-    """A header of another file, or one whose tensors overlap: no traceback, no model of garbage. A
-    part of the weights that holds other tensors than the index says."""
+def test_damaged_weights_are_named(copies):
+    """A header of another file, or one whose tensors overlap; a part of the weights that holds
+    other tensors than the index says; a download that broke off, a flipped bit, a pickle that would
+    run code: no traceback, no model of garbage."""
     folder = copies / "published"
     path = folder / "model.safetensors"
     whole = path.read_bytes()
@@ -324,15 +324,9 @@ def test_damaged_headers_are_named(copies):
     edit(index, weight_map={**parts, name: "model-00001-of-00002.safetensors"})
     assert f"00001-of-00002.safetensors: the tensor {name} is missing" in refusal(copies / "saved")
 
-
-def test_damaged_weights_are_named(copies):
-    """A download that broke off, a flipped bit, a pickle that would run code."""
-    folder = copies / "published"
-    path = folder / "model.safetensors"
-    rng = random.Random(0)
-    whole = path.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
+    path.write_bytes(whole)
     weights = copied(read_folder(folder)[1])
+    rng = random.Random(0)
     for _ in range(60):
         path.write_bytes(whole[:rng.randint(0, len(whole) - 1)])
         assert "model.safetensors" in refusal(folder)
@@ -348,25 +342,6 @@ def test_damaged_weights_are_named(copies):
 
 # --------------------------------------------------------------------------------------------------
 # Out
-
-
-def test_round_trip(out, tmp_path):
-    """What is exported and loaded again is the same model to the last bit, with the same
-    vocabulary."""
-    common = ["--size", "cpu", "--out", str(out)]
-    huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
-    policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    for name, flags in (("ppo", []), ("ppo-theirs", ["--name", "ppo-theirs"])):
-        huggingface.main(["load", str(tmp_path / "sft"), "--stage", "ppo", *flags, *common])
-        path = out / "cpu" / name / "checkpoint.pt"
-        again, other, checkpoint = load_checkpoint(path, "ppo", "cpu")
-        assert other.vocabulary == tokenizer.vocabulary
-        assert other.pattern == tokenizer.pattern == "words"
-        assert again.config == policy.config
-        assert same_weights(again.state_dict(), policy.state_dict())
-        assert checkpoint["loaded"] == str(tmp_path / "sft")
-        source = out / "cpu/sft/checkpoint.pt"
-        assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
 
 
 @pytest.mark.parametrize("stage, architecture, head", [
@@ -451,7 +426,10 @@ def test_padding(tmp_path):
         assert config["eos_token_id"] == tokenizer.end_token and config["bos_token_id"] is None
     generation = read_json(tmp_path / "left/generation_config.json")
     assert generation["temperature"] == 0.7 and generation["do_sample"]
-    assert generation["top_k"] == 0 and read_folder(tmp_path / "left")[3] is False
+    _, weights, again, begins = read_folder(tmp_path / "left")
+    assert generation["top_k"] == 0 and begins is False
+    assert again.vocabulary == tokenizer.vocabulary and again.pattern == "words"
+    assert same_weights(weights, policy.state_dict())
 
 
 def test_reward_model_without_a_bias(tmp_path):
@@ -545,8 +523,8 @@ def test_written_safetensors_has_the_real_layout(tmp_path):
 
 def test_later_stages_run_on_what_was_loaded(tmp_path):
     """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other
-    ids than in training."""
-    rows = [{"prompt": f"{i}", "completion": "we'd"} for i in range(10)]
+    ids than in training. A policy from elsewhere that isn't what was exported, to the last bit."""
+    rows = [{"prompt": f"{i}", "completion": "we'd"} for i in range(9)]
     write_jsonl(tmp_path / "own.jsonl", rows)
     common = ["--size", "gpt2", "--out", str(tmp_path)]
     data = ["--data", str(tmp_path / "own.jsonl")]
@@ -555,13 +533,18 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     huggingface.main(["load", str(FOLDERS / "published"), *common])
     sft.main([*common, *data, "--max_new_tokens", "4"])
     huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
-    _, _, loaded, _ = read_folder(FOLDERS / "published")
-    path = tmp_path / "gpt2/sft/checkpoint.pt"
-    model, tokenizer, _ = load_checkpoint(path, "sft", "gpt2")
-    _, weights, exported, _ = read_folder(tmp_path / "sft")
-    assert loaded.vocabulary == tokenizer.vocabulary == exported.vocabulary
-    assert loaded.pattern == tokenizer.pattern == exported.pattern == "gpt2"
-    assert same_weights(weights, model.state_dict())
+    source = tmp_path / "gpt2/sft/checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(source, "sft", "gpt2")
+    assert tokenizer.vocabulary == read_folder(FOLDERS / "published")[2].vocabulary
+    for name, flags in (("ppo", []), ("ppo-theirs", ["--name", "ppo-theirs"])):
+        huggingface.main(["load", str(tmp_path / "sft"), "--stage", "ppo", *flags, *common])
+        path = tmp_path / "gpt2" / name / "checkpoint.pt"
+        again, other, checkpoint = load_checkpoint(path, "ppo", "gpt2")
+        assert other.vocabulary == tokenizer.vocabulary and again.config == model.config
+        assert other.pattern == tokenizer.pattern == "gpt2"
+        assert same_weights(again.state_dict(), model.state_dict())
+        assert checkpoint["loaded"] == str(tmp_path / "sft")
+        assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
 
     # PPO-ptx would need what the base model was trained on.
     path = tmp_path / "gpt2/gpt/checkpoint.pt"
