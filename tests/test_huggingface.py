@@ -137,19 +137,6 @@ def legacy_layout(folder):
             "decoder": {**split, "add_prefix_space": True}, "model": model}
 
 
-def test_tokenizer_json_of_old_versions(copies):
-    """GPT-2's own tokenizer.json has no "type" of the model and no "use_regex": the first file that
-    anybody loads was refused as damaged."""
-    folder = copies / "published"
-    expected, *others = huggingface.read_tokenizer(folder)
-    (folder / "tokenizer.json").write_text(json.dumps(legacy_layout(folder), ensure_ascii=False))
-    (folder / "vocab.json").unlink()
-    (folder / "merges.txt").unlink()
-    tokenizer, *found = huggingface.read_tokenizer(folder)
-    assert found == others and tokenizer.vocabulary == expected.vocabulary
-    assert tokenizer.pattern == "gpt2" and refusal(folder) == ""
-
-
 def resize(folder, rows):
     """Give the published folder's model this many rows; new ones hold large numbers."""
     path, weights = read_weights(folder)
@@ -170,8 +157,9 @@ def resize(folder, rows):
     (303, ["日", "Ġkite", "<|pad|>"], "added tokens: 3 (日, Ġkite, <|pad|>)")])
 @pytest.mark.parametrize("json_file", [False, True])
 def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, json_file):
-    """A vocabulary padded to 50,304 rows, a [PAD] of somebody's: the whole model was refused. Or
-    their rows move the mean that new tokens start from; or an added "é" takes the row of a byte."""
+    """A vocabulary padded to 50,304 rows, a [PAD] of somebody's: the whole model was refused, as was
+    GPT-2's own tokenizer.json, without "type" of the model and "use_regex". Or their rows move the
+    mean that new tokens start from; or an added "é" takes the row of a byte."""
     folder = copies / "published"
     shape, weights, tokenizer, _ = read_folder(folder)
     weights = copied(weights)
@@ -181,11 +169,12 @@ def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, 
     if json_file:
         layout = legacy_layout(folder)
         layout["added_tokens"] += [{"content": token, "id": i} for token, i in added.items()]
-        (folder / "tokenizer.json").write_text(json.dumps(layout))
-        (folder / "added_tokens.json").unlink()
+        (folder / "tokenizer.json").write_text(json.dumps(layout, ensure_ascii=False))
+        for name in ("added_tokens.json", "vocab.json", "merges.txt"):
+            (folder / name).unlink()
     again, found, other, _ = read_folder(folder)
-    assert again == shape and other.vocabulary == tokenizer.vocabulary
-    assert same_weights(found, weights)
+    assert again == shape and same_weights(found, weights)
+    assert other.vocabulary == tokenizer.vocabulary and other.pattern == "gpt2"
     printed = capsys.readouterr().out
     assert printed == f"{folder}: left out, as no part of GPT-2: {said}\n"
 
