@@ -16,8 +16,7 @@ from data.annotator import answers
 from data.corpus import draw_demonstrations
 from data.files import InputError, write_jsonl
 from data.run import SilentRun, write_torch
-from data.tokenizer import (Demonstration, Tokenizer, encode_demonstrations,
-                            train as train_vocabulary)
+from data.tokenizer import Demonstration, encode_demonstrations
 from helpers import metrics, snapshot, tiny_gpt
 
 V = 11
@@ -34,12 +33,6 @@ def random_demonstrations(seed=0):
         ids = [rng.randrange(V) for _ in range(prompt + response)]
         demonstrations.append(Demonstration(ids, prompt))
     return demonstrations
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    text = " ".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS)
-    return Tokenizer(train_vocabulary(text, 290))
 
 
 def token_losses(model, demonstrations):
@@ -103,20 +96,6 @@ def test_rates_and_figures_of_fine_tuning(monkeypatch):
     assert last["entropy"] == 0.5 and last["excess"] == pytest.approx(last["held_out"] / 0.5 - 1)
 
 
-def test_an_overfitted_model_answers_and_stops(tokenizer):
-    """All of the above at once: the answer begins at its first token, is the right one, and
-    ends."""
-    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in DEMONSTRATIONS]
-    demonstrations, dropped = encode_demonstrations(rows, tokenizer, 64)
-    model = tiny_gpt(2, tokenizer.n_vocab, 64)
-    config = sft.Config(epochs=40, batch=2, micro_batch=1, lr=1e-2, weight_decay=0.0)
-    sft.fine_tune(model, demonstrations, [], None, config, random.Random(1), SilentRun())
-    prompts = [tokenizer.prompt(prompt) for prompt, _ in DEMONSTRATIONS]
-    rollout = gpt.generate(model, prompts, 30, tokenizer.end_token, top_k=1)
-    texts = [tokenizer.decode(ids) for ids in rollout.responses()]
-    assert dropped == 0 and texts == [answer + "<|end|>" for _, answer in DEMONSTRATIONS]
-
-
 def test_answers_are_stories_that_ended():
     """A base model that goes on with more requests, or a story that never ends, counted as an
     answer."""
@@ -162,7 +141,8 @@ def fine_tune(folder, *flags):
 
 def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     """A file of demonstrations that trains nothing, is trained on in full without anything held
-    out, or not to the end. A prompt that fits, but leaves no room for the longest sample."""
+    out, or not to the end; a model that does not stop after its answer. A prompt that fits, but
+    leaves no room for the longest sample."""
     rows = []
     for prompt, answer in DEMONSTRATIONS:
         rows += [{"prompt": f"{prompt} {i}", "completion": answer} for i in range(10)]
