@@ -14,6 +14,8 @@ last token, to the comparisons:
     python reward_model.py --judge constitution     AI feedback (CS 224R, ch. 11), or "COMMAND"
     python reward_model.py --process            a process reward model: a mark for every sentence
     python reward_model.py --learning_curve     how many pairs it takes
+    python reward_model.py --explain            a held-out pair: r_φ beside the annotator's rubric
+    python reward_model.py --prompt "…" --response "…"      the same of your own text
 
 One epoch, as the slide "Reward Model Training" (ECE 7115) advises against overfitting.
 Only differences of rewards enter the loss, so a constant is free: after training the rewards are
@@ -30,15 +32,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import stories
-from data.annotator import gold_margins, mark, scored, step_ends
+from data.annotator import (encode_steps, gold_margins, gold_reward, mark, mark_response, rubric,
+                            scored, step_ends)
 from data.answer_key import print_answer_key, reward_model_figures
 from data.corpus import draw_requests, prompts_with_room
 from data.files import (InputError, hold_out, read_comparisons, read_pairs, run_script,
                         write_jsonl)
 from data.judges import TextReward, annotator_judge, judge_of, print_agreement, reward_of
-from data.run import (Run, SilentRun, announce, counts, doublings, parse_config, progress,
-                      refuse_flags, refuse_stale, show, show_models, stage_folder,
-                      train_missing)
+from data.run import (Run, SilentRun, allow_flags, announce, complete, counts, doublings,
+                      parse_config, progress, refuse_flags, refuse_stale, show, show_models,
+                      stage_folder, train_missing)
+from data.table import Column, print_columns
 from data.tokenizer import encode_comparisons
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate,
                  load_checkpoint, make_optimizer, memory_of_pieces, optimizer_step, pad,
@@ -78,6 +82,12 @@ class Config:
     resume: bool = False        # continue the run that was interrupted in this folder
     learning_curve: bool = False    # accuracy by number of pairs, a fresh model for each number;
                                     # saves nothing
+
+    # one example
+    explain: bool = False       # print what the model gives a held-out pair, sentence by sentence,
+                                # beside the annotator's rubric, and stop
+    prompt: str = ""            # explain the --response to this prompt instead
+    response: str = ""          # any text; the rubric is for answers to the world's requests only
 
 
 GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, batch=64,
@@ -500,7 +510,7 @@ def train_process(config):
     for row in split[0] + split[1]:
         if not stories.parse_request(row["prompt"]):
             raise InputError(f"{source / 'pairs.jsonl'}: the annotator marks answers to the little "
-                             "world's requests only")
+                             "world's requests only; --process is not for pairs of your own")
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     sources = [sft_path, source / "pairs.jsonl", source / "held_out.jsonl"]
     device = get_device()
@@ -577,11 +587,134 @@ def make_reward(name, model, tokenizer, micro_batch):
     return reward
 
 
+# --------------------------------------------------------------------------------------------------
+# One example, for --explain
+
+
+def explain(config):
+    """Print what the model gives a held-out pair, or --response to --prompt, sentence by sentence,
+    beside the annotator's truth."""
+    flags = ("process", "prompt", "response", "size", "out")
+    if config.process or not config.prompt:
+        flags += ("seed",)  # which pair; the annotator's marks
+    allow_flags(config, flags, "explain")
+    stage = "process_model" if config.process else "reward_model"
+    path = stage_folder(config, stage) / "checkpoint.pt"
+    complete(path.parent)
+    refuse_stale(path.parent)
+    model, tokenizer, _ = load_checkpoint(path, stage, config.size, get_device(), RewardModel)
+
+    rng = random.Random(f"pair {config.seed}")
+    prompt = config.prompt
+    texts = {"response": config.response}
+    if not prompt:
+        _, held_out = read_comparisons(stage_folder(config, "reward_model"))
+        row = rng.choice(held_out)
+        prompt = row["prompt"]
+        texts = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    encoded = [encode_steps(prompt, text, tokenizer) for text in texts.values()]
+    tokens, lengths = pad([ids for ids, _ in encoded], get_device())  # (1 or 2, T)
+    if tokens.shape[1] > model.config.block_size:
+        raise InputError(f"--prompt and --response: {tokens.shape[1]} tokens exceed the context of "
+                         f"{model.config.block_size}")
+
+    show(("prompt", prompt))
+    with torch.inference_mode():
+        values = model(tokens).cpu()  # (1 or 2, T): the number at every token
+        r = model.score(tokens, lengths).cpu()  # (1 or 2,): the one at <|end|>
+    for i, (kind, text) in enumerate(texts.items()):
+        _, ends = encoded[i]
+        if config.process:
+            explain_steps(prompt, kind, text, values[i, ends], tokenizer, rng)
+        else:
+            explain_score(prompt, kind, text, [*values[i, ends].tolist(), r[i].item()])
+    if not config.process:
+        explain_rubric(prompt, texts, r)
+
+
+def explain_score(prompt, kind, text, r):
+    """r_φ, and gold if it is known, of a response as far as it is written: at the end of each
+    sentence and, the last of r, at <|end|>."""
+    sentences = stories.split_sentences(text)
+    columns = [Column(kind, [*sentences, "<|end|>"]), Column("r_φ", r, ".3f", signed=True)]
+    if stories.parse_request(prompt):
+        gold = [gold_reward(prompt, " ".join(sentences[:k + 1])) for k in range(len(sentences))]
+        columns.append(Column("gold", [*gold, gold_reward(prompt, text)], ".3f", signed=True))
+    print()
+    print_columns(columns)
+
+
+def explain_rubric(prompt, texts, r):
+    """r_φ(x, y) beside the annotator's rubric part by part; of a pair also σ(Δr) and the loss."""
+    quantities = {}  # name -> a number for each text
+    if stories.parse_request(prompt):
+        rubrics = [rubric(prompt, text) for text in texts.values()]
+        for part in rubrics[0]:
+            quantities[part] = [parts[part] for parts in rubrics]
+        quantities["gold"] = [gold_reward(prompt, text) for text in texts.values()]
+    quantities["r_φ"] = r.tolist()
+
+    columns = [Column("", list(quantities))]
+    for i, kind in enumerate(texts):
+        numbers = [row[i] for row in quantities.values()]
+        columns.append(Column(kind, numbers, ".3f", signed=True))
+    if len(texts) == 2:
+        margins = [chosen - rejected for chosen, rejected in quantities.values()]
+        columns.append(Column("Δ", margins, ".3f", signed=True))
+    print()
+    print_columns(columns, [
+        'r_φ(x, y) is the one at <|end|>, the only one that is trained: ECE 7115, "Reward Model',
+        'Training" (RewardModel.score). Its mean over SFT samples is 0; only differences count.'])
+    if "gold" in quantities:
+        print("gold, so far or of the whole response: the sum of the parts (rubric in "
+              "data/annotator.py)")
+    else:
+        print("no gold: the prompt is not one of the little world's requests")
+    if len(texts) == 1:
+        return
+    print()
+    for name, meaning in (("r_φ", "P(y_w ≻ y_l | x), L_RM: CS 224R, ch. 6 (bradley_terry_loss)"),
+                          ("gold", "how often the annotator, noisy as it is, prefers y_w")):
+        if name in quantities:
+            chosen, rejected = torch.tensor(quantities[name]).split(1)
+            print(f"σ(Δ{name}) = {(chosen - rejected).sigmoid().item():.3f}, -log σ(Δ{name}) = "
+                  f"{bradley_terry_loss(chosen, rejected):.3f}: {meaning}")
+
+
+def explain_steps(prompt, kind, text, r, tokenizer, rng):
+    """Process rewards r (N,) of a response's N sentences, beside what each really adds to gold, and
+    a mark of the annotator, if the prompt is the world's."""
+    columns = [Column(kind, stories.split_sentences(text)),
+               Column("r_φ", r.tolist(), ".3f", signed=True),
+               Column("σ(r_φ)", r.sigmoid().tolist(), ".3f")]
+    if stories.parse_request(prompt):
+        marked = mark_response(prompt, text, tokenizer, rng)
+        true_steps = torch.tensor(marked.steps)
+        good = torch.tensor(marked.marks, dtype=torch.float)
+        losses = F.binary_cross_entropy_with_logits(r, good, reduction="none")
+        columns += [Column("Δgold", marked.steps, ".3f", signed=True),
+                    Column("σ(Δgold)", true_steps.sigmoid().tolist(), ".3f"),
+                    Column("mark", ["good" if x else "bad" for x in marked.marks]),
+                    Column("-log P", losses.tolist(), ".3f")]
+    print()
+    print_columns(columns)
+    if kind != "chosen":  # below the last table
+        print("σ(r_φ) = P(the sentence is marked good), read at its last token (rewards_at_steps)")
+        if stories.parse_request(prompt):
+            print("Δgold: what the sentence adds to gold. The annotator marks it good with "
+                  "probability σ(Δgold);\n-log P: of its mark, the loss (fit_process): CS 224R, "
+                  "Lecture 9, ch. 11")
+
+
 def main(argv=None):
     config = parse_config(Config, GPU, argv,
                           "Collect preferences and train a Bradley-Terry reward model on them.",
-                          needs={"process": ("data", "")},
+                          needs={"process": ("data", ""), "prompt": ("response",),
+                                 "response": ("prompt",)},
                           presets={"size": {"gpt2": GPT2}})
+    if config.explain or config.prompt:
+        explain(config)
+        return
     if config.data:
         unused = COLLECTING if config.learning_curve else ("judge", "pairs", "held_out")
         refuse_flags(config, unused, "compares nothing where --data has the pairs")

@@ -14,6 +14,7 @@ talking.
     python sft.py --base gpt-curated    start from a base model after mid-training (gpt.py --start)
     python sft.py --learning_curve      how many demonstrations it takes
     python sft.py --prompt "…"          answer a prompt
+    python sft.py --explain             a held-out demonstration: the mask, -log π before and after
 
 Departure from the slides: the loss is the sum over a batch's response tokens, divided by the mean
 number of them in a batch of this training. So the learning rate does not depend on how long
@@ -21,6 +22,7 @@ people's answers are, and every token counts equally.
 """
 
 import copy
+import math
 import random
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -35,6 +37,7 @@ from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
                       parse_config, refuse_flags, refuse_stale, show, show_models, stage_folder,
                       train_missing, with_error)
+from data.table import Column, print_columns
 from data.tokenizer import encode_demonstrations, remarks
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
                  learning_rate, load_checkpoint, make_optimizer, masked_logprobs, memory_of_pieces,
@@ -73,6 +76,8 @@ class Config:
     resume: bool = False        # continue the run that was interrupted in this folder
     learning_curve: bool = False    # figures by number of demonstrations, from the base model each
                                     # time; saves nothing
+    explain: bool = False       # print a held-out demonstration with its mask and -log π of every
+                                # token, before and after, and stop
 
 
 GPU = dict(demonstrations=65536, batch=128, micro_batch=128, lr=3e-4, max_new_tokens=128)
@@ -90,6 +95,11 @@ def response_tokens(demonstrations):
     return sum(len(one.ids) - one.prompt_length for one in demonstrations)
 
 
+def mean_tokens(demonstrations, batch):
+    """The mean number of response tokens in a batch of these demonstrations."""
+    return response_tokens(demonstrations) / math.ceil(len(demonstrations) / batch)
+
+
 def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
     """Supervised fine-tuning, in place.
 
@@ -101,8 +111,9 @@ def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
     lengths = [len(one.ids) for one in demonstrations]
     batches = batches_by_length(lengths, config.batch, rng, config.epochs)
 
-    # Mean of means would weigh a token of a short response more: rows of one length share a batch.
-    tokens_per_batch = config.epochs * response_tokens(demonstrations) / len(batches)
+    # Every batch is divided by the same number. By its own number of tokens, a token of a batch of
+    # short responses would count more than one of a batch of long ones.
+    tokens_per_batch = mean_tokens(demonstrations, config.batch)
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [demonstrations[i] for i in batches[step]]
@@ -221,7 +232,9 @@ def train(config):
             record_answers(run, before, after)
         own_text = base["text"] or base.get("loaded", "")
         save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer,
-                        metrics=run.figures(), made_from=run.made_from(), own_text=own_text)
+                        metrics=run.figures(), made_from=run.made_from(), own_text=own_text,
+                        base=config.base, data=config.data, batch=config.batch,
+                        tokens_per_batch=mean_tokens(data.demonstrations, config.batch))
         run.finish()
     base_texts, _ = before
     texts, _ = after
@@ -354,11 +367,63 @@ def scored_answers(prompts, policy, tokenizer, config, reward, temperature, worl
     return found
 
 
+def explain(config):
+    """Print a held-out demonstration, token by token: the mask, and -log π before (the base model)
+    and after (SFT)."""
+    allow_flags(config, ("seed", "size", "out"), "explain")
+    path = stage_folder(config, "sft") / "checkpoint.pt"
+    complete(path.parent)
+    refuse_stale(path.parent)
+    policy, tokenizer, checkpoint = load_checkpoint(path, "sft", config.size, get_device())
+    if "base" not in checkpoint:
+        raise InputError(f"{path}: does not say how it was trained; train it again with sft.py")
+    base_path = stage_folder(config, checkpoint["base"]) / "checkpoint.pt"
+    base, _, _ = load_checkpoint(base_path, "gpt", config.size, get_device())
+
+    # The demonstrations that training has never seen; one of them.
+    if checkpoint["data"]:
+        _, rows = hold_out(read_demonstrations(checkpoint["data"]), checkpoint["data"])
+    else:
+        rows, _ = draw_demonstrations(random.Random("held-out demonstrations"), 500, held_out=True)
+    demonstrations, _ = encode_demonstrations(rows, tokenizer, policy.config.block_size)
+    one = random.Random(f"demonstration {config.seed}").choice(demonstrations)
+    prompt = tokenizer.decode(one.ids[1:one.prompt_length - 1])
+    response = tokenizer.decode(one.ids[one.prompt_length:-1])
+    show(("prompt", prompt), ("response", response))
+
+    tokens, lengths = pad([one.ids], get_device())  # (1, T)
+    mask = response_mask(torch.tensor([one.prompt_length], device=tokens.device), lengths,
+                         tokens.shape[1])  # (1, T-1)
+    everywhere = torch.ones_like(mask)
+    with torch.inference_mode():
+        before = -masked_logprobs(base, tokens, everywhere)  # (1, T-1)
+        after = -masked_logprobs(policy, tokens, everywhere)
+    print_columns(
+        [Column("token", tokenizer.shown(one.ids[1:])),
+         Column("mask", mask[0].int().tolist(), "d"),
+         Column("-log π before", before[0].tolist(), ".3f"),
+         Column("after", after[0].tolist(), ".3f"),
+         Column("gained", (before - after)[0].tolist(), ".3f", signed=True)],
+        ["-log π_θ(y_t | x, y_<t) of the base model and after SFT, nats; it counts where the mask",
+         "is 1: CS 224R, Lecture 9, ch. 4 (response_mask, masked_logprobs)."])
+
+    n = int(mask.sum())
+    print(f"Σ over the mask: {before[mask].sum():.3f} → {after[mask].sum():.3f} nats over {n} "
+          f"tokens, {before[mask].mean():.4f} → {after[mask].mean():.4f} a token")
+    if not checkpoint["data"]:
+        log_p = stories.log_probability(prompt, response)
+        print(f"-log p(y|x) = {-log_p:.3f} nats, the source's own, {-log_p / n:.4f} a token")
+    print(f"In training {checkpoint['batch']} such sums are added and divided by "
+          f"{checkpoint['tokens_per_batch']:.1f}, the mean number of tokens in a batch")
+
+
 def main(argv=None):
     config = parse_config(Config, GPU, argv, "Fine-tune the base model on demonstrations.",
                           needs={"temperature": ("prompt",), "top_k": ("prompt",)},
                           presets={"size": {"gpt2": GPT2}})
-    if config.prompt:
+    if config.explain:
+        explain(config)
+    elif config.prompt:
         answer(config, "sft", "sft")
     else:
         if config.data:

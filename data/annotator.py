@@ -150,6 +150,14 @@ def step_ends(pieces):
     return ends
 
 
+def encode_steps(prompt, response, tokenizer):
+    """(ids of prompt + response + <|end|>, the index in them of each step's last token)."""
+    start = tokenizer.prompt(prompt)
+    ids = tokenizer.response(response)
+    ends = [len(start) + end for end in step_ends(tokenizer.pieces(ids[:-1]))]
+    return start + ids, ends
+
+
 class Marked(NamedTuple):
     """A response with the annotator's mark for every step."""
     ids: list       # prompt + response + <|end|>
@@ -158,21 +166,24 @@ class Marked(NamedTuple):
     marks: list     # good or not
 
 
-def mark(rows, tokenizer, rng):
-    """The annotator marks both responses of every pair: a list of Marked. rng: a random.Random.
+def mark_response(prompt, response, tokenizer, rng):
+    """The annotator marks every step of a response: a Marked. rng: a random.Random.
 
     The mark of a step compares the story with it and without it, as choose does:
     P(good) = sigmoid(step).
     """
+    ids, ends = encode_steps(prompt, response, tokenizer)
+    true_steps = steps(prompt, response)
+    marks = [rng.random() < 1 / (1 + math.exp(-step)) for step in true_steps]
+    return Marked(ids, ends, true_steps, marks)
+
+
+def mark(rows, tokenizer, rng):
+    """Both responses of every pair, marked: a list of Marked."""
     marked = []
     for row in rows:
-        prompt = tokenizer.prompt(row["prompt"])
         for text in (row["chosen"], row["rejected"]):
-            response = tokenizer.response(text)
-            ends = [len(prompt) + end for end in step_ends(tokenizer.pieces(response[:-1]))]
-            true_steps = steps(row["prompt"], text)
-            marks = [rng.random() < 1 / (1 + math.exp(-step)) for step in true_steps]
-            marked.append(Marked(prompt + response, ends, true_steps, marks))
+            marked.append(mark_response(row["prompt"], text, tokenizer, rng))
     return marked
 
 

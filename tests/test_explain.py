@@ -1,0 +1,177 @@
+"""--explain of gpt.py, sft.py and reward_model.py: the numbers on the screen are those that train."""
+
+import random
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt
+import reward_model
+import sft
+from data.annotator import mark, rubric
+from data.corpus import draw_demonstrations, encode_documents, held_out_documents
+from data.files import InputError, hold_out, read_comparisons, read_demonstrations
+from data.tokenizer import encode_demonstrations
+from helpers import snapshot
+
+
+@pytest.fixture(scope="module")
+def trained(stages, tmp_path_factory):
+    """A folder with all three stages and a process model."""
+    out = shutil.copytree(stages, tmp_path_factory.mktemp("explained") / "out")
+    reward_model.main(["--out", str(out), "--size", "cpu", "--process", "--batch", "16"])
+    return out
+
+
+def explained(script, out, monkeypatch, *flags):
+    """What it prints: {name: column} of each of its tables."""
+    tables = []
+
+    def keep_columns(columns, legend=()):
+        assert len({len(column.values) for column in columns}) == 1
+        tables.append({column.name: column.values for column in columns})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "print_columns", keep_columns)
+        script.main(["--out", str(out), "--size", "cpu", *flags])
+    return tables
+
+
+def load(out, stage, cls=gpt.GPT):
+    return gpt.load_checkpoint(out / f"cpu/{stage}/checkpoint.pt", stage, "cpu", model_class=cls)
+
+
+@torch.no_grad()
+def test_a_document_beside_its_source(trained, monkeypatch, capsys):
+    """A row beside the prediction of the next token or the last one; a probability of the text
+    without its <|end|> beside that of the source, which has it, or one for the first words only."""
+    table, = explained(gpt, trained, monkeypatch, "--explain")
+    model, tokenizer, _ = load(trained, "gpt")
+    document = random.Random("document 1").choice(held_out_documents())
+    ids, = encode_documents([document], tokenizer)
+    assert table["x_t"] == tokenizer.shown(ids)
+    for t in (1, len(ids) // 2, len(ids) - 1):
+        logprobs = model(torch.tensor([ids[:t]]))[0, -1].log_softmax(0)  # from the prefix alone
+        assert table["log p_θ"][t] == pytest.approx(logprobs[ids[t]].item(), abs=1e-5)
+        assert table["rank"][t] == 1 + (logprobs > logprobs[ids[t]]).sum()
+        entropy = torch.distributions.Categorical(logits=logprobs).entropy().item()
+        assert table["entropy"][t] == pytest.approx(entropy, abs=1e-5)
+        second = logprobs.sort(descending=True).indices[1].item()
+        shown, = tokenizer.shown([second])
+        assert table["second"][t] == f"{logprobs[second].exp():.3f} {shown}"
+    printed = capsys.readouterr().out
+    loss = gpt.held_out_loss(model, [ids], 1)
+    assert f" nats over {len(ids) - 1} tokens, {loss:.4f} a token\n" in printed
+    assert f"-log p(x)  = {-document.logprob:.3f} nats, the source's own, " in printed
+
+    table, = explained(gpt, trained, monkeypatch, "--explain", "Once there")
+    assert table["x_t"] == ["<|end|>", "Once", "·there", "(next)"]
+    assert table["rank"][0] is table["rank"][3] is None and table["likeliest"][3]
+    assert "source" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world", [True, False])
+def test_a_demonstrations_mask(world, out, monkeypatch, capsys):
+    """The mask off by one: <|assistant|> is trained, or <|end|> isn't; the base model's figures
+    under SFT's name; another divisor than the one that trained; a demonstration of another file."""
+    path = out / "demonstrations.jsonl"
+    rows, held_out = hold_out(read_demonstrations(path), path)
+    if world:
+        sft.main(["--out", str(out), "--size", "cpu", "--demonstrations", "40", "--questions", "2",
+                  "--max_new_tokens", "60"])
+        rows, _ = draw_demonstrations(random.Random("demonstrations 1"), 40)
+        rng = random.Random("held-out demonstrations")
+        held_out, logprobs = draw_demonstrations(rng, 500, held_out=True)
+    table, = explained(sft, out, monkeypatch, "--explain")
+    policy, tokenizer, checkpoint = load(out, "sft")
+    demonstrations, _ = encode_demonstrations(held_out, tokenizer, 128)
+    ids, start = random.Random("demonstration 1").choice(demonstrations)
+    assert table["token"] == tokenizer.shown(ids[1:])
+    assert table["mask"] == [0] * (start - 1) + [1] * (len(ids) - start)
+
+    printed = capsys.readouterr().out
+    means = []
+    for name, model in (("-log π before", load(out, "gpt")[0]), ("after", policy)):
+        means.append(gpt.held_out_loss(model, [ids], start))
+        total = sum(table[name][start - 1:])
+        assert total == pytest.approx(means[-1] * (len(ids) - start), rel=1e-5)
+    assert f"{means[0]:.4f} → {means[1]:.4f} a token\n" in printed
+    if world:
+        log_p = logprobs[[one.ids for one in demonstrations].index(ids)]
+        assert f"-log p(y|x) = {-log_p:.3f} nats" in printed
+    batch, batches = (32, 2) if world else (16, -(-len(rows) // 16))
+    tokens = sum(len(tokenizer.response(row["completion"])) for row in rows)
+    assert f"In training {batch} such sums" in printed
+    assert checkpoint["tokens_per_batch"] == tokens / batches
+
+
+def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
+    """r_φ one token beside the sentence's end; the rejected response in the place of the chosen."""
+    *tables, parts = explained(reward_model, trained, monkeypatch, "--explain")
+    model, tokenizer, _ = load(trained, "reward_model", reward_model.RewardModel)
+    rng = random.Random("pair 1")
+    row = rng.choice(read_comparisons(trained / "cpu/reward_model")[1])
+    prompt = tokenizer.prompt(row["prompt"])
+    scores = []
+    for kind, table in zip(("chosen", "rejected"), tables):
+        prefix = prompt + tokenizer.encode(table[kind][0])  # up to the first sentence
+        whole = prompt + tokenizer.response(row[kind])
+        first, last = reward_model.score_all(model, [prefix, whole]).tolist()
+        scores.append(last)
+        assert (table["r_φ"][0], table["r_φ"][-1]) == pytest.approx((first, last), abs=1e-5)
+        true = rubric(row["prompt"], row[kind])
+        expected = [*true.values(), sum(true.values()), last]
+        assert parts[kind] == pytest.approx(expected, abs=1e-5)
+        assert (table[kind][-1], table["gold"][-1]) == ("<|end|>", parts[kind][5])
+    margin = torch.tensor(scores[0] - scores[1])
+    expected = f"σ(Δr_φ) = {margin.sigmoid():.3f}, -log σ(Δr_φ) = {-F.logsigmoid(margin):.3f}: "
+    assert expected in capsys.readouterr().out
+
+    tables = explained(reward_model, trained, monkeypatch, "--explain", "--process")
+    model, tokenizer, _ = load(trained, "process_model", reward_model.RewardModel)
+    marked = mark([row], tokenizer, rng)
+    with torch.no_grad():
+        r, good = reward_model.rewards_at_steps(model, marked)
+    found = {name: tables[0][name] + tables[1][name] for name in ("r_φ", "-log P", "Δgold")}
+    assert found["r_φ"] == pytest.approx(r.tolist(), abs=1e-5)
+    loss = F.binary_cross_entropy_with_logits(r, good).item()
+    assert sum(found["-log P"]) / len(good) == pytest.approx(loss, abs=1e-5)
+    assert found["Δgold"] == marked[0].steps + marked[1].steps
+
+
+def test_any_text_gets_a_number(trained, monkeypatch, capsys):
+    """The rubric for a prompt that is no request: a traceback."""
+    flags = ("--prompt", "Who are you?", "--response", "A fox. Who else?")
+    score, parts = explained(reward_model, trained, monkeypatch, *flags)
+    assert list(parts) == ["", "response"] and parts[""] == ["r_φ"] and "gold" not in score
+    assert score["response"] == ["A fox.", "Who else?", "<|end|>"]
+    assert "no gold: the prompt is not one of" in capsys.readouterr().out
+    step, = explained(reward_model, trained, monkeypatch, "--process", *flags)
+    assert list(step) == ["response", "r_φ", "σ(r_φ)"]
+
+
+LONG = "word " * 200
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    (gpt, "--explain x --seed 2", "--seed 2: cannot be used with --explain"),
+    (gpt, ["--explain", LONG], "exceed the context"),
+    (gpt, ["--explain", ""], "--explain: is empty"),
+    (gpt, "--explain --name gpt-none", "gpt-none/checkpoint.pt: no such checkpoint; python"),
+    (sft, "--explain --prompt x", "--prompt x: cannot be used with --explain"),
+    (sft, "--explain --out none", "no such checkpoint; python sft.py makes one"),
+    (reward_model, "--prompt x", "--prompt x: goes with --response only"),
+    (reward_model, ["--prompt", "", "--response", "x"], "--prompt: is empty"),
+    (reward_model, ["--prompt", "x", "--response", LONG], "exceed the context"),
+    (reward_model, "--explain --judge both", "--judge both: cannot be used with --explain"),
+    (reward_model, "--explain --process --out none", "python reward_model.py --process makes"),
+], ids=str)
+def test_what_cannot_be_explained(script, flags, words, trained, monkeypatch):
+    """--explain trained a missing stage, ignored a flag, or left a file."""
+    before = snapshot(trained)
+    with pytest.raises(InputError) as error:
+        explained(script, trained, monkeypatch, *(flags.split() if type(flags) is str else flags))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert snapshot(trained) == before
