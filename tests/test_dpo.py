@@ -17,7 +17,7 @@ from data import stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.judges import annotator_judge, constitution_judge
 from data.run import SilentRun, read_torch, write_torch
-from data.tokenizer import Pair, encode_pairs, labels_of
+from data.tokenizer import Pair, Tokenizer, encode_pairs, labels_of, train as train_vocabulary
 from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, orpo_loss, simpo_loss
 from gpt import batches_by_length, load_checkpoint, make_optimizer, pad, response_logprobs
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt, untimed
@@ -528,6 +528,18 @@ def test_a_loss_brings_its_defaults(monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 'sft'; orpo: 'gpt')" in text
     assert "(default: 0.2; ipo: 0.05; simpo: 10.0)" in text
+
+
+def test_labels_of_one_kind_are_told(capsys):
+    """Nine good labels to a bad one, or none: KTO learns little, and nothing says why."""
+    tokenizer = Tokenizer(train_vocabulary("Say yes or no.", 265))
+    good = {"prompt": "a", "completion": "yes", "label": True}
+    bad = {"prompt": "b", "completion": "no", "label": False}
+    for rows, weight, said in (([good] * 9 + [bad], 1.0, True), ([good] * 9, 1.0, True),
+                               ([good] * 9 + [bad], 9.0, False), ([good, bad], 1.0, False)):
+        config = dpo.Config(loss="kto", data="labels.jsonl", undesirable_weight=weight)
+        dpo.read_data(config, (rows, [good, bad]), "labels.jsonl", tokenizer, 64)
+        assert ("KTO wants about as much of both" in capsys.readouterr().out) == said
 
 
 def test_labels_of_somebodys_own(out, tmp_path, capsys):
