@@ -146,10 +146,10 @@ def test_large_values_stay_finite(loss):
             good = torch.tensor([True, False])
             found = kto_loss(torch.cat([a, b]), torch.zeros(2), good, 1.0, 0.5)
         else:
-            found = {"dpo": lambda: dpo_loss(a, b, 0 * a, 0 * b, 0.5),
-                     "ipo": lambda: ipo_loss(a, b, 0 * a, 0 * b, 0.1),
-                     "simpo": lambda: simpo_loss(a, b, 2.0, 0.5),
-                     "orpo": lambda: orpo_loss(a, b, 0.5)}[loss]()
+            c, d = torch.zeros(2, 1)
+            arguments = {"dpo": (a, b, c, d, 0.5), "ipo": (a, b, c, d, 0.1), "simpo": (a, b, 2.0, 0.5),
+                         "orpo": (a, b, 0.5)}
+            found = getattr(dpo, f"{loss}_loss")(*arguments[loss])
         found.backward()
         assert found.dim() == 0 and math.isfinite(found.item())
         assert all(x.grad.isfinite().all() for x in (a, b))
@@ -194,7 +194,7 @@ def baseline_by_hand(policy, reference, labels):
     return sum(ratios) / len(ratios), len(ratios)
 
 
-@pytest.mark.parametrize("block_size, count", [(32, 10), (9, 8), (8, 5)])
+@pytest.mark.parametrize("block_size, count", [(32, 10), (9, 8), (8, 7)])
 def test_ktos_baseline_couple_by_couple(block_size, count):
     """A prompt with its own response, a response cut at the wrong place, a last part that counts as
     much as a full one; a negative KL; a couple that exceeds the context ends in a traceback, one
@@ -467,7 +467,7 @@ FILES = {
     "same.jsonl": [{"prompt": "Why?", "chosen": f"So {i}.", "rejected": "No."} for i in range(9)],
     "long.jsonl": [{"prompt": x, "completion": "b " * 999, "label": True} for x in "ab"],
     "one.jsonl": [{"prompt": "a", "completion": "b", "label": 1}],
-    "data.jsonl": [{"prompt": x, "chosen": "Yes.", "rejected": "No."} for x in "abcd"]}
+    "data.jsonl": [{"prompt": f"Say {x}.", "chosen": "Yes.", "rejected": "No."} for x in "abcd"]}
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -482,7 +482,6 @@ FILES = {
     ("--online 2 --start gpt", "--online 2: goes with --start sft only"),
     ("--online 2 --data data.jsonl --judge annotator",
      "--judge annotator: knows the little world only, not .*data.jsonl"),
-    ("--online 2 --judge annotator --max_new_tokens 124 --data data.jsonl", "--judge annotator:"),
     ("--online 2 --max_new_tokens 124 --data data.jsonl", ".*no prompt leaves room for .* 124"),
     ("--name sft", "--name sft: must be dpo"),
     ("--name dpo/../sft", "--name dpo/../sft: must be dpo"),
@@ -568,22 +567,6 @@ def test_labels_of_somebodys_own(out, tmp_path, capsys):
     for text, good in (("Yes.", True), ("No.", False)):
         ids = prompt + tokenizer.response(text)
         assert (log_ratio_by_hand(policy, reference, ids, len(prompt)) > 0) == good
-
-
-def test_pairs_serve_as_two_labels_each(out, tmp_path, monkeypatch, capsys):
-    """KTO on a file of pairs that learns from the chosen ones only; a held-out prompt that is
-    trained on."""
-    calls = record(monkeypatch, "kto")
-    run_dpo(out, "--loss", "kto", *own_pairs(tmp_path / "pairs.jsonl"))
-    assert "72 labels, 8 held out; dropped 0 longer" in capsys.readouterr().out
-    _, tokenizer = load(out / "cpu/sft", "sft")
-    found = []
-    for ids, n, good in calls[0][2]:
-        found.append((tokenizer.decode(ids[1:n - 1]), tokenizer.decode(ids[n:-1]), good))
-    expected = []
-    for row in hold_out(read_pairs(tmp_path / "pairs.jsonl"))[0]:
-        expected += [(row["prompt"], "Yes.", True), (row["prompt"], "No, no.", False)]
-    assert sorted(found) == sorted(expected)
 
 
 ONLINE = "--online 2 --pairs 12 --batch 4 --max_new_tokens 16".split()
