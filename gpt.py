@@ -247,9 +247,9 @@ def pad(sequences, device="cpu"):
 
 
 def batches_by_length(lengths, batch, rng, epochs=1):
-    """The indices of all rows, in lists of `batch`, for `epochs` passes over them, each shuffled.
-    Rows of one list have about the same length, so little of a batch is padding: each run of 16
-    batches is sorted by length, then the batches are shuffled."""
+    """Lists of `batch` indices, batches of all sequences, for `epochs` passes, each shuffled. The
+    sequences of a batch have about the same length, so little of it is padding: 16 batches in a row
+    are sorted by length, then the batches are shuffled."""
     batches = []
     for epoch in range(epochs):
         order = rng.sample(range(len(lengths)), len(lengths))
@@ -399,15 +399,15 @@ def sample_token(logits, u, temperature=1.0, top_k=None):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, top_k=None,
-             seed=None, rows=None):
+             seed=None, at_once=None):
     """Sample one response for each prompt, with a key-value cache.
 
     prompts: lists of ids, of any lengths; end_token ends a response (None: never stops early);
     temperature and top_k: see sample_token (training rollouts must not truncate); seed: an int for
-    a reproducible draw; rows: how many prompts are in memory at once (None: all). A row's draw
-    depends on its place among the prompts, the seed and max_new_tokens, not on the other rows nor
-    on `rows` (on a GPU also on the number of prompts). Returns a Rollout; a response that hits
-    max_new_tokens has no end_token.
+    a reproducible draw; at_once: how many prompts run through the model together (None: all). A
+    response depends on its place among the prompts, the seed and max_new_tokens, not on the other
+    prompts nor on at_once (on a GPU also on the number of prompts). Returns a Rollout; a response
+    that hits max_new_tokens has no end_token.
     Raises ValueError if a prompt is empty, InputError, a ValueError, if prompt + max_new_tokens
     exceed the context or temperature is not positive, FloatingPointError if the model's output is
     not finite.
@@ -422,10 +422,10 @@ def generate(model, prompts, max_new_tokens, end_token=None, temperature=1.0, to
     uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, device=device,
                           generator=generator)
 
-    rows = rows or len(prompts)
+    at_once = at_once or len(prompts)
     parts = []
-    for start in range(0, len(prompts), rows):
-        end = start + rows
+    for start in range(0, len(prompts), at_once):
+        end = start + at_once
         parts.append(generate_batch(model, prompts[start:end], uniforms[start:end], end_token,
                                     temperature, top_k))
     T = max(part.tokens.shape[1] for part in parts)
@@ -522,12 +522,12 @@ def response_texts(rollout, tokenizer):
 
 
 def respond(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_k=None,
-            rows=None):
-    """Sample a response for each prompt (lists of ids), `rows` at once: (texts without <|end|>,
+            at_once=None):
+    """Sample a response for each prompt (lists of ids), so many at once: (texts without <|end|>,
     ended: bools)."""
     with autocast(model.wte.weight.device):
         rollout = generate(model, prompts, max_new_tokens, tokenizer.end_token, temperature, top_k,
-                           seed, rows)
+                           seed, at_once)
     return response_texts(rollout, tokenizer), rollout.ended(tokenizer.end_token).tolist()
 
 
@@ -631,16 +631,17 @@ def optimizer_step(optimizer, model, lr, max_norm=1.0):
 
 
 @torch.inference_mode()
-def held_out_loss(model, sequences, prompt_lengths, rows=64, temperature=1.0):
-    """Nats per token, a mean over all response tokens of all sequences (lists of ids), `rows` in
-    one forward pass. Prompts are not counted; prompt_lengths: a list, or one number for all."""
+def held_out_loss(model, sequences, prompt_lengths, at_once=64, temperature=1.0):
+    """Nats per token, a mean over all response tokens of all sequences (lists of ids), at_once of
+    them in one forward pass. Prompts are not counted; prompt_lengths: a list, or one number for all."""
     device = model.wte.weight.device
     prompt_lengths = torch.tensor(prompt_lengths, device=device).expand(len(sequences))
     total = 0.0
     count = 0
-    for start in range(0, len(sequences), rows):
-        tokens, lengths = pad(sequences[start:start + rows], device)
-        mask = response_mask(prompt_lengths[start:start + rows], lengths, tokens.shape[1])
+    for start in range(0, len(sequences), at_once):
+        end = start + at_once
+        tokens, lengths = pad(sequences[start:end], device)
+        mask = response_mask(prompt_lengths[start:end], lengths, tokens.shape[1])
         total -= masked_logprobs(model, tokens, mask, temperature).double().sum().item()
         count += int(mask.sum())
     return total / count
@@ -731,13 +732,13 @@ def pretrain(model, corpus, old_documents, config, run):
                     grad_norm=norm, lr=lr)
 
 
-def held_out_figures(model, corpus, old_documents, rows):
-    """The loss on held-out text beside its source's entropy, and on old documents; `rows` of them
+def held_out_figures(model, corpus, old_documents, at_once):
+    """The loss on held-out text beside its source's entropy, and on old documents; at_once of them
     in one forward pass."""
-    loss = held_out_loss(model, corpus.held_out, 1, rows)
+    loss = held_out_loss(model, corpus.held_out, 1, at_once)
     figures = dict(held_out=loss, **excess(loss, corpus.entropy))
     if old_documents:
-        figures["old_held_out"] = held_out_loss(model, old_documents, 1, rows)
+        figures["old_held_out"] = held_out_loss(model, old_documents, 1, at_once)
     return figures
 
 

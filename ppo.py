@@ -290,7 +290,7 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
     with autocast(policy.wte.weight.device):
         rollout = generate(policy, prompts, config.max_new_tokens, task.end_token,
                            config.temperature, seed=rng.getrandbits(48),
-                           rows=config.sample_batch)
+                           at_once=config.sample_batch)
     run.time("rollout_s")
 
     # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref, which is the

@@ -138,12 +138,13 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
 
 
 @torch.inference_mode()
-def score_all(model, sequences, rows=128):
-    """r(x, y) of many sequences (lists of ids: prompt + response + <|end|>): (N,) on the CPU."""
+def score_all(model, sequences, at_once=128):
+    """r(x, y) of many sequences (lists of ids: prompt + response + <|end|>), at_once of them in one
+    forward pass: (N,) on the CPU."""
     device = model.head.weight.device
     scores = []
-    for start in range(0, len(sequences), rows):
-        tokens, lengths = pad(sequences[start:start + rows], device)
+    for start in range(0, len(sequences), at_once):
+        tokens, lengths = pad(sequences[start:start + at_once], device)
         scores.append(model.score(tokens, lengths).cpu())
     return torch.cat(scores)
 
@@ -212,8 +213,8 @@ def collect_pairs(policy, tokenizer, draw_prompts, count, judge, config, rng):
     return rows, dropped
 
 
-def reward_model_judge(model, tokenizer, rows=128):
-    """A judge (data/judges.py) by Bradley-Terry on a reward model's scores, `rows` in one forward
+def reward_model_judge(model, tokenizer, at_once=128):
+    """A judge (data/judges.py) by Bradley-Terry on a reward model's scores, at_once in one forward
     pass: P(first) = σ(r(first) - r(second))."""
     def judge(asked, rng):
         if not asked:
@@ -222,7 +223,7 @@ def reward_model_judge(model, tokenizer, rows=128):
         for prompt, first, second in asked:
             ids.append(tokenizer.prompt(prompt) + tokenizer.response(first))
             ids.append(tokenizer.prompt(prompt) + tokenizer.response(second))
-        scores = score_all(model, ids, rows)
+        scores = score_all(model, ids, at_once)
         p_first = torch.sigmoid(scores[0::2] - scores[1::2])
         return [(int(rng.random() >= p), "") for p in p_first.tolist()]
 
@@ -260,11 +261,11 @@ def fit(model, pairs, held_out, config, rng, run):
                     held_out_accuracy=(margin > 0).float().mean())
 
 
-def held_out_margins(model, pairs, rows=128):
-    """r(x, y_w) - r(x, y_l) of every Pair, `rows` sequences in one forward pass: (N,). Callers take
+def held_out_margins(model, pairs, at_once=128):
+    """r(x, y_w) - r(x, y_l) of every Pair, at_once sequences in one forward pass: (N,). Callers take
     twice those of a micro-batch of pairs: without gradients they need less."""
-    chosen = score_all(model, [pair.chosen for pair in pairs], rows)
-    rejected = score_all(model, [pair.rejected for pair in pairs], rows)
+    chosen = score_all(model, [pair.chosen for pair in pairs], at_once)
+    rejected = score_all(model, [pair.rejected for pair in pairs], at_once)
     return chosen - rejected
 
 
@@ -283,11 +284,11 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
     ids = [tokenizer.prompt(prompt) for prompt in asked]
     with autocast(get_device()):
         rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token,
-                           seed=config.seed, rows=config.sample_batch)
-    lengths = rollout.lengths.tolist()
-    rows = rollout.tokens.tolist()
-    responses = [row[:length] for row, length in zip(rows, lengths)]
-    scores = score_all(model, responses, 4 * config.micro_batch)
+                           seed=config.seed, at_once=config.sample_batch)
+    sequences = []
+    for ids, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist()):
+        sequences.append(ids[:length])  # without the padding
+    scores = score_all(model, sequences, 4 * config.micro_batch)
     with torch.no_grad():
         model.head.bias -= scores.mean().to(model.head.bias.device)
     print(f"shifted by {-scores.mean():+.3f}: mean 0 over {samples} SFT samples, standard "
@@ -476,18 +477,18 @@ def rewards_at_steps(model, responses):
 
 
 @torch.inference_mode()
-def step_margins(model, responses, rows=128):
+def step_margins(model, responses, at_once=128):
     """The reward of every step, negated where it was marked bad: (N,)."""
     margins = []
-    for start in range(0, len(responses), rows):
-        r, good = rewards_at_steps(model, responses[start:start + rows])
+    for start in range(0, len(responses), at_once):
+        r, good = rewards_at_steps(model, responses[start:start + at_once])
         margins.append(torch.where(good > 0, r, -r).cpu())
     return torch.cat(margins)
 
 
 @torch.inference_mode()
-def step_rewards(model, rollout, tokenizer, rows=128):
-    """What a process reward model gives the steps of a Rollout, `rows` in one forward pass:
+def step_rewards(model, rollout, tokenizer, at_once=128):
+    """What a process reward model gives the steps of a Rollout, at_once in one forward pass:
     (rewards, steps), both (B, T-1). steps is true at the action that emits the last token of a
     sentence; rewards is 0 elsewhere."""
     steps = torch.zeros(rollout.tokens.shape, dtype=torch.bool)
@@ -498,7 +499,7 @@ def step_rewards(model, rollout, tokenizer, rows=128):
         for end in step_ends(tokenizer.pieces(ids)):
             steps[row, starts[row] + end] = True
     steps = steps[:, 1:].to(rollout.tokens.device)
-    values = torch.cat([model(tokens) for tokens in rollout.tokens.split(rows)])  # (B, T)
+    values = torch.cat([model(tokens) for tokens in rollout.tokens.split(at_once)])  # (B, T)
     return torch.where(steps, values[:, 1:], 0.0), steps
 
 
@@ -579,9 +580,9 @@ def make_reward(name, model, tokenizer, micro_batch):
         elif name == "process":
             token_rewards, _ = step_rewards(model, rollout, tokenizer, micro_batch)
         else:
-            for rows in rollout.lengths.argsort().split(micro_batch):  # little padding
-                T = int(rollout.lengths[rows].max())
-                scores[rows] = model.score(rollout.tokens[rows, :T], rollout.lengths[rows])
+            for part in rollout.lengths.argsort().split(micro_batch):  # little padding
+                T = int(rollout.lengths[part].max())
+                scores[part] = model.score(rollout.tokens[part, :T], rollout.lengths[part])
         return scores, token_rewards
 
     return reward

@@ -135,11 +135,11 @@ def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
             run.log(step, grad_norm=norm)
 
 
-def held_out_figures(model, held_out, entropy, rows):
-    """Nats per response token of held-out Demonstrations, `rows` in one forward pass, beside their
-    source's entropy."""
+def held_out_figures(model, held_out, entropy, at_once):
+    """Nats per response token of held-out Demonstrations, at_once of them in one forward pass,
+    beside their source's entropy."""
     ids = [one.ids for one in held_out]
-    loss = held_out_loss(model, ids, [one.prompt_length for one in held_out], rows)
+    loss = held_out_loss(model, ids, [one.prompt_length for one in held_out], at_once)
     return dict(held_out=loss, **excess(loss, entropy))
 
 
@@ -249,7 +249,7 @@ def ask(model, tokenizer, prompts, config):
     if not prompts:
         return [], []
     return respond(model, tokenizer, prompts, config.max_new_tokens, config.seed,
-                   rows=config.sample_batch)
+                   at_once=config.sample_batch)
 
 
 def record_answers(run, before, after):
@@ -357,7 +357,7 @@ def scored_answers(prompts, policy, tokenizer, config, reward, temperature, worl
     found = {}
     with autocast(get_device()):
         rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token, temperature,
-                           seed=config.seed, rows=config.sample_batch)
+                           seed=config.seed, at_once=config.sample_batch)
     if reward:
         scores, token_rewards = reward(rollout)
         found["reward"] = (scores + token_rewards.sum(dim=1)).cpu()

@@ -259,10 +259,10 @@ def nan_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("temperature, rows", [(1.0, None), (0.6, 7)])
-def test_sampling_equals_a_brute_force_sampler(temperature, rows, shapes, nan_memory):
+@pytest.mark.parametrize("temperature, at_once", [(1.0, None), (0.6, 7)])
+def test_sampling_equals_a_brute_force_sampler(temperature, at_once, shapes, nan_memory):
     """An old key, padding or memory that is seen, a row that goes on in another one's slots once
-    the batch has shrunk; more in memory than `rows`, or other samples then; a layout that no mask
+    the batch has shrunk; more in memory than at_once, or other samples then; a layout that no mask
     fits; draws from the global generator, which training would notice."""
     model = tiny_model(seed=41)
     prompts = random_prompts(11, 20)
@@ -270,12 +270,12 @@ def test_sampling_equals_a_brute_force_sampler(temperature, rows, shapes, nan_me
     assert len({len(prompt) for prompt in prompts}) > 5
     shapes.clear()
     state = torch.get_rng_state()
-    rollout = generate(model, prompts, 45, END, temperature, seed=5, rows=rows)
+    rollout = generate(model, prompts, 45, END, temperature, seed=5, at_once=at_once)
     assert rollout.responses() == expected
-    at_once = min(rows or 20, 20)
-    assert max(count for count, _ in shapes) == at_once
+    most = at_once or 20
+    assert max(count for count, _ in shapes) == most
     longer = [shape for shape in shapes if shape[1] > 1]
-    assert len(longer) <= math.ceil(20 / at_once)  # after the prompts, a token at a time
+    assert len(longer) <= math.ceil(20 / most)  # after the prompts, a token at a time
     assert len({count for count, _ in shapes}) > 2  # and rows did leave the batch, repeatedly
 
     tokens, lengths = gpt.pad([x + y for x, y in zip(prompts, expected)])
