@@ -24,7 +24,6 @@ import sft
 from best_of_n import (Policy, Samples, best_of_n_kl, forgetting, select, sequence_logprobs,
                        top_k_overall, top_per_prompt)
 from data import stories
-from data.annotator import step_ends
 from data.answer_key import best_of_n_win_rate, cell, optimality_gap, subset_weights, win_rate
 from data.corpus import held_out_documents
 from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
@@ -173,6 +172,27 @@ def test_prompt_prints_candidates_and_the_winner(trained):
         assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
         assert all(bool(found) == gold for _, found, _ in candidates)
         assert f"winner of 6: {candidates[0][2]}\n" in printed
+
+
+def test_found_before_the_sampling(trained, tmp_path, monkeypatch):
+    """A folder that cannot be written to, found after minutes of sampling, whose tables are lost; a
+    blank in a list of policies; β = 0, which gave tables of nan."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    shutil.rmtree(out / "cpu/best_of_n", ignore_errors=True)
+    (out / "cpu/best_of_n").write_text("a file")
+    monkeypatch.setattr(best_of_n, "draw", None)
+    flags = ["--size", "cpu", "--out", str(out), "--policies"]
+    with pytest.raises(FileExistsError):
+        best_of_n.main([*flags, "ppo, dpo"])
+    with pytest.raises(InputError, match="--beta 0.0: must be positive"):
+        best_of_n.main([*flags, "ppo", "--beta", "0"])
+
+
+def test_a_score_below_the_fine_is_told(trained, capsys):
+    """Finished responses that score less than unfinished ones: never ending pays, in silence."""
+    best_of_n.main(["--size", "cpu", "--out", str(trained), "--prompt", "Why?", "--n", "6",
+                    "--missing_end_score", "99"])
+    assert "note    sft: finished responses score less" in capsys.readouterr().out
 
 
 @cpu_only
@@ -340,17 +360,11 @@ def test_best_of_n_by_the_process_model(trained, tmp_path, monkeypatch):
     assert [name for under, name in rows if under is None] == names
 
     (_, samples), = drawn
-    scores = []         # the sum of the steps, response by response
+    scores = []         # the sum of the steps, response by response; unfinished ones never win
     for rollout in samples.rollouts:
-        for row, start, length in zip(*(x.tolist() for x in rollout)):
-            row = row[:length]
-            ends = []
-            if row[-1] == tokenizer.end_token:
-                ends = step_ends(tokenizer.pieces(row[start:-1]))
-            with torch.no_grad():
-                values = model(torch.tensor([row]))[0]
-            score = sum(values[start + end].item() for end in ends)
-            scores.append(score if ends else -math.inf)
+        rewards, steps = reward_model.step_rewards(model, rollout, tokenizer)
+        for row, ended in zip(rewards, rollout.ended(tokenizer.end_token).tolist()):
+            scores.append(row.sum().item() if ended else -math.inf)
     scores = torch.tensor(scores).view(samples.figures["reward"].shape)
     assert 0 < scores.isinf().sum() < scores.numel()
     weights = subset_weights(scores, 4)
@@ -460,70 +474,38 @@ def test_draws_and_temperatures_are_each_policys_own(trained, tmp_path, monkeypa
         "-5.0"]
 
 
-@pytest.mark.parametrize("damage, reason", [
-    ("cut off", "gpt.checkpoint.pt: .*train the stage again"),
-    ("other words", "ppo.checkpoint.pt: its vocabulary")])
-def test_a_checkpoint_that_does_not_fit(trained, tmp_path, damage, reason):
-    """A file that was cut off ends the yardstick in a traceback, after its minutes of sampling,
-    with nothing saved; log-ratios of two policies whose ids mean different words."""
+def test_a_policy_of_another_vocabulary(trained, tmp_path):
+    """Log-ratios of two policies whose ids mean different words."""
     out = shutil.copytree(trained, tmp_path / "out")
-    if damage == "cut off":
-        path = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
-        data = path.read_bytes()
-        path.write_bytes(data[:len(data) // 2])
-    else:
-        path = out / "cpu/ppo/checkpoint.pt"
-        model, tokenizer, _ = load_checkpoint(path, "ppo", "cpu")
-        strings = [token.decode("latin-1") for token in tokenizer.vocabulary]
-        strings[-2:] = strings[:-3:-1]
-        save_checkpoint(path, "ppo", "cpu", model, Tokenizer.from_strings(strings))
+    path = out / "cpu/ppo/checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(path, "ppo", "cpu")
+    strings = [token.decode("latin-1") for token in tokenizer.vocabulary]
+    strings[-2:] = strings[:-3:-1]
+    save_checkpoint(path, "ppo", "cpu", model, Tokenizer.from_strings(strings))
     before = snapshot(out)
-    with pytest.raises(InputError, match=reason) as error:
+    with pytest.raises(InputError, match="ppo.checkpoint.pt: its vocabulary"):
+        run(out, "--prompts", "2", "--samples", "4")
+    assert snapshot(out) == before
+
+
+def test_figures_of_a_stage_that_are_missing_or_damaged(trained, tmp_path):
+    """A stage whose checkpoint was removed, a text of one's own, whose entropy is unknown, or a
+    single prompt, whose figures have no errors, ends the yardstick; a checkpoint that was cut off
+    ends it after its minutes of sampling, with nothing saved."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    path = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+    before = snapshot(out)
+    with pytest.raises(InputError, match="gpt.checkpoint.pt: .*train the stage again") as error:
         run(out, "--prompts", "2", "--samples", "4")
     assert "\n" not in str(error.value) and snapshot(out) == before
 
-
-def test_missing_figures_of_a_stage(trained, tmp_path):
-    """A stage whose checkpoint was removed, a text of one's own, whose entropy is unknown, or a
-    single prompt, whose figures have no errors, ends the yardstick."""
-    out = shutil.copytree(trained, tmp_path / "out")
-    shutil.rmtree(out / "cpu/gpt")
+    shutil.rmtree(path.parent)
     rows = read_torch(out / "cpu/sft/checkpoint.pt")["metrics"]
     assert not any("entropy" in row for row in rows)
     printed = run(out, *"--prompts 1 --samples 4 --policies ppo".split())
     assert re.search(r"How close to the best\n +measured .*\nreward model, accuracy ", printed)
-    assert not (out / "cpu/gpt").exists()
-
-
-def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, monkeypatch):
-    """A plan that names PPO's minutes and not DPO's, an existing policy trained again, or a name
-    that is none and is found after these minutes."""
-    out = tmp_path / "out"
-    asked = []
-
-    def main_of(name):
-        def main(argv):
-            asked.append((name, *argv))
-            shutil.copytree(trained / "cpu" / name, out / "cpu" / name)
-        return main
-
-    for stage in (gpt, sft, reward_model, ppo, dpo):
-        monkeypatch.setattr(stage, "main", main_of(stage.__name__))
-    for name, folder in (("foo", out), ("ppo-none", out), ("sft", trained), ("gpt", trained)):
-        message = f"--policies {name}: must be ppo or dpo, or the --name"
-        with pytest.raises(InputError, match=message):
-            run(folder, "--policies", f"ppo,{name}")
-    assert not asked and not out.exists()
-
-    flags = ["--prompts", "2", "--samples", "4", "--seed", "7"]
-    assert re.findall(r"^plan .*$", run(out, *flags), re.M) == [
-        "plan    gpt → sft → reward_model → ppo → dpo → best_of_n, about 11 minutes on two cores"]
-    argv = ("--size", "cpu", "--out", str(out), "--seed", "7")
-    assert asked == [(name, *argv) for name in ("gpt", "sft", "reward_model", "ppo", "dpo")]
-    shutil.rmtree(out / "cpu/ppo")
-    shutil.rmtree(out / "cpu/gpt")  # no policy needs it any more
-    assert "plan    ppo → best_of_n, about 4 minutes" in run(out, *flags)
-    assert asked[5:] == [("ppo", *argv)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -680,26 +662,20 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
     prompt asked twice and another one never; prompts too long to answer, left out without a
     word."""
     path = tmp_path / "prompts.jsonl"
-    long = [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
-    rows = [{"prompt": f"Who sings {i}?"} for i in range(20)] + long
+    rows = [{"prompt": f"Who sings {i}?"} for i in range(20)]
+    rows += [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
     write_jsonl(path, rows)
     trained_on = hold_out(rows)[0]
     short = [row["prompt"] for row in trained_on if "long" not in row["prompt"]]
     rounds = watch(monkeypatch)
-    printed = rsft(out, "--data", str(path), "--rsft_prompts", "999", "--rounds", "2")
-    assert [sorted(prompts) for prompts, *_ in rounds] == [sorted(short)] * 2 and len(short) < 20
+    printed = rsft(out, "--data", str(path), "--rsft_prompts", "999")
     assert (f"prompts.jsonl: {len(short)} prompts, dropped {len(trained_on) - len(short)} that "
-            f"leave no room for 16 new tokens; 2 rounds of 4 responses to each of {len(short)}\n"
+            f"leave no room for 16 new tokens; 1 rounds of 4 responses to each of {len(short)}\n"
             ) in printed
     rsft(out, "--data", str(path), "--rsft_prompts", "7", "--epochs", "1")
-    assert len(set(rounds[-1][0])) == 7 and set(rounds[-1][0]) < set(short)
-
-    before = snapshot(out)
-    for rows, reason in ((long, "no prompt leaves room"), ([{"prompt": "Why?"}] * 9, "same prompt")):
-        write_jsonl(path, rows)
-        with pytest.raises(InputError, match=f"prompts.jsonl.*{reason}"):
-            rsft(out, "--data", str(path))
-    assert snapshot(out) == before
+    (first, *_), (second, *_) = rounds
+    assert sorted(first) == sorted(short) and len(short) < 20
+    assert len(set(second)) == 7 and set(second) < set(short)
 
 
 RSFT_ONLY = ("name rsft-x", "rounds 2", "rsft_prompts 8", "epochs 2", "batch 8", "lr 0.1",
@@ -712,6 +688,8 @@ YARDSTICK_ONLY = ("policies ppo", "prompts 8", "samples 8", "beta 0.2")
       for flag in RSFT_ONLY),
     *((f"--finetune overall --{flag}", f"--{flag}: goes with --finetune no only$")
       for flag in YARDSTICK_ONLY),
+    ("--policies ppo,foo", "--policies foo: must be ppo or dpo, or the --name"),
+    ("--policies dpo,sft", "--policies sft: must be ppo or dpo, or the --name"),
     ("--n 4 --data found-wrong-later.jsonl", "--n 4: goes with --prompt or --finetune only"),
     ("--process --data x.jsonl", "--process True: cannot be used with --data"),
     ("--process", "process_model/checkpoint.pt: no such checkpoint"),
