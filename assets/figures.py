@@ -865,30 +865,48 @@ def deviation(xs):
     return statistics.stdev(xs) if len(xs) > 1 else 0
 
 
+# Where the frontier's picture has the names of its points: by hand, so that no line crosses a text.
+NAMED = {
+    "gold": {
+        "rsft-per_prompt": ("RSFT", 1.12, 3.05),
+        "ppo": ("PPO", 1.62, 2.72),
+        "dpo-online-annotator": ("online DPO, fresh labels", 2.1, 2.3),
+        "ppo-rloo": ("leave-one-out", 2.75, 2.62),
+        "dpo": ("DPO", 3.1, 3.2),
+        "ppo-grpo": ("GRPO", 3.6, 3.5),
+    },
+    "reward": {
+        "rsft-per_prompt": ("RSFT", 1.1, 0.95),
+        "ppo": ("PPO", 1.62, 0.68),
+        "dpo-online-annotator": ("online DPO, fresh labels", 2.1, 0.33),
+        "dpo": ("DPO", 2.7, 0.72),
+        "ppo-rloo": ("leave-one-out", 3.25, 1.12),
+        "ppo-grpo": ("GRPO", 3.6, 1.45),
+    },
+}
+
+
 def points(ax, data, field):
-    """Every policy as a point, the mean of its seeds with their spread, its name in a column on the
-    right. Beyond 4 nats it is left out, which the caption says."""
-    found = []
+    """Every policy within 4 nats as a point, the mean of its seeds. The best known ones have their
+    spread and a name; the others are gray."""
+    named = NAMED[field]
     for names, color in ((METHODS, BLUE), (DIRECT, ORANGE)):
-        for name, label in names.items():
+        for name in names:
             xs = values(data, name, "kl")
             ys = values(data, name, field)
             if not xs or statistics.mean(xs) > 4:
                 continue
             x = statistics.mean(xs)
             y = statistics.mean(ys)
+            if name not in named:
+                ax.plot(x, y, color=GRAY, marker="o", markersize=4, alpha=0.6)
+                continue
             ax.errorbar(x, y, xerr=deviation(xs), yerr=deviation(ys), color=color, marker="o",
-                        markersize=4, linewidth=1)
-            found.append((y, x, label, color))
-
-    low = min(y for y, *_ in found) - 0.15
-    high = ax.get_ylim()[1]
-    ax.set_ylim(low, high)
-    for k, (y, x, label, color) in enumerate(sorted(found)):
-        height = low + (high - low) * (k + 0.5) / len(found)
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.5}
-        ax.annotate(label, (x, y), xytext=(1.04, height), textcoords=("axes fraction", "data"),
-                    fontsize=9, color=color, va="center", arrowprops=arrow)
+                        markersize=5, linewidth=1, zorder=3)
+            label, label_x, label_y = named[name]
+            arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.7}
+            ax.annotate(label, (x, y), xytext=(label_x, label_y), color=color, ha="center",
+                        va="top", arrowprops=arrow)
 
 
 def draw_frontier(plt, data):
@@ -901,24 +919,33 @@ def draw_frontier(plt, data):
                 if statistics.mean(figures["effective_samples"].values()) >= 20:
                     curve.append((statistics.mean(figures["kl"].values()),
                                   statistics.mean(figures[field].values()),
-                                  statistics.pstdev(figures[field].values())))
+                                  statistics.pstdev(figures[field].values()),
+                                  float(name.split()[-1])))
         if curve:
-            kl, mean, error = map(np.array, zip(*sorted(curve)))
+            kl, mean, error, betas = map(np.array, zip(*sorted(curve)))
             ax.plot(kl, mean, color=GRAY, linewidth=2)
             ax.fill_between(kl, mean - error, mean + error, color=GRAY, alpha=0.3, linewidth=0)
-            ax.text(0.02, 0.94, "no policy is above this line", fontsize=10, color=GRAY,
+            ax.text(0.98, 0.04, "gray line: π* for every β, no policy is above it;\n"
+                    "gray points: the other methods", color=GRAY, ha="right", fontsize=9,
                     transform=ax.transAxes)
+            for x, y, beta in zip(kl, mean, betas):
+                if beta in (0.2, 0.4, 0.8, 1.6):
+                    ax.plot(x, y, color=GRAY, marker="|", markersize=8)
+                    ax.annotate(f"β = {beta:g}", (x, y), xytext=(-4, 5), ha="right",
+                                textcoords="offset points", fontsize=9, color=GRAY)
 
         best = ladder(data, field)
         if best:
             kl, mean = zip(*sorted(best))
-            ax.plot(kl, mean, color=GREEN, marker=".", linewidth=1,
-                    label="best of 1, 2, 4, … 64 (KL: its bound)")
+            ax.plot(kl, mean, color=GREEN, marker=".", linewidth=1)
+            ax.annotate("SFT: best of 1", (kl[0], mean[0]), xytext=(8, -3), color=GREEN,
+                        textcoords="offset points", va="center")
+            ax.annotate("best of 64", (kl[-1], mean[-1]), xytext=(6, 0), color=GREEN,
+                        textcoords="offset points", va="center")
         points(ax, data, field)
-        ax.set_xlim(1, 4)
-        ax.set_xlabel("KL to the reference, nats")
+        ax.set_xlim(-0.05, 4)
+        ax.set_xlabel("KL to the reference, nats (best-of-N: its bound)")
         ax.set_ylabel("gold, the true reward" if field == "gold" else "reward model's score")
-        ax.legend(frameon=False, loc="lower left")
     save(figure, "frontier")
 
 
@@ -943,9 +970,9 @@ def draw_over_optimization(plt, data):
             alpha, beta, _ = fit_law(pairs, rise, fall)
             ax.plot(d, start + alpha * rise(d) - beta * fall(d), style, color=GRAY, linewidth=1.2,
                     label=f"fitted: {label}")
-    ax.set_xlabel("d = √KL to the reference")
+    ax.set_xlabel("d = √KL to the reference, √nats")
     ax.set_ylabel("score")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.32), ncol=2)
     save(figure, "over_optimization")
 
 
