@@ -633,7 +633,8 @@ def optimizer_step(optimizer, model, lr, max_norm=1.0):
 @torch.inference_mode()
 def held_out_loss(model, sequences, prompt_lengths, at_once=64, temperature=1.0):
     """Nats per token, a mean over all response tokens of all sequences (lists of ids), at_once of
-    them in one forward pass. Prompts are not counted; prompt_lengths: a list, or one number for all."""
+    them in one forward pass. Prompts are not counted; prompt_lengths: a list, or a number for all.
+    """
     device = model.wte.weight.device
     prompt_lengths = torch.tensor(prompt_lengths, device=device).expand(len(sequences))
     total = 0.0

@@ -262,8 +262,8 @@ def fit(model, pairs, held_out, config, rng, run):
 
 
 def held_out_margins(model, pairs, at_once=128):
-    """r(x, y_w) - r(x, y_l) of every Pair, at_once sequences in one forward pass: (N,). Callers take
-    twice those of a micro-batch of pairs: without gradients they need less."""
+    """r(x, y_w) - r(x, y_l) of every Pair, at_once sequences in one forward pass: (N,). Callers
+    take twice those of a micro-batch of pairs: without gradients they need less."""
     chosen = score_all(model, [pair.chosen for pair in pairs], at_once)
     rejected = score_all(model, [pair.rejected for pair in pairs], at_once)
     return chosen - rejected
@@ -301,9 +301,8 @@ def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
 
 def train(config):
     """Collect or read pairs, train the reward model, save it to OUT/SIZE/reward_model."""
-    split = None
     if config.data:  # before any training
-        split = hold_out(read_pairs(config.data), config.data)
+        users_pairs = hold_out(read_pairs(config.data), config.data)
     folder = stage_folder(config, "reward_model")
     judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
     train_missing(config, ["gpt", "sft"], "reward_model")
@@ -320,21 +319,21 @@ def train(config):
                               0 if config.data else 2 * config.sample_batch)
     show_models(("reward_model",), pieces, policy=policy, reward_model=model)
     if config.data:  # before anything is written
-        data = encode_comparisons(split, config.data, tokenizer, block_size)
+        data = encode_comparisons(users_pairs, config.data, tokenizer, block_size)
         prompts = [row["prompt"] for row in data.rows]
         prompts_with_room(prompts, config.data, tokenizer, config.max_new_tokens, block_size)
 
     with Run("reward_model", folder, config, config.report, [sft_path]) as run:
         # 1. Collect preferences: (x, y_w, y_l), y_w ≻ y_l.
-        collected = (run.folder / "held_out.jsonl").exists()
+        interrupted = (run.folder / "held_out.jsonl").exists()  # after this step
         if not config.data:
-            if collected:
-                split = read_comparisons(run.folder)
+            if interrupted:
+                comparisons = read_comparisons(run.folder)
             else:
-                split = collect(policy, tokenizer, judge, config)
-            data = encode_comparisons(split, "the collected pairs", tokenizer, block_size)
+                comparisons = collect(policy, tokenizer, judge, config)
+            data = encode_comparisons(comparisons, "the collected pairs", tokenizer, block_size)
         print(f"pairs   {data.description}", flush=True)
-        if not collected:
+        if not interrupted:
             write_jsonl(run.folder / "pairs.jsonl", data.rows)
             write_jsonl(run.folder / "held_out.jsonl", data.held_out_rows)
 

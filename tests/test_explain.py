@@ -1,4 +1,4 @@
-"""--explain of gpt.py, sft.py and reward_model.py: the numbers on the screen are those that train."""
+"""--explain of gpt.py, sft.py and reward_model.py: its numbers are those that train."""
 
 import random
 import shutil
