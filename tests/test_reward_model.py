@@ -6,7 +6,6 @@ import io
 import math
 import random
 import shutil
-import statistics
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -240,13 +239,14 @@ def gold_margins(rows):
     return torch.tensor(margins)
 
 
-def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer, monkeypatch,
-                                                                      tmp_path):
+def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, monkeypatch, tmp_path):
     """An answer under another's prompt, an unfinished one compared with a whole one, one that
-    dpo.py can't read back, a label that is turned round; the same samples in every batch."""
+    dpo.py can't read back or that, encoded anew, no longer fits the context; an unusable pair that
+    is judged, a label that is turned round or another pair's; the same samples in every batch."""
     rng = random.Random(9)
     seeds = []
     answers = []    # (request, text, whether it ended), two to each request
+    asked = []
 
     def respond(model, tokenizer, prompts, max_new_tokens, seed):
         seeds.append(seed)
@@ -261,16 +261,23 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer,
         _, texts, ended = zip(*answers[-len(prompts):])
         return list(texts), list(ended)
 
+    def judge(batch, rng):
+        asked.extend(batch)
+        return annotator_judge(batch, rng)
+
+    def fits(request, text):
+        return len(tokenizer.prompt(request) + tokenizer.response(text)) <= 200
+
     monkeypatch.setattr(reward_model, "respond", respond)
     config = reward_model.Config(sample_batch=64)
-    rows, dropped = reward_model.collect_pairs(of_context(1000), tokenizer, draw_requests, 400,
-                                               annotator_judge, config, random.Random(10))
+    rows, dropped = reward_model.collect_pairs(of_context(200), tokenizer, draw_requests, 400,
+                                               judge, config, random.Random(10))
     counts = {"no end": 0, "blank": 0, "equal texts": 0}
     usable = []
     for (request, first, first_ended), (same, second, second_ended) in zip(answers[::2],
                                                                            answers[1::2]):
         assert same == request
-        if not (first_ended and second_ended):
+        if not (first_ended and second_ended and fits(request, first) and fits(request, second)):
             counts["no end"] += 1
         elif not (first.strip() and second.strip()) or "\0" in first + second:
             counts["blank"] += 1
@@ -278,7 +285,7 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_annotator(tokenizer,
             counts["equal texts"] += 1
         else:
             usable.append((request, first, second))
-    assert dropped == counts and min(counts.values()) > 10
+    assert asked == usable and dropped == counts and min(counts.values()) > 10
     for row, (request, first, second) in zip(rows, usable, strict=True):
         assert list(row) == ["prompt", "chosen", "rejected"] and row["prompt"] == request
         assert {row["chosen"], row["rejected"]} == {first, second}
@@ -318,40 +325,6 @@ def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
     assert judge([], random.Random(5)) == [] == annotator_judge([], random.Random(5))
 
 
-def test_another_judge_and_prompts_of_a_users_own(tokenizer, monkeypatch):
-    """The annotator asked, who knows no reward there; requests of the world beside one's own; an
-    unusable pair that is judged; a sample that, encoded anew, no longer fits the context, and ends
-    in a traceback of the judge's."""
-    answers = {"Hi.": ["Good morning.", "No."], "Who?": ["Me.", "Me."],
-               "Why?": ["So. " * 9, "So."], "How?": [" ", "So."]}
-    asked = []
-
-    def respond(model, tokenizer, prompts, max_new_tokens, seed):
-        texts = []
-        for i, ids in enumerate(prompts):
-            texts.append(answers[tokenizer.decode(ids[1:-1])][i % 2])
-        return texts, [True] * len(texts)
-
-    def judge(batch, rng):
-        asked.extend(batch)
-        return [(1, "")] * len(batch)
-
-    def draw_prompts(count, rng):
-        return rng.choices(list(answers), k=count)
-
-    monkeypatch.setattr(reward_model, "respond", respond)
-    config = reward_model.Config(sample_batch=2)
-    for context, kept in ((20, {"Hi."}), (1000, {"Hi.", "Why?"})):
-        asked.clear()
-        rows, dropped = reward_model.collect_pairs(of_context(context), tokenizer, draw_prompts, 12,
-                                                   judge, config, random.Random(2))
-        assert len(rows) == len(asked) == 12 and {prompt for prompt, _, _ in asked} == kept
-        for row in rows:
-            assert [row["rejected"], row["chosen"]] == answers[row["prompt"]]  # the second one won
-        assert dropped["blank"] and dropped["equal texts"]
-        assert bool(dropped["no end"]) == (context == 20)
-
-
 def test_a_policy_that_never_ends_is_named(tokenizer, monkeypatch):
     """Sampling for ever, without a word, from a model that was not taught to stop."""
     def respond(model, tokenizer, prompts, *_):
@@ -380,9 +353,8 @@ def rollout_of(rows, tokenizer):
 # Before and after
 
 
-@pytest.mark.parametrize("world, scored", [(True, True), (True, False), (False, True),
-                                           (False, False)])
-def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys, world, scored):
+@pytest.mark.parametrize("world", [True, False])
+def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys, world):
     """The luckiest of 33 prompts shown as the rule; a text beside another's scores; the reward
     model's opinion where the true reward is known; two seeds, or a temperature at which the policy
     was not trained; a reward of which the tokens' part is left out."""
@@ -391,12 +363,12 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
     rng = random.Random(16)
     calls = []
 
-    def generate(policy, ids, max_new_tokens, end_token, temperature, seed, rows):
+    def generate(policy, ids, max_new_tokens, end_token, temperature, seed, **_):
         asked = [tokenizer.decode(row[1:-1]) for row in ids]
         texts = []
-        for i, request in enumerate(asked):
+        for request in asked:
             text = stories.story(rng, request).text if world else "Red " * rng.randrange(30)
-            texts.append(f"{text} {i}.")
+            texts.append(text + ".")
         calls.append(((policy, temperature, seed), asked, texts))
         return rollout_of([(*row, True) for row in zip(asked, texts)], tokenizer)
 
@@ -410,39 +382,33 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
 
     monkeypatch.setattr(sft, "generate", generate)
     prompts = None if world else [f"Color {i}?" for i in range(40)] + ["long " * 400]
-    sft.show_before_and_after(prompts, before, after, tokenizer,
-                              reward_model.Config(seed=5, max_new_tokens=96),
-                              reward if scored else None, 0.7)
+    config = reward_model.Config(seed=5, max_new_tokens=96)
+    sft.show_before_and_after(prompts, before, after, tokenizer, config, reward, 0.7)
     assert [call[0] for call in calls] == [(before, 1.0, 5), (after, 0.7, 5)]
     asked = calls[0][1]
     assert asked == calls[1][1] and len(set(asked)) == 33 and (world or asked == prompts[:33])
 
-    figures = {}    # what is known of the answers of the two policies
-    for name in ["reward"] * scored + ["gold"] * world:
-        figures[name] = []
-        for _, _, texts in calls:
-            values = []
-            for prompt, text in zip(asked, texts):
-                length = len(tokenizer.prompt(prompt) + tokenizer.response(text))
-                gold = annotator.gold_reward(prompt, text) if world else None
-                values.append(score(length) if name == "reward" else gold)
-            figures[name].append(values)
-
-    head, *shown = capsys.readouterr().out.splitlines()
-    which = asked.index(shown[0].removeprefix("prompt   "))
-    for i, label in enumerate(("before", "after")):
-        tags = ", ".join(f"{name} {found[i][which]:+.2f}" for name, found in figures.items())
-        text = (f"[{tags}] " if tags else "") + calls[i][2][which]
-        assert shown[1 + i] == f"{label:9s}{text}"
+    figures = {"reward": torch.zeros(2, 33)}
+    if world:
+        figures["gold"] = torch.zeros(2, 33)    # it comes last and decides
+    for i, (_, _, texts) in enumerate(calls):
+        for j, (prompt, text) in enumerate(zip(asked, texts)):
+            length = len(tokenizer.prompt(prompt) + tokenizer.response(text))
+            figures["reward"][i, j] = score(length)
+            if world:
+                figures["gold"][i, j] = annotator.gold_reward(prompt, text)
+    head, prompt, *shown = capsys.readouterr().out.splitlines()
+    which = asked.index(prompt.removeprefix("prompt   "))
     expected = []
-    for name, (x, y) in figures.items():    # gold, if it is known, comes last and decides
-        gains = [after - before for before, after in zip(x, y)]
-        expected.append(f"{name} {statistics.mean(x):.2f} → {statistics.mean(y):.2f} "
-                        f"(± {statistics.pstdev(gains) / math.sqrt(33):.2f})")
-    if figures:
-        assert gains[which] == pytest.approx(statistics.median(gains))
-    sentence = "before and after on 33 held-out prompts"
-    assert head == ": ".join([sentence, *filter(None, ["; ".join(expected)])])
+    for name, x in figures.items():
+        gains = x[1] - x[0]
+        expected.append(f"{name} {x[0].mean():.2f} → {x[1].mean():.2f} "
+                        f"(± {gains.std(correction=0) / math.sqrt(33):.2f})")
+    assert gains[which] == gains.median()
+    assert head == "before and after on 33 held-out prompts: " + "; ".join(expected)
+    for i, label in enumerate(("before", "after")):
+        tags = ", ".join(f"{name} {x[i, which]:+.2f}" for name, x in figures.items())
+        assert shown[i] == f"{label:9s}[{tags}] {calls[i][2][which]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -562,9 +528,8 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(policy, tmp_path, 
         train(policy, "--learning_curve", "--batch", "64", *flags)
         split = hold_out(color_pairs(count))
         pairs, held_out = [encode_pairs(rows, tokenizer, 64)[0] for rows in split]
-        origin, kept, left, header, *lines = capsys.readouterr().out.splitlines()
+        origin, _, _, header, *lines = capsys.readouterr().out.splitlines()
         assert origin.endswith(f" {source}") and len(pairs) > 256
-        assert f" {len(pairs)} pairs" in kept and f" {len(held_out)} held out" in left
         assert "Bayes" not in header            # the true rewards are not known
         assert [int(line.split()[0]) for line in lines] == [256, len(pairs)]
         assert [point[1:] for point in points] == [(pairs[:256], held_out), (pairs, held_out)]
@@ -686,29 +651,29 @@ JUDGE = """import json, sys
 rows = [json.loads(line) for line in sys.stdin]
 open({asked!r}, "a").writelines(json.dumps(row) + "\\n" for row in rows)
 for row in rows[:{most}]:
-    print(json.dumps(dict(choice=len(row["first"]) % 2, why="parity of " + row["prompt"])))
+    print(json.dumps(dict(choice=len(row["first"]) % 2, why="parity")))
 """
 
 
 def test_a_program_labels_every_pair_once(out, tmp_path):
     """A label paid for twice, or given to another pair, when the program died and the run is
-    resumed; reasons that are lost; labels that stay beside the checkpoint."""
-    argv = ["--out", str(out), "--judge", f"{sys.executable} {tmp_path / 'judge.py'}", *JUDGED]
+    resumed; labels that stay beside the checkpoint."""
     asked = tmp_path / "asked.jsonl"
-    (tmp_path / "judge.py").write_text(JUDGE.format(asked=str(asked), most=20))
+    program = tmp_path / "judge.py"
+    argv = ["--out", str(out), "--judge", f"{sys.executable} {program}", *JUDGED]
+    program.write_text(JUDGE.format(asked=str(asked), most=20))
     with pytest.raises(InputError, match="gave 20 of .* answers"):
         reward_model.main(argv)
     answered = metrics(asked)[:20]
     asked.unlink()
-    (tmp_path / "judge.py").write_text(JUDGE.format(asked=str(asked), most=99))
+    program.write_text(JUDGE.format(asked=str(asked), most=99))
     reward_model.main([*argv, "--resume"])
-
     labelled = []
     for row in answered + metrics(asked):
         texts = [row["first"], row["second"]]
         choice = len(texts[0]) % 2
         labelled.append(dict(prompt=row["prompt"], chosen=texts[choice], rejected=texts[1 - choice],
-                             why=f"parity of {row['prompt']}"))
+                             why="parity"))
     assert metrics(out / "cpu/reward_model/pairs.jsonl") == labelled and len(labelled) == 64
     assert not list(out.glob("cpu/reward_model/**/labels.jsonl"))
 
