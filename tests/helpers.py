@@ -21,7 +21,7 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(),
                               reason="a GPU draws otherwise, and has bf16's digits")
 V = 5  # the world that can be enumerated: tokens 0 to 3 and <|end|>
 METHODS = typing.get_args(ppo.Config.__annotations__["method"])
-VALUED = ("ppo", "ppo_penalty", "a2c")  # those with a value model
+PROMPTS = [[2, 0], [1], [3, 3, 0, 1, 2], [0, 1, 2]]
 
 
 def tiny_gpt(seed, vocab=V, block_size=32):
@@ -78,6 +78,11 @@ def made_up_rollouts(policy, value_model):
         old_values=inside(values + noise(2, *mask.shape)))
 
 
+def draw_prompts(count, rng):
+    """PROMPTS, as ppo.Task draws them."""
+    return rng.choices(PROMPTS, k=count)
+
+
 def bare_rollouts(mask):
     """Rollouts of which only the mask is known."""
     others = dict.fromkeys(ppo.Rollouts._fields)
@@ -90,7 +95,7 @@ def optimize(policy, reference, value_model, task, config):
     if config.method == "ppo":
         ppo.ppo(policy, reference, value_model, task, config, run)
     else:
-        value_model = value_model if config.method in VALUED else None
+        value_model = value_model if config.method in ppo.WITH_VALUES else None
         ppo.policy_gradients(policy, reference, value_model, task, config, run)
     return run.rows
 
@@ -103,9 +108,6 @@ def first_step(monkeypatch, policy, value_model, rollouts, config, rows):
     def record(optimizer, model, lr):
         gradients[model] = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
-
-    def draw_prompts(count, rng):
-        return [[0]] * count
 
     with monkeypatch.context() as patch:
         patch.setattr(ppo, "sample", lambda *arguments: rollouts)
