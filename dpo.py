@@ -16,6 +16,7 @@ Two models: the policy π_θ and the frozen reference π_ref, both from SFT.
     python dpo.py --loss orpo           SFT and alignment in one stage: starts from the base model
     python dpo.py --online 5            five rounds on samples of the current policy
     python dpo.py --prompt "…"          answer a prompt with the policy
+    python dpo.py --explain             a held-out pair: log-ratios token by token, r̂, z, σ(-z)
 
 Everything up to "The family" is DPO and can be read top to bottom.
 
@@ -28,24 +29,27 @@ Departures from the slides: none in DPO, whose log-probabilities are sums over t
 
 import math
 import random
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
 from data import stories
+from data.annotator import gold_reward, read_texts
 from data.corpus import draw_requests, prompts_with_room
 from data.files import (InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script,
                         write_jsonl)
 from data.judges import JUDGES, judge_of
-from data.run import (Run, announce, check_name, forget_rounds, parse_config, show_models,
-                      stage_folder, train_missing)
+from data.run import (Run, allow_flags, announce, check_name, complete, forget_rounds,
+                      parse_config, refuse_stale, show, show_models, stage_folder, train_missing)
+from data.table import Column, print_columns
 from data.tokenizer import (Label, Pair, encode_comparisons, encode_labels, encode_pairs,
                             labels_of)
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 memory_of_pieces, optimizer_step, pad, response_logprobs, save_checkpoint)
-from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge
+                 masked_logprobs, memory_of_pieces, optimizer_step, pad, response_logprobs,
+                 response_mask, save_checkpoint)
+from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge, score_all
 from sft import answer, default_lr, show_before_and_after
 
 
@@ -88,6 +92,7 @@ class Config:
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
     name: str = "dpo"           # name of this run's folder: dpo-… keeps an experiment apart
     seed: int = 1               # fixes the order of the pairs and the samples
+    explain: bool = False       # print a held-out pair with every quantity of the loss, and stop
     report: int = 64            # steps between two reports, and between two saves of the state
     resume: bool = False        # continue the run that was interrupted in this folder
 
@@ -218,22 +223,29 @@ def kto_loss(policy, ref, desirable, baseline, beta, desirable_weight=1.0, undes
     return (weight - v).mean()
 
 
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
 def pair_loss(policy, reference, pairs, config):
-    """The loss config.loss of Pairs, and figures: accuracy and mean of the margin between chosen
-    and rejected, in the implicit reward r̂ or, without a reference, in the mean log-probability."""
-    chosen, rejected = pair_logprobs(policy, pairs)
-    figures = {}
-    if config.loss in ("dpo", "ipo"):
+    """The loss config.loss of Pairs, and figures, see loss_of_logprobs."""
+    logprobs = pair_logprobs(policy, pairs)
+    ref_logprobs = None
+    if config.loss not in WITHOUT_REFERENCE:
         with torch.no_grad():
-            ref_chosen, ref_rejected = pair_logprobs(reference, pairs)
-        figures["chosen_log_ratio"] = (chosen - ref_chosen).mean()
-        figures["rejected_log_ratio"] = (rejected - ref_rejected).mean()
-        margin = config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-        if config.loss == "dpo":
-            loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
-        else:
-            loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
-    else:
+            ref_logprobs = pair_logprobs(reference, pairs)
+    return loss_of_logprobs(logprobs, ref_logprobs, pairs, config)
+
+
+def loss_of_logprobs(logprobs, ref_logprobs, pairs, config):
+    """The loss config.loss, and figures: accuracy and mean of the margin between chosen and
+    rejected, in the implicit reward r̂ or, without a reference, in the mean log-probability.
+
+    logprobs, ref_logprobs: pair_logprobs of the policy and of the reference, which may be None for
+    a loss without one.
+    """
+    chosen, rejected = logprobs
+    figures = {}
+    if config.loss in WITHOUT_REFERENCE:
         chosen_lengths = [len(pair.chosen) - pair.prompt_length for pair in pairs]
         rejected_lengths = [len(pair.rejected) - pair.prompt_length for pair in pairs]
         chosen_mean = chosen / torch.tensor(chosen_lengths, device=chosen.device)
@@ -243,6 +255,15 @@ def pair_loss(policy, reference, pairs, config):
             loss = simpo_loss(chosen_mean, rejected_mean, config.beta, config.gamma)
         else:
             loss = orpo_loss(chosen_mean, rejected_mean, config.lam)
+    else:
+        ref_chosen, ref_rejected = ref_logprobs
+        figures["chosen_log_ratio"] = (chosen - ref_chosen).mean()
+        figures["rejected_log_ratio"] = (rejected - ref_rejected).mean()
+        margin = config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        if config.loss == "ipo":
+            loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+        else:
+            loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
     return loss, dict(accuracy=(margin > 0).float().mean(), margin=margin.mean(), **figures)
 
 
@@ -381,57 +402,79 @@ def refuse_other_tokens(config, tokenizer, stage, other):
     """InputError if another stage's model reads other tokens than the policy."""
     if other.vocabulary != tokenizer.vocabulary:
         raise InputError(f"{stage_folder(config, stage) / 'checkpoint.pt'}: its vocabulary is not "
-                         f"that of the {config.start} model; train {stage} again")
+                         f"that of the policy; train {stage} again")
 
 
 class Data(NamedTuple):
     """What the stage reads."""
     items: list             # to train on: Pairs, or Labels for KTO
     held_out: list
-    paired: bool            # whether held-out Labels are the labels_of pairs
+    paired: bool            # KTO: held_out are the labels_of pairs, so its accuracy is one of pairs
     own: list               # the user's prompts to train on; None: the little world's
     questions: list         # likewise held out
     description: str
 
 
-def read_data(config, split, origin, tokenizer, block_size):
-    """The Data of split = (rows to train on, held-out rows), read from origin. KTO takes a pair as
-    two labels."""
-    paired = config.loss == "kto" and not config.data
+def read_rows(config):
+    """((rows to train on, held-out rows), the file that they come from)."""
+    if config.data:
+        read = read_labels if config.loss == "kto" else read_pairs
+        return hold_out(read(config.data), config.data), config.data
+    folder = stage_folder(config, "reward_model")
+    return read_comparisons(folder), folder / "pairs.jsonl"
+
+
+def encode_rows(config, split, origin, tokenizer, block_size):
+    """(items, held_out, paired, description), see Data. KTO takes a pair as two labels."""
     if config.loss == "kto" and config.data:
         items, held_out, description = encode_labels(split, origin, tokenizer, block_size)
-    else:
-        comparisons = encode_comparisons(split, origin, tokenizer, block_size)
-        items = comparisons.pairs
-        held_out = comparisons.held_out
-        description = comparisons.description
-        if paired:
-            items = labels_of(items)
-            held_out = labels_of(held_out)
+        return items, held_out, False, description
+    found = encode_comparisons(split, origin, tokenizer, block_size)
+    if config.loss == "kto":
+        return labels_of(found.pairs), labels_of(found.held_out), True, found.description
+    return found.pairs, found.held_out, False, found.description
 
-    if config.loss == "kto" and not config.online:
-        good = config.desirable_weight * sum(label.desirable for label in items)
-        bad = config.undesirable_weight * sum(not label.desirable for label in items)
-        if good > 4 * bad or bad > 4 * good:
-            print(f"note    good labels weigh {good:g}, bad ones {bad:g}: KTO wants about as much "
-                  "of both (--desirable_weight, --undesirable_weight)", flush=True)
 
+def note_balance(labels, config):
+    """Say so where good and bad Labels weigh very differently."""
+    good = config.desirable_weight * sum(label.desirable for label in labels)
+    bad = config.undesirable_weight * sum(not label.desirable for label in labels)
+    if good > 4 * bad or bad > 4 * good:
+        print(f"note    good labels weigh {good:g}, bad ones {bad:g}: KTO wants about as much "
+              "of both (--desirable_weight, --undesirable_weight)", flush=True)
+
+
+def prompts_of(config, split):
+    """The user's own prompts, (to train on, held out); None, None if they are the world's."""
     rows, held_out_rows = split
     own = list(dict.fromkeys(row["prompt"] for row in rows))
     questions = list(dict.fromkeys(row["prompt"] for row in held_out_rows))
     if not config.data and all(stories.parse_request(prompt) for prompt in questions):
-        own = None  # but the stage's pairs may be somebody's own too
-        questions = None
+        return None, None  # but the stage's pairs may be somebody's own too
+    return own, questions
+
+
+def online_prompts(config, own, origin, tokenizer, block_size):
+    """(those of the user's own prompts that leave room for a response, a sentence about them)."""
+    if not own:
+        return own, "fresh requests of the little world"
+    if not config.data:
+        raise InputError(f"{origin}: is not of the little world; --online needs its prompts, with "
+                         "--data")
+    return prompts_with_room(own, origin, tokenizer, config.max_new_tokens, block_size)
+
+
+def read_data(config, split, origin, tokenizer, block_size):
+    """The Data of split, see read_rows."""
+    items, held_out, paired, description = encode_rows(
+        config, split, origin, tokenizer, block_size)
+    own, questions = prompts_of(config, split)
     if config.online:
-        asked = "fresh requests of the little world"
-        if own:
-            if not config.data:
-                raise InputError(f"{origin}: is not of the little world; --online needs its "
-                                 "prompts, with --data")
-            own, asked = prompts_with_room(own, origin, tokenizer, config.max_new_tokens,
-                                           block_size)
+        own, asked = online_prompts(config, own, origin, tokenizer, block_size)
         description = (f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the "
                        f"{config.judge}; held out: {description}")
+    elif config.loss == "kto":
+        note_balance(items, config)
     return Data(items, held_out, paired, own, questions, description)
 
 
@@ -449,8 +492,7 @@ def train(config):
     if config.online and not judged:
         judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
     if config.data:  # before any training
-        read = read_labels if config.loss == "kto" else read_pairs
-        split = hold_out(read(config.data), config.data)
+        split, origin = read_rows(config)
     needed = ["gpt", "sft"]
     if judged or not config.data:
         needed.append("reward_model")
@@ -460,7 +502,7 @@ def train(config):
     policy, tokenizer = load(config, config.start)
     used = [config.start]
     reference = None
-    if config.loss not in ("simpo", "orpo"):
+    if config.loss not in WITHOUT_REFERENCE:
         reference, reference_tokenizer = load(config, "sft")
         refuse_other_tokens(config, tokenizer, "sft", reference_tokenizer)
         used.append("sft")
@@ -473,12 +515,9 @@ def train(config):
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
 
     # 1. The comparisons: (x, y_w, y_l), y_w ≻ y_l.
-    origin = config.data
     if not config.data:
-        stage = stage_folder(config, "reward_model")
-        split = read_comparisons(stage)
-        origin = stage / "pairs.jsonl"
-        sources += [origin, stage / "held_out.jsonl"]
+        split, origin = read_rows(config)
+        sources += [origin, origin.with_name("held_out.jsonl")]
     data = read_data(config, split, origin, tokenizer, policy.config.block_size)
     announce(config.name, config, get_device(), data.description, policy)
     sequences = config.micro_batch if config.loss == "kto" else 2 * config.micro_batch
@@ -519,7 +558,7 @@ def train(config):
             fit_pairs(policy, reference, data.items, data.held_out, optimizer, config, rng, run)
 
         # 3. Save; the same prompts before and after.
-        extra = {}
+        extra = {"objective": {name: getattr(config, name) for name in OBJECTIVE}}
         if config.loss in ("dpo", "kto"):  # the others' beta is no price of KL
             extra["beta"] = config.beta
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer,
@@ -538,22 +577,243 @@ def train(config):
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py", flush=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# One example
+
+
+SETTINGS = [field.name for field in fields(Config)]
+OBJECTIVE = SETTINGS[:SETTINGS.index("start")]  # the loss, its β and what else is its own
+
+
+def explain(config):
+    """Print a held-out pair, for KTO two labels or one, with every quantity of the loss that the
+    policy of --name was trained with."""
+    allow_flags(config, (*OBJECTIVE, "data", "name", "seed", "size", "out"), "explain")
+    check_name(config.name, "dpo")
+    folder = stage_folder(config, config.name)
+    reward_folder = stage_folder(config, "reward_model")
+    for path in (folder, reward_folder):
+        complete(path)
+        refuse_stale(path)
+    path = folder / "checkpoint.pt"
+    policy, tokenizer, checkpoint = load_checkpoint(path, "dpo", config.size, get_device())
+    for name, value in checkpoint.get("objective", {}).items():
+        if name in config.given and getattr(config, name) != value:
+            raise InputError(f"--{name} {getattr(config, name)}: {path} was trained with {value}")
+        setattr(config, name, value)
+    reference = None
+    if config.loss not in WITHOUT_REFERENCE:
+        reference, reference_tokenizer = load(config, "sft")
+        refuse_other_tokens(config, tokenizer, "sft", reference_tokenizer)
+    reward_model = None
+    if (reward_folder / "checkpoint.pt").exists():
+        reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
+        refuse_other_tokens(config, tokenizer, "reward_model", reward_tokenizer)
+
+    # A held-out pair (x, y_w, y_l), also as two labels.
+    split, origin = read_rows(config)
+    _, held_out, paired, _ = encode_rows(
+        config, split, origin, tokenizer, policy.config.block_size)
+    rng = random.Random(f"explain {config.seed}")
+    if config.loss != "kto":
+        pair = rng.choice(held_out)
+        labels = labels_of([pair])
+    elif paired:
+        i = rng.randrange(len(held_out) // 2)
+        labels = [held_out[i], held_out[i + len(held_out) // 2]]
+    else:
+        labels = [rng.choice(held_out)]
+    names = ["y_w", "y_l"] if len(labels) == 2 else ["y"]
+
+    texts = read_texts(*pad([label.ids for label in labels]), tokenizer)
+    show(("prompt", texts[0][0]), *zip(names, [text for _, text in texts]))
+    print_tokens(names, labels, policy, reference, tokenizer)
+    rewards = {}
+    if config.loss == "kto":
+        batch = rng.sample(held_out, min(config.batch, len(held_out)))
+        print_labels(names, labels, batch, policy, reference, config)
+    else:
+        rewards = print_pair(pair, policy, reference, config)
+    print_rewards(rewards, names, labels, texts, reward_model)
+
+
+@torch.no_grad()
+def print_tokens(names, labels, policy, reference, tokenizer):
+    """log π_θ of every token of Labels, side by side; with a reference log π_ref too, and the
+    log-ratio. Under them the sums."""
+    tokens, lengths = pad([label.ids for label in labels], policy.wte.weight.device)
+    prompt_lengths = torch.tensor([label.prompt_length for label in labels], device=tokens.device)
+    mask = response_mask(prompt_lengths, lengths, tokens.shape[1])
+    figures = {"log π_θ": masked_logprobs(policy, tokens, mask)}  # (B, T-1) each
+    if reference is not None:
+        figures["log π_ref"] = masked_logprobs(reference, tokens, mask)
+        figures["log ratio"] = figures["log π_θ"] - figures["log π_ref"]
+
+    rows = int(mask.sum(dim=1).max())
+    columns = []
+    sums = []
+    for i, name in enumerate(names):
+        texts = tokenizer.shown(tokens[i, 1:][mask[i]].tolist())
+        missing = rows - len(texts)
+        columns.append(Column(name, texts + [""] * missing))
+        for figure, x in figures.items():
+            values = x[i, mask[i]].tolist() + [None] * missing
+            columns.append(Column(figure, values, ".3f", signed=figure == "log ratio"))
+        parts = [f"Σ {figure} = {x[i].sum():.3f}" for figure, x in figures.items()]
+        sums.append(f"{name}: {', '.join(parts)}")
+    print()
+    print_columns(columns, [*sums, "The sums over a response, <|end|> included, are log π(y|x) "
+                            "(masked_logprobs, response_logprobs)."])
+
+
+def print_pair(pair, policy, reference, config):
+    """The loss of a Pair, what it is made of, and its gradient in the two log-probabilities.
+    Returns the policy's own rewards of the two, {name: r̂}, if the loss gives it any."""
+    ref_logprobs = None
+    with torch.no_grad():
+        logprobs = pair_logprobs(policy, [pair])
+        if reference is not None:
+            ref_logprobs = pair_logprobs(reference, [pair])
+    for x in logprobs:
+        x.requires_grad_()
+    loss, figures = loss_of_logprobs(logprobs, ref_logprobs, [pair], config)
+    gradient = torch.cat(torch.autograd.grad(loss, logprobs))
+
+    # From here on (2,): y_w, y_l.
+    logprobs = torch.cat(logprobs).detach().cpu()
+    lengths = torch.tensor([len(pair.chosen), len(pair.rejected)]) - pair.prompt_length
+    columns = [Column("|y|", lengths.tolist(), "d"),
+               Column("log π_θ(y|x)", logprobs.tolist(), ".3f")]
+    if reference is not None:
+        ref_logprobs = torch.cat(ref_logprobs).cpu()
+        log_ratios = logprobs - ref_logprobs
+        columns += [Column("log π_ref(y|x)", ref_logprobs.tolist(), ".3f"),
+                    Column("log ratio", log_ratios.tolist(), ".3f")]
+    else:
+        means = logprobs / lengths
+        columns += [Column("log π_θ(y|x)/|y|", means.tolist(), ".3f")]
+
+    rewards = {}
+    lines = [f"loss {loss:.3f}"]
+    beta = config.beta
+    margin = figures["margin"]
+    if config.loss == "dpo":
+        rewards = {"r̂ = β log ratio": beta * log_ratios}
+        weight = torch.sigmoid(-margin)
+        lines = [f"z = r̂(x, y_w) - r̂(x, y_l) = {margin:.3f}, β = {beta}; loss -log σ(z) = "
+                 f"{loss:.3f}",
+                 f"weight of its gradient σ(-z) = {weight:.3f}; β σ(-z) = {beta * weight:.4f}",
+                 'CS 224R, ch. 8, "Understanding the DPO Gradient"; ECE 7115, "DPO Loss" (dpo_loss).']
+    elif config.loss == "ipo":
+        h = log_ratios[0] - log_ratios[1]
+        target = 1 / (2 * beta)
+        lines = [f"h, the difference of the log ratios, = {h:.3f}, is drawn to 1/(2β) = "
+                 f"{target:.3f}, β = {beta}",
+                 f"loss (h - 1/(2β))² = {loss:.3f}; weight of its gradient 2 (h - 1/(2β)) = "
+                 f"{2 * (h - target):.4f}",
+                 'CS 224R, ch. 10, "IPO: Identity Preference Optimization" (ipo_loss).']
+    elif config.loss == "simpo":
+        rewards = {"r̂ = β log π_θ(y|x)/|y|": beta * means}
+        z = beta * margin - config.gamma
+        weight = torch.sigmoid(-z)
+        lines = [f"z = r̂(x, y_w) - r̂(x, y_l) - γ = {z:.3f}, β = {beta}, γ = {config.gamma}; "
+                 f"loss -log σ(z) = {loss:.3f}",
+                 f"weight of its gradient σ(-z) = {weight:.3f}; β σ(-z)/|y| = "
+                 f"{beta * weight / lengths[0]:.4f} and {beta * weight / lengths[1]:.4f}",
+                 'ECE 7115, "DPO Variants" (simpo_loss).']
+    elif config.loss == "orpo":
+        odds = log_odds(means)
+        columns += [Column("log odds", odds.tolist(), ".3f")]
+        ratio = odds[0] - odds[1]
+        lines = [f"loss -log π_θ(y_w|x)/|y_w| - λ log σ(log odds ratio) = {-means[0]:.3f} + "
+                 f"{config.lam} · {-F.logsigmoid(ratio):.3f} = {loss:.3f}",
+                 f"log odds ratio {ratio:.3f}, the odds are those of exp(log π_θ(y|x)/|y|)",
+                 'CS 224R, ch. 10, "ORPO: Odds Ratio Preference Optimization" (orpo_loss).']
+    for name, x in rewards.items():
+        columns += [Column(name, x.tolist(), ".3f")]
+    columns += [Column("∂L/∂log π_θ(y|x)", gradient.tolist(), ".4f", signed=True)]
+    print()
+    print_columns([Column("", ["y_w", "y_l"]), *columns], lines)
+    return rewards
+
+
+def print_labels(names, labels, batch, policy, reference, config):
+    """KTO's loss of Labels, what it is made of, and its gradient in each log-probability. batch:
+    the Labels that z0 is estimated from."""
+    z0 = kto_baseline(policy, reference, batch, config.micro_batch)
+    with torch.no_grad():
+        logprobs = label_logprobs(policy, labels)
+        ref_logprobs = label_logprobs(reference, labels)
+    logprobs.requires_grad_()
+    losses = []
+    for i, label in enumerate(labels):
+        losses.append(kto_loss(logprobs[i:i + 1], ref_logprobs[i:i + 1],
+                               torch.tensor([label.desirable], device=logprobs.device), z0,
+                               config.beta, config.desirable_weight, config.undesirable_weight))
+    losses = torch.stack(losses)
+    gradient, = torch.autograd.grad(losses.sum(), logprobs)
+    r = (logprobs - ref_logprobs).detach()
+    print()
+    print_columns(
+        [Column("", names),
+         Column("label", ["good" if label.desirable else "bad" for label in labels]),
+         Column("log π_θ(y|x)", logprobs.tolist(), ".3f"),
+         Column("log π_ref(y|x)", ref_logprobs.tolist(), ".3f"),
+         Column("r̂ = log ratio", r.tolist(), ".3f"),
+         Column("r̂ - z0", (r - z0).tolist(), ".3f", signed=True),
+         Column("loss λ_y - v", losses.tolist(), ".3f"),
+         Column("∂L/∂log π_θ(y|x)", gradient.tolist(), ".4f", signed=True)],
+        [f"z0 = {z0:.3f} nats, the mean log-ratio of {len(batch)} held-out prompts with responses "
+         "to other ones (kto_baseline)",
+         f"v = λ_D σ(β (r̂ - z0)) if good, λ_U σ(β (z0 - r̂)) if bad; β = {config.beta}, "
+         f"λ_D = {config.desirable_weight}, λ_U = {config.undesirable_weight}",
+         'CS 224R, ch. 10, "KTO: Kahneman-Tversky Optimization" (kto_loss).'])
+
+
+def print_rewards(rewards, names, labels, texts, reward_model):
+    """The same responses by other rewards than the policy's own: the reward model's and, where the
+    prompt is the world's, the annotator's."""
+    rewards = dict(rewards)
+    if reward_model is not None:
+        rewards["r_φ(x, y)"] = score_all(reward_model, [label.ids for label in labels])
+    if stories.parse_request(texts[0][0]):
+        golds = [gold_reward(prompt, text) for prompt, text in texts]
+        rewards["gold(x, y)"] = torch.tensor(golds)
+    if not rewards:
+        return
+    x = torch.stack(list(rewards.values()))  # (rewards, responses)
+    columns = [Column("", list(rewards))]
+    for i, name in enumerate(names):
+        columns.append(Column(name, x[:, i].tolist(), ".3f"))
+    if len(names) == 2:
+        margins = x[:, 0] - x[:, 1]
+        columns += [Column("y_w - y_l", margins.tolist(), ".3f"),
+                    Column("P(y_w ≻ y_l) = σ(y_w - y_l)", margins.sigmoid().tolist(), ".3f")]
+    print()
+    print_columns(columns, ['CS 224R, ch. 6, Bradley-Terry; gold is the true reward of the '
+                            "annotator, who chose y_w."])
+
+
 def main(argv=None):
+    losses = get_args(Config.__annotations__["loss"])
     needs = {"temperature": ("prompt",), "top_k": ("prompt",), "gamma": ("loss", "simpo"),
-             "beta": ("loss", "dpo", "ipo", "kto", "simpo"), "lam": ("loss", "orpo"),
+             "beta": ("loss", *[loss for loss in losses if loss != "orpo"]),
+             "lam": ("loss", "orpo"),
              "desirable_weight": ("loss", "kto"), "undesirable_weight": ("loss", "kto"),
              "pairs": ("online",), "judge": ("online",),
              "online": ("start", "sft")}  # a base model can't answer
-    losses = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
+    changes = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
               "simpo": dict(beta=10.0), "orpo": dict(start="gpt", lam=2.0)}
     config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO and its family.",
-                          needs, presets={"loss": losses, "size": {"gpt2": GPT2}})
+                          needs, presets={"loss": changes, "size": {"gpt2": GPT2}})
     if "lr" not in config.given:
         if config.loss == "simpo":
             config.lr /= 2
         elif config.loss == "orpo":
             config.lr = default_lr(config.size)
-    if config.prompt:
+    if config.explain:
+        explain(config)
+    elif config.prompt:
         answer(config, "dpo", config.name)
     else:
         train(config)
