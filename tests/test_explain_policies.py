@@ -1,0 +1,200 @@
+"""dpo.py --explain, best_of_n.py --prompt and the frontier: the numbers on the screen are those that
+training and the yardstick compute."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import best_of_n
+import dpo
+import gpt
+import ppo
+from data import answer_key
+from data.annotator import gold_reward
+from data.files import InputError, read_pairs, write_jsonl
+from helpers import noise, snapshot
+from reward_model import RewardModel, score_all
+
+
+@pytest.fixture(scope="module")
+def trained(stages, tmp_path_factory):
+    """A folder with a policy of every loss, none with its default settings, and one of PPO."""
+    out = shutil.copytree(stages, tmp_path_factory.mktemp("explained") / "out")
+    common = ["--out", str(out), "--size", "cpu", "--max_new_tokens", "16"]
+    for loss, flags in (("dpo", "--beta 0.3"), ("ipo", "--beta 0.1"), ("simpo", "--gamma 0.7"),
+                        ("orpo", "--lam 1.5"), ("kto", "--undesirable_weight 0.5")):
+        flags += f" --loss {loss} --name dpo-{loss} --batch 8 --lr 1e-2 --warmup 1"
+        dpo.main(common + flags.split())
+    ppo.main(common + "--iterations 2 --rollouts 8 --minibatch 4 --lr 1e-3".split())
+    return out
+
+
+def printed(script, module, out, monkeypatch, *flags):
+    """What a command prints: (its tables, [{name: column}], a repeated name with "'" behind it; its
+    texts, {label: text}, and the lines below the tables, "legend")."""
+    tables = []
+    texts = {"legend": ""}
+
+    def keep_columns(columns, legend=()):
+        tables.append({})
+        for column in columns:
+            name = column.name + "'" * (column.name in tables[-1])
+            tables[-1][name] = column.values
+        texts["legend"] += "\n".join([*legend, ""])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "print_columns", keep_columns)
+        patch.setattr(dpo, "show", lambda *lines: texts.update(lines))
+        script.main(["--out", str(out), "--size", "cpu", *flags])
+    return tables, texts
+
+
+def load(out, name, stage, model_class=gpt.GPT):
+    path = out / "cpu" / name / "checkpoint.pt"
+    return gpt.load_checkpoint(path, stage, "cpu", model_class=model_class)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
+def test_a_pairs_numbers(loss, trained, monkeypatch):
+    """A column of another response or model; a β, γ or λ that is the default's and not the one that
+    the policy was trained with; a gradient with the sign of the other response."""
+    name = f"dpo-{loss}"
+    (tokens, sums, rewards), texts = printed(dpo, dpo, trained, monkeypatch, "--explain", "--name",
+                                             name)
+    policy, tokenizer, _ = load(trained, name, "dpo")
+    reference, _, _ = load(trained, "sft", "sft")
+    reward_model, _, _ = load(trained, "reward_model", "reward_model", RewardModel)
+    rows = read_pairs(trained / "cpu/reward_model/held_out.jsonl")
+    assert dict(prompt=texts["prompt"], chosen=texts["y_w"], rejected=texts["y_l"]) in rows
+
+    prompt = tokenizer.prompt(texts["prompt"])
+    logprobs = []
+    ratios = []
+    lengths = []
+    for label, mark in (("y_w", ""), ("y_l", "'")):
+        ids = prompt + tokenizer.response(texts[label])
+        x = torch.tensor([ids])
+        with torch.no_grad():
+            found = gpt.token_logprobs(policy(x), x)[0, len(prompt) - 1:]
+            ref = gpt.token_logprobs(reference(x), x)[0, len(prompt) - 1:]
+        n = len(found)
+        assert tokens[label][:n] == tokenizer.shown(ids[len(prompt):])
+        assert tokens[f"log π_θ{mark}"][:n] == pytest.approx(found.tolist(), abs=1e-5)
+        assert not any(tokens[label][n:]) and not any(tokens[f"log π_θ{mark}"][n:])
+        if loss in ("dpo", "ipo", "kto"):
+            ratio = tokens[f"log ratio{mark}"][:n]
+            assert ratio == pytest.approx((found - ref).tolist(), abs=1e-5)
+        logprobs.append(found.sum())
+        ratios.append(found.sum() - ref.sum())
+        lengths.append(n)
+        i = len(logprobs) - 1
+        gold = gold_reward(texts["prompt"], texts[label])
+        score = score_all(reward_model, [ids]).item()
+        assert rewards[label][-2:] == pytest.approx([score, gold], abs=1e-5)
+        assert sums["log π_θ(y|x)"][i] == pytest.approx(found.sum().item(), abs=1e-4)
+    w, l = torch.stack(logprobs).requires_grad_()
+    h = w - l - (logprobs[0] - ratios[0]) + (logprobs[1] - ratios[1])
+    mean_w = w / lengths[0]
+    mean_l = l / lengths[1]
+    if loss == "dpo":
+        expected = -F.logsigmoid(0.3 * h)
+    elif loss == "ipo":
+        expected = (h - 5) ** 2
+    elif loss == "simpo":
+        expected = -F.logsigmoid(10 * (mean_w - mean_l) - 0.7)
+    elif loss == "orpo":
+        odds = [p / (1 - p) for p in (mean_w.exp(), mean_l.exp())]
+        expected = -mean_w - 1.5 * F.logsigmoid((odds[0] / odds[1]).log())
+    else:
+        z0 = sums["r̂ = log ratio"][0] - sums["r̂ - z0"][0]
+        assert f"z0 = {z0:.3f} nats" in texts["legend"]
+        good = 1 - torch.sigmoid(0.2 * (w - w.detach() + ratios[0] - z0))
+        bad = 0.5 - 0.5 * torch.sigmoid(0.2 * (z0 - l + l.detach() - ratios[1]))
+        assert sums["loss λ_y - v"] == pytest.approx([good.item(), bad.item()], abs=1e-4)
+        expected = good + bad
+    if loss != "kto":
+        found = float(re.search(r"loss.* (\d+\.\d{3})(;|$)", texts["legend"], re.M)[1])
+        assert found == pytest.approx(expected.item(), abs=2e-3)
+    gradient = torch.autograd.grad(expected, (w, l))
+    assert sums["∂L/∂log π_θ(y|x)"] == pytest.approx([x.item() for x in gradient], rel=1e-2)
+
+
+def test_a_label_of_somebodys_own(trained, tmp_path, monkeypatch):
+    """KTO's single label taken for half of a pair; gold of a prompt that is not the world's."""
+    rows = [{"prompt": f"Say {i}.", "completion": "Yes.", "label": i % 2 == 0} for i in range(40)]
+    write_jsonl(tmp_path / "labels.jsonl", rows)
+    (tokens, sums, rewards), texts = printed(
+        dpo, dpo, trained, monkeypatch, "--explain", "--name", "dpo-kto", "--data",
+        str(tmp_path / "labels.jsonl"))
+    good = int(texts["prompt"][4:-1]) % 2 == 0
+    assert texts["y"] == "Yes." and sums["label"] == ["good" if good else "bad"]
+    assert sum(tokens["log ratio"]) == pytest.approx(sums["r̂ = log ratio"][0], abs=1e-5)
+    assert list(rewards) == ["", "y"] and len(rewards["y"]) == 1  # r_φ alone
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--name dpo-none", "dpo-none/checkpoint.pt: no such checkpoint"),
+    ("--name dpo-ipo --loss dpo", "--loss dpo: .*dpo-ipo/checkpoint.pt was trained with ipo"),
+    ("--name dpo-dpo --beta 0.1", "--beta 0.1: .*dpo-dpo/checkpoint.pt was trained with 0.3"),
+    ("--name dpo-dpo --lr 1", "--lr 1.0: cannot be used with --explain"),
+    ("--name dpo-dpo --prompt Why?", "--prompt Why.: cannot be used with --explain")])
+def test_what_cannot_be_explained(flags, words, trained, monkeypatch):
+    """--explain trained a missing stage, took another loss for the policy's, or left a file."""
+    before = snapshot(trained)
+    with pytest.raises(InputError, match=words) as error:
+        printed(dpo, dpo, trained, monkeypatch, "--explain", *flags.split())
+    assert "\n" not in str(error.value) and snapshot(trained) == before
+
+
+def test_candidates_weights(trained, monkeypatch):
+    """Weights beside another candidate, β and 1/β confused, PPO's ratio upside down."""
+    (rows, means), texts = printed(
+        best_of_n, best_of_n, trained, monkeypatch, "--max_new_tokens", "16", "--beta", "0.4",
+        "--n", "6", "--prompt", "Tell me a story about a shy fox and a kite.")
+    policy, tokenizer, _ = load(trained, "ppo", "ppo")
+    reference, _, _ = load(trained, "sft", "sft")
+    r = torch.tensor(rows["r"])
+    assert r.tolist() == sorted(r.tolist(), reverse=True) and means["E[r]"][0] == r[0]
+    for i, beta in enumerate((0.1, 0.4, 1.6), start=1):
+        weights = torch.tensor(rows[f"β = {beta:g}"])
+        assert torch.allclose(weights, (r / beta).softmax(0), atol=1e-5)
+        kl = (weights * (6 * weights).log()).sum().item()
+        assert means["KL to π_ref"][i] == pytest.approx(kl, abs=1e-5)
+        assert means["entropy"][i] == pytest.approx(math.log(6) - kl, abs=1e-5)
+        assert means["E[gold]"][i] == pytest.approx((weights * torch.tensor(rows["gold"])).sum())
+        assert means["β log Z"][i] == pytest.approx(means["E[r]"][i] - beta * kl, abs=1e-4)
+
+    prompt = tokenizer.prompt("Tell me a story about a shy fox and a kite.")
+    for text, found in zip(rows["candidate"], rows["log π_PPO/π_ref"]):
+        for end in ([tokenizer.end_token], []):  # it may have hit the limit
+            x = torch.tensor([prompt + tokenizer.encode(text) + end])
+            with torch.no_grad():
+                ratio = gpt.token_logprobs(policy(x), x) - gpt.token_logprobs(reference(x), x)
+            if ratio[0, len(prompt) - 1:].sum().item() == pytest.approx(found, abs=1e-3):
+                break
+        else:
+            raise AssertionError(text)
+
+
+def test_the_frontier_that_is_printed(monkeypatch):
+    """The rows of one reward under the other's heading, or a β beside the figures of its
+    neighbour."""
+    scores = {"reward": noise(0, 3, 8), "gold": noise(1, 3, 8)}
+    pool = answer_key.Pool(["sft"], [8], scores, torch.zeros(3, 8, 1))
+    rows = [*answer_key.frontier("reward model", "reward", pool),
+            *answer_key.frontier("gold", "gold", pool)]
+    found = []
+    monkeypatch.setattr(answer_key, "print_columns", found.append)
+    answer_key.print_frontier(rows)
+    assert [column.name for column in found[0]] == [
+        "β", *("reward model:", "kl", "reward", "gold", "n_eff"),
+        *("gold:", "kl", "reward", "gold", "n_eff")]
+    values = [column.values for column in found[0]]
+    assert values[0] == pytest.approx([0.05 * 2 ** k for k in range(8)])
+    for start, part in ((2, rows[:15]), (7, rows[15:])):
+        for column, name in enumerate(("kl", "reward", "gold", "effective_samples"), start):
+            assert values[column] == [row[name] for row in part[::2]]
