@@ -362,6 +362,9 @@ def test_a_tenth_of_the_prompts_but_one_at_least():
             assert train and held_out
     _, held_out = hold_out([{"prompt": f"{i}"} for i in range(5000)])
     assert 400 < len(held_out) < 600
+    low = [str(i) for i in range(200) if files.prompt_checksum(str(i)) < 2 ** 32 // 10]
+    train, _ = hold_out([{"prompt": prompt} for prompt in low])
+    assert train == [{"prompt": max(low, key=files.prompt_checksum)}]
     for count in (1, 3):
         with pytest.raises(InputError, match="^x: all have the same prompt"):
             hold_out([{"prompt": "a"}] * count, "x")

@@ -40,7 +40,7 @@ import gpt
 import ppo
 import reward_model
 import sft
-from data.files import InputError, lock_folder
+from data.files import InputError, lock_folder, write_atomic
 from data.run import Run, read_torch, train_missing, write_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from helpers import metrics, snapshot, untimed
@@ -186,17 +186,6 @@ def at_gradient(n, action):
         yield calls
 
 
-@pytest.fixture(scope="module")
-def tiny(given, tmp_path_factory):
-    """(folder of a finished run of gpt.py on the text, its command line but for --out)."""
-    out = tmp_path_factory.mktemp("tiny")
-    argv, folder = before("gpt", given, out)
-    gpt.main(argv)
-    argv.remove("--out")
-    argv.remove(str(out))
-    return folder, argv
-
-
 @pytest.fixture(scope="module", params=STAGES)
 def finished(request, given, tmp_path_factory):
     """A stage that ran without a stop: its name, main(), folder, what it printed, its gradients per
@@ -331,28 +320,37 @@ CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace":
          "rename": (os, "rename"), "unlink": (Path, "unlink"), "rmdir": (Path, "rmdir")}
 
 
-def small_stage(folder, last=None, resume=False, stage="gpt", sources=(), figure=None):
-    """A stage as small as can be, 6 steps on 4 tensors; it stops after step `last`. Returns what it
-    began with: the state, and in it what was loaded from it."""
+def small_stage(folder, last=None, resume=False, stage="gpt", sources=(), figure=None, **settings):
+    """Two rounds of 3 steps on 4 tensors, each on "samples" of the model and with an optimizer of
+    its own; it stops after step `last`. Returns what it began with: the state, and in it what was
+    loaded from it."""
     model = gpt.GPT(gpt.GPTConfig(5, 4, 0, 1, 4), torch.Generator().manual_seed(1))
-    optimizer = gpt.make_optimizer(model, 0.1)
     adaptive = {"beta": 0.5}
     found = None
-    with Run(stage, folder, gpt.Config(size="cpu", resume=resume), 3, sources, save=2) as one:
-        for step in one.steps(6, model=model, optimizer=optimizer, adaptive=adaptive):
-            if found is None:
-                loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "adaptive": adaptive}
-                found = copy.deepcopy({**one.saved, "rows": one.rows, "pending": one.pending,
-                                       "step": step, "state": loaded})
-            if step == last:
-                return found
-            tokens = torch.tensor([[step % 5, 1, 2]])
-            loss = -gpt.token_logprobs(model(tokens), tokens).mean()
-            loss.backward()
-            gpt.optimizer_step(optimizer, model, 0.01)
-            adaptive["beta"] *= 1.1
-            one.log(step, loss=loss if figure is None else figure)
+    config = gpt.Config(size="cpu", resume=resume, **settings)
+    with Run(stage, folder, config, 3, sources, total=6, save=2) as one:
+        for number in (1, 2):
+            path = one.folder / f"samples-{number}"
+            if not path.exists():
+                write_atomic(path, str(model.wte.weight.sum().item()))
+            samples = float(path.read_text())
+            if number not in [row.get("round") for row in one.rows]:
+                one.record(round=number, samples=samples)
+            optimizer = gpt.make_optimizer(model, 0.1)
+            for step in one.steps(3, model=model, optimizer=optimizer, adaptive=adaptive):
+                if found is None:
+                    loaded = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                              "adaptive": adaptive}
+                    found = copy.deepcopy({**one.saved, "rows": one.rows, "pending": one.pending,
+                                           "step": one.step, "state": loaded})
+                if one.step == last:
+                    return found
+                tokens = torch.tensor([[step, number, 2]])
+                loss = -gpt.token_logprobs(model(tokens), tokens).mean() * samples
+                loss.backward()
+                gpt.optimizer_step(optimizer, model, 0.01)
+                adaptive["beta"] *= 1.1
+                one.log(step, loss=loss if figure is None else figure, beta=adaptive["beta"])
         write_torch(one.folder / "checkpoint.pt",
                     {"model": model.state_dict(), "metrics": one.figures()})
         one.finish()
@@ -364,6 +362,8 @@ def small(tmp_path_factory):
     """The folder of a small_stage that ran without a stop."""
     folder = tmp_path_factory.mktemp("small") / "cpu/gpt"
     small_stage(folder)
+    rows = [(row["step"], row.get("round")) for row in read_metrics(folder)]
+    assert rows == [(0, 1), (3, None), (3, 2), (6, None)]
     return folder
 
 
@@ -435,6 +435,9 @@ def server():
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         CONTEXT.set_forkserver_preload([__name__])
         forkserver.ensure_running()
+        process = CONTEXT.Process(target=int)
+        process.start()
+        process.join()
 
 
 def start(logs, setup, values, function, *arguments):
@@ -443,12 +446,11 @@ def start(logs, setup, values, function, *arguments):
     return process
 
 
-def run(*arguments):
+def run(logs, *arguments):
     """start() a process and wait: (exit status, negative for a signal, stdout, stderr)."""
-    process = start(*arguments)
+    process = start(logs, *arguments)
     process.join(100)
     assert process.exitcode is not None
-    logs = arguments[0]
     return process.exitcode, (logs / "stdout").read_text(), (logs / "stderr").read_text()
 
 
@@ -465,17 +467,17 @@ def check_over(folder, reference):
 
 def test_killed_at_every_step_and_write(server, small, tmp_path):
     """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays
-    for ever, a checkpoint beside the figures of another run; the same when the run that continues
-    is killed again, which every second one is."""
+    for ever, a checkpoint beside the figures of another run; round 2's optimizer with the moments
+    of round 1's; a round that is skipped, done twice or sampled again from another policy. The same
+    when the run that continues is killed again, which every third one is."""
     folder = tmp_path / "cpu/gpt"
     rng = random.Random("kills")
-    kinds = list(CALLS)
     for n in itertools.count(1):
         shutil.rmtree(folder, ignore_errors=True)
         an_earlier_run(folder, small)
         resume = False
-        for kill in (n, rng.randint(1, 12))[:1 + n % 2]:
-            status, _, stderr = run(tmp_path, at_call, (kinds, kill, signal.SIGKILL),
+        for kill in (n, rng.randint(1, 12))[:1 + (n % 3 == 0)]:
+            status, _, stderr = run(tmp_path, at_call, (list(CALLS), kill, signal.SIGKILL),
                                     small_stage, folder, None, resume)
             if status == 0 or (folder / "finished").exists():
                 break
@@ -492,18 +494,19 @@ def test_killed_at_every_step_and_write(server, small, tmp_path):
         check_finished(folder, small)
         if status == 0 and kill == n:
             break
-    # 6 steps; 2 writes at the start, 2 of figures, 3 of the state, the checkpoint, each then
-    # renamed; the folder; 2 files that are moved up and 2 that are of no use any more.
-    assert n - 1 == 6 + 2 * (2 + 2 + 3 + 1) + 1 + 2 + 2 + 1
+    # 6 steps; 2 writes at the start, 2 of samples, 4 of figures, 4 of the state, the checkpoint,
+    # each then renamed; the folder; 4 files that are moved up, 2 that are of no use any more.
+    assert n - 1 == 6 + 2 * (2 + 2 + 4 + 4 + 1) + 1 + 4 + 2 + 1
 
 
 @pytest.mark.parametrize("kind, n, message", [
     ("step", 1, ""), ("step", 3, "gpt: saved after step 3 of 6"), ("replace", 5, "saved after"),
-    ("step", 6, "saved after step 6 of 6"), ("replace", 8, ""), ("rename", 1, ""),
-    ("replace", 10, ""), ("step", -3, "")])
+    ("step", 6, "saved after step 6 of 6"), ("replace", 8, ""), ("replace", 13, ""),
+    ("rename", 1, ""), ("replace", 15, ""), ("step", -3, "")])
 def test_ctrl_c_at_the_edges(kind, n, message, small, tmp_path, monkeypatch):
-    """In the first step or the last, or while a file is written or moved: nothing to save yet, or
-    nothing to do. Pressed twice, a step of an hour, and no way out but kill -9."""
+    """In the first step or the last, between two rounds, or while a file is written or moved:
+    nothing to save yet, or nothing to do. Pressed twice, a step of an hour, and no way out but kill
+    -9."""
     folder = tmp_path / "cpu/gpt"
     an_earlier_run(folder, small)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
@@ -511,12 +514,24 @@ def test_ctrl_c_at_the_edges(kind, n, message, small, tmp_path, monkeypatch):
         small_stage(folder)
     assert message in str(interrupt.value) and bool(message) == bool(str(interrupt.value))
     assert not list(folder.rglob("*.tmp"))
-    if n == 10:
-        check_over(folder, small)
-        return
-    check_unfinished(folder, small)
-    small_stage(folder, resume=True)
+    if n == 15:
+        small_stage(folder, 1)  # the next run completes it, too, before it begins
+        shutil.rmtree(folder / "unfinished")
+    else:
+        check_unfinished(folder, small)
+        small_stage(folder, resume=True)
     check_finished(folder, small)
+
+
+@pytest.fixture(scope="module")
+def tiny(given, tmp_path_factory):
+    """(folder of a finished run of gpt.py on the text, its command line but for --out)."""
+    out = tmp_path_factory.mktemp("tiny")
+    argv, folder = before("gpt", given, out)
+    gpt.main(argv)
+    argv.remove("--out")
+    argv.remove(str(out))
+    return folder, argv
 
 
 def test_stopped_from_outside(server, tiny, tmp_path):
@@ -547,9 +562,44 @@ def test_stopped_from_outside(server, tiny, tmp_path):
     check_finished(tmp_path / "cpu/gpt", reference)
 
 
+@pytest.mark.parametrize("case", ["a full disk", "read-only", "read-only, a new folder"])
+def test_where_nothing_can_be_written(case, server, tiny, tmp_path):
+    """The disk is full: the old checkpoint is gone, half of the new one is there, and Python prints
+    forty lines. A folder of somebody else's: a traceback, or a run that notices after hours that it
+    cannot save."""
+    reference, argv = tiny
+    folder = tmp_path / "cpu/gpt"
+    folder.parent.mkdir()
+    # The state, with two moments for each weight, is larger than the checkpoint.
+    setup = no_room_for, ((reference / "checkpoint.pt").stat().st_size,)
+    if case != "read-only, a new folder":
+        an_earlier_run(folder, reference)
+    if case != "a full disk":
+        setup = without_privileges, ()
+        for path in (folder, folder.parent):
+            if path.exists():
+                path.chmod(0o555)
+    try:
+        argv = [*argv, "--out", str(tmp_path)]
+        status, stdout, stderr = run(tmp_path, *setup, script, argv)
+    finally:
+        for path in (folder.parent, folder):
+            if path.exists():
+                path.chmod(0o755)
+    assert status == 1 and stderr.startswith(f"gpt.py: {folder}") and stderr.count("\n") == 1
+    number = errno.EFBIG if case == "a full disk" else errno.EACCES
+    assert stderr.endswith(f": {os.strerror(number)}\n") and not list(folder.rglob("*.tmp"))
+    if case == "a full disk":
+        assert read_torch(folder / "unfinished/state.pt")["step"] == 0
+    else:
+        assert "/20 " not in stdout
+    if folder.exists():
+        check_unfinished(folder, reference)
+
+
 def test_what_a_run_says_of_an_unfinished_one(small, tmp_path, capsys):
     """--resume that starts from scratch, or a new start that throws a night away, and neither says
-    a word; a run over a finished one that --resume begins."""
+    a word; a run over a finished one that --resume begins; files of a run that was dropped."""
     small_stage(tmp_path, resume=True)
     assert f"gpt: nothing to resume in {tmp_path}, starts from the beg" in capsys.readouterr().out
     found = snapshot(tmp_path)
@@ -561,6 +611,7 @@ def test_what_a_run_says_of_an_unfinished_one(small, tmp_path, capsys):
     assert snapshot(tmp_path) == found
 
     small_stage(tmp_path, 4)
+    (tmp_path / "unfinished/comparisons").write_text("of the run that is then dropped")
     capsys.readouterr()
     small_stage(tmp_path)
     assert ("gpt: starts from the beginning and drops an unfinished run (--resume would continue "
@@ -568,162 +619,50 @@ def test_what_a_run_says_of_an_unfinished_one(small, tmp_path, capsys):
     check_finished(tmp_path, small)
 
 
-def test_what_resume_refuses(tiny, tmp_path, monkeypatch):
-    """Half of a run with one learning rate and half with another, under the name of one of them. A
-    notebook keeps the last traceback, which keeps the lock: the next cell is told that another run
-    is there. Two runs that write to one folder: a checkpoint of one, figures of both."""
-    reference, argv = tiny
-    argv = [*argv, "--out", str(tmp_path)]
-    folder = tmp_path / "cpu/gpt"
-    with pytest.raises(KeyboardInterrupt), at_gradient(5, press_ctrl_c):
-        gpt.main(argv)
-    found = snapshot(folder)
-    kept = []
-    for flag, began, value in (("lr", "0.003", "0.5"), ("seed", "1", "2"), ("batch", "4", "5"),
-                               ("steps", "20", "21")):
-        with pytest.raises(InputError) as error:
-            gpt.main([*argv, "--resume", f"--{flag}", value])
-        assert str(error.value) == (
-            f"{folder / 'unfinished/state.pt'}: the run began with --{flag} {began}, not {value}; "
-            "resume it with its settings, or start again without --resume")
-        kept.append(error)
-    with lock_folder(folder):
-        for flags in ([], ["--resume"]):
-            with pytest.raises(InputError, match="another run is using this folder; wait for it"):
-                gpt.main(argv + flags)
-    assert snapshot(folder) == found
-    gpt.main([*argv, "--resume"])
-    check_finished(folder, reference)
-
-
-def test_a_full_disk(server, tiny, tmp_path):
-    """The disk is full: the old checkpoint is gone, half of the new one is there, and Python prints
-    forty lines."""
-    reference, argv = tiny
-    folder = tmp_path / "cpu/gpt"
-    an_earlier_run(folder, reference)
-    # The state, with two moments for each weight, is larger.
-    size = (reference / "checkpoint.pt").stat().st_size
-    status, _, stderr = run(tmp_path, no_room_for, (size,), script, [*argv, "--out", str(tmp_path)])
-    assert status == 1 and stderr.startswith(f"gpt.py: {folder}") and stderr.count("\n") == 1
-    assert os.strerror(errno.EFBIG) in stderr and not list(folder.rglob("*.tmp"))
-    check_unfinished(folder, reference)
-    assert read_torch(folder / "unfinished/state.pt")["step"] == 0
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_read_only_folder(exists, server, tiny, tmp_path):
-    """A folder of somebody else's: a traceback, or a run that notices after hours that it cannot
-    save."""
-    reference, argv = tiny
-    folder = tmp_path / "cpu/gpt"
-    folder.parent.mkdir()
-    if exists:
-        shutil.copytree(reference, folder)
-        folder.chmod(0o555)
-    found = snapshot(folder)
-    folder.parent.chmod(0o555)
-    try:
-        argv = [*argv, "--out", str(tmp_path)]
-        status, stdout, stderr = run(tmp_path, without_privileges, (), script, argv)
-        assert status == 1 and stderr.count("\n") == 1 and stderr.startswith(f"gpt.py: {folder}")
-        assert stderr.endswith(": Permission denied\n")
-        assert "/20 " not in stdout and snapshot(folder) == found
-    finally:
-        folder.parent.chmod(0o755)
-        if exists:
-            folder.chmod(0o755)
-
-
-# --------------------------------------------------------------------------------------------------
-# Several loops in one run; other sources; damaged files
-
-
-@pytest.fixture
-def quick_disk(monkeypatch):
-    """Waiting for the disk is left out."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-def two_rounds(folder, keep, stop=None, resume=False):
-    """A run of two rounds of 5 steps, each round on "samples" of the model; keep: both use one
-    optimizer, as online DPO does, or each has its own, as RSFT's do. It is stopped before its
-    stop-th event. Returns the model's weights and the rows."""
-    events = itertools.count()
-
-    def event():
-        if next(events) == stop:
-            raise KeyboardInterrupt
-
-    model = gpt.GPT(gpt.GPTConfig(5, 4, 0, 1, 4), torch.Generator().manual_seed(1))
-    optimizer = gpt.make_optimizer(model, 0.1)
-    adaptive = {"factor": 1.0}
-    with Run("gpt", folder, gpt.Config(resume=resume), 3, total=10, save=2) as one:
-        for number in (1, 2):
-            path = one.folder / f"samples-{number}"
-            if not path.exists():
-                event()
-                path.write_text(str(model.wte.weight.sum().item()))
-            if number not in [row.get("round") for row in one.rows]:
-                event()
-                one.record(round=number, samples=float(path.read_text()))
-            if not keep:
-                optimizer = gpt.make_optimizer(model, 0.1)
-            for step in one.steps(5, model=model, optimizer=optimizer, adaptive=adaptive):
-                event()
-                tokens = torch.tensor([[step % 5, number, 2]])
-                loss = -gpt.token_logprobs(model(tokens), tokens).mean() * float(path.read_text())
-                (loss * adaptive["factor"]).backward()
-                gpt.optimizer_step(optimizer, model, 0.01)
-                adaptive["factor"] *= 1.1
-                one.log(step, loss=loss, factor=adaptive["factor"])
-        event()
-        return model.state_dict(), untimed(one.rows)
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_rounds_continue_bit_for_bit(keep, quick_disk, tmp_path):
-    """Round 2's optimizer with the moments of round 1's; rounds that sample again, from another
-    policy; a round that is skipped or done twice; figures that are averaged over two rounds."""
-    expected = two_rounds(tmp_path, keep)
-    for first in range(15):
-        with pytest.raises(KeyboardInterrupt):
-            two_rounds(tmp_path, keep, stop=first)
-        for again in (3, 0):
-            with contextlib.suppress(KeyboardInterrupt):    # unless it gets to the end
-                two_rounds(tmp_path, keep, again, resume=True)
-        assert same(two_rounds(tmp_path, keep, resume=True), expected), first
-    assert [row["step"] for row in expected[1] if "loss" in row] == [3, 5, 6, 9, 10]
-
-
-def test_the_state_of_another_run_is_refused(tmp_path):
-    """A policy whose second half is held to another reference than its first, or learns from other
-    pairs; the wrong file copied: weights of the SFT model under the optimizer of DPO."""
-    folder = tmp_path / "dpo"
-    state = folder / "unfinished/state.pt"
+def test_what_resume_refuses(small, tmp_path):
+    """Half of a run with one learning rate and half with another; a policy whose second half learns
+    from other pairs; weights of the SFT model under the optimizer of DPO. A notebook keeps the last
+    traceback, which keeps the lock: the next cell is told that another run is there. Two runs that
+    write to one folder: a checkpoint of one, figures of both."""
     pairs = tmp_path / "reward_model/pairs.jsonl"
     pairs.parent.mkdir()
     pairs.write_text("a\nb\n")
-    small_stage(folder, 4, sources=[pairs])
-    whole = state.read_bytes()
-    for text, sources in (("b\na\n", [pairs]), ("a\nb\n", [])):
-        pairs.write_text(text)
+    folder = tmp_path / "dpo"
+    sources = [pairs]
+    small_stage(folder, 4, sources=sources)
+    found = snapshot(folder)
+    state = folder / "unfinished/state.pt"
+    settings = "resume it with its settings, or start again without --resume"
+    another = "the run began with another reward_model/pairs.jsonl; start again without --resume"
+    kept = []
+    for text, changed, message in (
+            ("", dict(lr=0.5), f"the run began with --lr 0.003, not 0.5; {settings}"),
+            ("", dict(seed=2), f"the run began with --seed 1, not 2; {settings}"),
+            ("b\na\n", {}, another), ("", dict(sources=[]), another),
+            ("", dict(stage="ppo"), "is the state of a run of gpt, but ppo is wanted")):
+        pairs.write_text(text or "a\nb\n")
         with pytest.raises(InputError) as error:
-            small_stage(folder, 4, resume=True, sources=sources)
-        assert str(error.value) == (f"{state}: the run began with another reward_model/pairs.jsonl;"
-                                    " start again without --resume")
-    with pytest.raises(InputError) as error:
-        small_stage(folder, 4, resume=True, stage="ppo")
-    assert str(error.value) == f"{state}: is the state of a run of gpt, but ppo is wanted"
-    assert state.read_bytes() == whole
-    assert small_stage(folder, resume=True, sources=[pairs])["step"] == 4
+            small_stage(folder, resume=True, **{"sources": sources, **changed})
+        assert str(error.value) == f"{state}: {message}"
+        kept.append(error)
+    with lock_folder(folder):
+        for resume in (False, True):
+            with pytest.raises(InputError, match="another run is using this folder; wait for it"):
+                small_stage(folder, resume=resume, sources=sources)
+    assert snapshot(folder) == found
+    small_stage(folder, resume=True, sources=sources, report=7)
+    check_finished(folder, small)
 
 
 def test_a_figure_that_is_infinite_is_no_damage(tmp_path):
     """A run whose loss was once infinite, and which can't be resumed for it."""
     small_stage(tmp_path, 4, figure=math.inf)
     found = small_stage(tmp_path, resume=True)
-    assert found["rows"][0]["loss"] == math.inf and found["pending"]["loss"] == [(math.inf, 1.0)]
+    assert found["rows"][1]["loss"] == math.inf and found["pending"]["loss"] == [(math.inf, 1.0)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Damaged files
 
 
 class Evil:
@@ -736,69 +675,55 @@ class Evil:
         return os.mkdir, (self.marker,)
 
 
-def flipped(whole, position, bit):
-    return whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1:]
-
-
-def damaged(whole, rng):
-    """(what was done, content) of some 400 damaged files."""
-    directory = whole.index(b"PK\x01\x02")
-    size = len(whole)
-    for where in (range(size), range(directory, size), range(size - 98, size)):
-        for position in rng.sample(where, min(len(where), 60)):
-            bit = rng.randrange(8)
-            yield f"bit {bit} of byte {position} flipped", flipped(whole, position, bit)
-
-    # The table of contents says how each of the first records is packed, and where.
-    start = directory
-    for entry in range(8):
-        flips = [(10, 3)]
-        for offset in (8, 10, 20, 24, 28, 30, 42):
-            flips.append((offset, rng.randrange(8)))
-        for offset, bit in flips:
-            content = flipped(whole, start + offset, bit)
-            yield f"bit {bit} of byte {offset} of entry {entry} flipped", content
-        start = whole.index(b"PK\x01\x02", start + 4)
-
-    for length in [0, 1, size - 1] + rng.sample(range(size), 30):
-        yield f"cut to {length} bytes", whole[:length]
-    for _ in range(30):
-        start = rng.randrange(size)
-        length = rng.choice([1, 2, 4, 16, 256, 4096])
-        rest = whole[start + length:]
-        yield f"{length} random bytes at {start}", whole[:start] + rng.randbytes(length) + rest
-        yield f"{length} zeros at {start}", whole[:start] + bytes(length) + rest
-    middle = directory // 2
-    for length in (1, 100, 50000):
-        yield f"{length} random bytes", rng.randbytes(length)
-        yield f"{length} bytes added", whole + rng.randbytes(length)
-        yield f"{length} bytes before", rng.randbytes(length) + whole
-        yield f"{length} bytes lost", whole[:middle] + whole[middle + length:]
-    yield "twice", whole + whole
-    yield "text", "Es war einmal ein Füchslein.\n".encode() * 9
-
-
 def torch_bytes(values, **options):
     buffer = io.BytesIO()
     torch.save(values, buffer, **options)
     return buffer.getvalue()
 
 
-def evil_files(whole, values, marker):
-    """(what was done, content) of files that run code where a pickle is loaded without care."""
+def damaged(whole, values, marker):
+    """(what was done, content) of some 400 files that are damaged, or run code where a pickle is
+    loaded without care."""
+    rng = random.Random("damage")
+    directory = whole.index(b"PK\x01\x02")
+    size = len(whole)
+    places = [*rng.sample(range(size), 60), *rng.sample(range(directory, size), 60),
+              *range(size - 98, size, 2)]
+    flips = [(place, rng.randrange(8)) for place in places]
+    start = directory
+    for _ in range(8):  # how each of the first records is packed, and where
+        flips.append((start + 10, 3))
+        flips += [(start + offset, rng.randrange(8)) for offset in (8, 10, 20, 24, 28, 30, 42)]
+        start = whole.index(b"PK\x01\x02", start + 4)
+    for place, bit in flips:
+        content = bytearray(whole)
+        content[place] ^= 1 << bit
+        yield f"bit {bit} of byte {place} flipped", bytes(content)
+
+    for length in [0, 1, size - 1] + rng.sample(range(size), 30):
+        yield f"cut to {length} bytes", whole[:length]
+    for _ in range(30):
+        start = rng.randrange(size)
+        length = rng.choice([1, 2, 4, 16, 256, 4096])
+        for name, new in (("random", rng.randbytes(length)), ("zero", bytes(length)), ("no", b"")):
+            content = whole[:start] + new + whole[start + length:]
+            yield f"{name} bytes for {length} at {start}", content
+    for length in (1, 100, 50000):
+        yield f"{length} random bytes", rng.randbytes(length)
+        yield f"{length} bytes added", whole + rng.randbytes(length)
+        yield f"{length} bytes before", rng.randbytes(length) + whole
+    yield "twice", whole + whole
+
     evil = Evil(marker)
     yield "a pickle", pickle.dumps(evil)
-    yield "a torch file", torch_bytes(evil)
     yield "an old torch file", torch_bytes(evil, _use_new_zipfile_serialization=False)
     for name in values:
         yield f"a torch file's {name}", torch_bytes({**values, name: evil})
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
         for record in old.infolist():
-            content = old.read(record)
-            if record.filename.endswith("data.pkl"):
-                content = pickle.dumps(evil, 2)
-            new.writestr(record, content)
+            code = record.filename.endswith("data.pkl")
+            new.writestr(record, pickle.dumps(evil, 2) if code else old.read(record))
     yield "another pickle in the archive", buffer.getvalue()
 
 
@@ -824,7 +749,7 @@ def check_refused(path, cases, load, expected, least):
     count = 0
     for damage, content in cases:
         count += 1
-        path.write_bytes(content)
+        path.write_bytes(content if isinstance(content, bytes) else torch_bytes(content))
         try:
             if not same(load(), expected):
                 wrong[damage] = "loads something else"
@@ -836,35 +761,20 @@ def check_refused(path, cases, load, expected, least):
     assert wrong == {} and count > least
 
 
-@pytest.fixture
-def small_state(tmp_path, quick_disk):
-    """(path of a state.pt after step 4 of 6, its bytes, what it holds)."""
-    small_stage(tmp_path, 4)
-    path = tmp_path / "unfinished/state.pt"
-    values = read_torch(path)
-    assert values["step"] == 4 and len(values["rows"]) == 1 and len(values["pending"]["loss"]) == 1
-    return path, path.read_bytes(), values
-
-
-def test_a_damaged_state_is_refused(small_state, tmp_path):
-    """A bad disk, a copy that broke off, a stranger's file: a traceback, other weights than those
-    saved, code run."""
-    path, whole, values = small_state
-    assert same(small_stage(tmp_path, 4, resume=True), values)
-    cases = [*damaged(whole, random.Random("damaged states")),
-             *evil_files(whole, values, tmp_path / "marker")]
-    check_refused(path, cases, lambda: small_stage(tmp_path, 4, resume=True), values, 350)
-    assert not (tmp_path / "marker").exists()
-    pickle.loads(pickle.dumps(Evil(tmp_path / "marker")))  # it does run, where it is let
-    assert (tmp_path / "marker").exists()
-
-
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
-def test_a_state_with_other_things_in_it_is_refused(small_state, tmp_path):
-    """A state of an older version of this project, or one that somebody wrote by hand: a traceback
+def test_a_damaged_state_is_refused(tmp_path, monkeypatch):
+    """A bad disk, a copy that broke off, a stranger's file: a traceback, other weights than those
+    saved, code run. A state of an older version, or one that somebody wrote by hand: a traceback
     out of the loop, a beta that is not a number, or a state from beyond the last step: over at
     once, untrained."""
-    path, _, values = small_state
+    monkeypatch.setattr(os, "fsync", lambda file: None)     # waiting for the disk is left out
+    small_stage(tmp_path, 4)
+    path = tmp_path / "unfinished/state.pt"
+    whole = path.read_bytes()
+    values = read_torch(path)
+    assert values["step"] == 4 and len(values["rows"]) == 3 and len(values["pending"]["loss"]) == 1
+    assert same(small_stage(tmp_path, 4, resume=True), values)
+
     changes = list(wrong_types(values))
     for name, part in values["state"].items():
         for label, content in [*wrong_types(part), ("beta = nan", {"beta": math.nan})]:
@@ -874,14 +784,18 @@ def test_a_state_with_other_things_in_it_is_refused(small_state, tmp_path):
                        ("rows", [{"loss": "3"}]), ("pending", {"loss": 1}),
                        ("pending", {"loss": [1]}), ("pending", {"loss": [(1.0, None)]})):
         changes.append((f"{name} = {junk}", {**values, name: junk}))
-    cases = [(label, torch_bytes(content)) for label, content in changes]
-    check_refused(path, cases, lambda: small_stage(tmp_path, resume=True), values, 150)
+    cases = [*damaged(whole, values, tmp_path / "marker"), *changes]
+    check_refused(path, cases, lambda: small_stage(tmp_path, 4, resume=True), values, 500)
+    assert not (tmp_path / "marker").exists()
+    pickle.loads(pickle.dumps(Evil(tmp_path / "marker")))  # it does run, where it is let
+    assert (tmp_path / "marker").exists()
 
 
 def small_checkpoint(path, stage="sft", text="the fox and the kite and the fox"):
     tokenizer = Tokenizer(train_vocabulary(text, 262))
     model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 4, 1, 1, 4))
     gpt.save_checkpoint(path, stage, "cpu", model, tokenizer)
+    return read_torch(path)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
@@ -889,21 +803,16 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     """The same of a checkpoint: the next stage trains for hours on weights that were never
     saved."""
     path = tmp_path / "checkpoint.pt"
-    small_checkpoint(path)
-    whole = path.read_bytes()
-    values = read_torch(path)
-    cases = [*damaged(whole, random.Random("damaged checkpoints")),
-             *evil_files(whole, values, tmp_path / "marker")]
-    changes = [*wrong_types(values), ("another size", {**values, "size": "gpu"})]
+    values = small_checkpoint(path)
+    cases = [*damaged(path.read_bytes(), values, tmp_path / "marker"), *wrong_types(values),
+             ("another size", {**values, "size": "gpu"})]
     for label, content in wrong_types(values["config"]):
-        changes.append((f"config: {label}", {**values, "config": content}))
+        cases.append((f"config: {label}", {**values, "config": content}))
     for stage, text in (("gpt", "the fox"), ("ppo", "the fox"), ("sft", "a hen, a drum, a hen")):
-        small_checkpoint(tmp_path / "other.pt", stage, text)
-        other = read_torch(tmp_path / "other.pt")
+        other = small_checkpoint(tmp_path / "other.pt", stage, text)
         if stage != "sft":
-            changes.append((f"of {stage}", other))
+            cases.append((f"of {stage}", other))
         vocabulary = {**values, "vocabulary": other["vocabulary"][:-1]}
-        changes.append(("another vocabulary", vocabulary))
-    cases += [(label, torch_bytes(content)) for label, content in changes]
+        cases.append(("another vocabulary", vocabulary))
     check_refused(path, cases, lambda: gpt.load_checkpoint(path, "sft", "cpu")[2], values, 450)
     assert not (tmp_path / "marker").exists()
