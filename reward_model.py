@@ -698,6 +698,10 @@ def explain_steps(prompt, kind, text, r, tokenizer, rng):
                     Column("-log P", losses.tolist(), ".3f")]
     print()
     print_columns(columns)
+    if stories.parse_request(prompt):
+        print(f"Σ Δgold = {true_steps.sum():.3f} = gold - gold of no text = "
+              f"{gold_reward(prompt, text):.3f} - ({gold_reward(prompt, ''):.3f}); mean -log P = "
+              f"{losses.mean():.3f}")
     if kind != "chosen":  # below the last table
         print("σ(r_φ) = P(the sentence is marked good), read at its last token (rewards_at_steps)")
         if stories.parse_request(prompt):

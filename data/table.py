@@ -58,7 +58,7 @@ def columns_of(text):
 def shade(text, value, values):
     """The text on a coloured ground: green for a value above 0, red below, stronger for larger
     ones."""
-    largest = max(abs(x) for x in values if x is not None)
+    largest = max((abs(x) for x in values if x is not None), default=0)
     if not value or largest == 0:
         return text
     colours = GREEN if value > 0 else RED

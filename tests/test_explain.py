@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import gpt
 import reward_model
 import sft
-from data.annotator import mark, rubric
+from data.annotator import gold_reward, mark, rubric
 from data.corpus import draw_demonstrations, encode_documents, held_out_documents
 from data.files import InputError, hold_out, read_comparisons, read_demonstrations
 from data.tokenizer import encode_demonstrations
@@ -130,6 +130,9 @@ def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
     assert expected in capsys.readouterr().out
 
     tables = explained(reward_model, trained, monkeypatch, "--explain", "--process")
+    for kind, table in zip(("chosen", "rejected"), tables):
+        gold = gold_reward(row["prompt"], row[kind])
+        assert sum(table["Δgold"]) == pytest.approx(gold + 0.5, abs=1e-5)  # no text: no ending
     model, tokenizer, _ = load(trained, "process_model", reward_model.RewardModel)
     marked = mark([row], tokenizer, rng)
     with torch.no_grad():
