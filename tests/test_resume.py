@@ -146,7 +146,8 @@ STAGES = {
     "dpo-kto": (dpo, "--name dpo-kto --loss kto --batch 16 --max_new_tokens 8 --report 3", PAIRS),
     "dpo-online": (dpo, f"--name dpo-online --online 2 --pairs 16 {SHORT}",
                    (*PAIRS, "reward_model/checkpoint.pt")),
-    "rsft": (best_of_n, f"--name rsft --finetune per_prompt --rounds 2 --rsft_prompts 8 --n 2 {SHORT}", MODELS)}
+    "rsft": (best_of_n, "--name rsft --finetune per_prompt --rounds 2 --rsft_prompts 8 --n 2 "
+                        f"{SHORT}", MODELS)}
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,6 @@ def choose(*argv):
     ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"),
     ("--width 4", "--width 4: goes with --text only"),
     ("--depth 2", "--depth 2: goes with --count only"),
-    ("--count 0 --depth 5", "--depth 5: goes with --count only"),
     ("--speed 2 --goal far", "--speed 2: goes with --goal near only"),
     ("--speed 2 --kind odd", "--speed 2: goes with --goal near only"),
     ("--turns 2 --text a", "--turns 2: cannot be used with --text")])
@@ -429,14 +428,6 @@ def test_progress(terminal, clock, monkeypatch):
         assert "\r" not in stream.getvalue()
 
 
-def test_clock_and_counts():
-    """0:60, because the rest is rounded and not the whole; a dict's braces in a line for people."""
-    for seconds, text in ((0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (119.5, "2:00"),
-                          (3723, "62:03")):
-        assert run.clock(seconds) == text
-    assert run.counts({"equal texts": 0, "too long": 3}) == "0 equal texts, 3 too long"
-
-
 # --------------------------------------------------------------------------------------------------
 # A run's steps and figures
 
@@ -467,21 +458,6 @@ def test_figures_are_means_since_the_last_row():
     for step in silent.steps(3):
         silent.log(step, loss=step)
     assert untimed(silent.rows) == [{"step": 3, "loss": 1.0}]
-
-
-def test_loops_of_one_run_continue_counting():
-    """Round 2 whose rows bear the numbers of round 1, or whose learning rate starts again."""
-    one = SilentRun(report=2, total=5)
-    steps = []
-    for loop in (3, 2):
-        for step in one.steps(loop):
-            steps.append((one.before, step, one.total))
-            one.log(step, loss=step)
-        one.record(round=loop)
-    assert steps == [(0, 0, 5), (0, 1, 5), (0, 2, 5), (3, 0, 5), (3, 1, 5)]
-    assert untimed(one.rows) == [
-        {"step": 2, "loss": 0.5}, {"step": 3, "loss": 2.0}, {"step": 3, "round": 3},
-        {"step": 4, "loss": 0.0}, {"step": 5, "loss": 1.0}, {"step": 5, "round": 2}]
 
 
 def test_a_runs_figures(tmp_path, clock, monkeypatch, capsys):
