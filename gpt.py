@@ -883,7 +883,8 @@ def explain(config):
 
     n = len(logprobs)
     total = -logprobs.sum().item()
-    print(f"-Σ log p_θ = {total:.3f} nats over {n} tokens, {total / max(n, 1):.4f} a token")
+    if n:  # else the text is one token, which nothing predicts
+        print(f"-Σ log p_θ = {total:.3f} nats over {n} tokens, {total / n:.4f} a token")
     if whole:
         print(f"-log p(x)  = {-log_p:.3f} nats, the source's own, {-log_p / n:.4f} a token")
     for row in checkpoint.get("metrics", [])[-1:]:

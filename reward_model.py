@@ -632,11 +632,16 @@ def explain(config):
         explain_rubric(prompt, texts, r)
 
 
+def lines_of(text):
+    """The sentences of a text, each on one line."""
+    return [" ".join(sentence.split()) for sentence in stories.split_sentences(text)]
+
+
 def explain_score(prompt, kind, text, r):
     """r_φ, and gold if it is known, of a response as far as it is written: at the end of each
     sentence and, the last of r, at <|end|>."""
     sentences = stories.split_sentences(text)
-    columns = [Column(kind, [*sentences, "<|end|>"]), Column("r_φ", r, ".3f", signed=True)]
+    columns = [Column(kind, [*lines_of(text), "<|end|>"]), Column("r_φ", r, ".3f", signed=True)]
     if stories.parse_request(prompt):
         gold = [gold_reward(prompt, " ".join(sentences[:k + 1])) for k in range(len(sentences))]
         columns.append(Column("gold", [*gold, gold_reward(prompt, text)], ".3f", signed=True))
@@ -684,7 +689,7 @@ def explain_rubric(prompt, texts, r):
 def explain_steps(prompt, kind, text, r, tokenizer, rng):
     """Process rewards r (N,) of a response's N sentences, beside what each really adds to gold, and
     a mark of the annotator, if the prompt is the world's."""
-    columns = [Column(kind, stories.split_sentences(text)),
+    columns = [Column(kind, lines_of(text)),
                Column("r_φ", r.tolist(), ".3f", signed=True),
                Column("σ(r_φ)", r.sigmoid().tolist(), ".3f")]
     if stories.parse_request(prompt):

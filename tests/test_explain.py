@@ -146,7 +146,7 @@ def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
 
 def test_any_text_gets_a_number(trained, monkeypatch, capsys):
     """The rubric for a prompt that is no request: a traceback."""
-    flags = ("--prompt", "Who are you?", "--response", "A fox. Who else?")
+    flags = ("--prompt", "Who are you?", "--response", "A fox.\nWho\nelse?")
     score, parts = explained(reward_model, trained, monkeypatch, *flags)
     assert list(parts) == ["", "response"] and parts[""] == ["r_φ"] and "gold" not in score
     assert score["response"] == ["A fox.", "Who else?", "<|end|>"]
