@@ -630,7 +630,7 @@ def explain(config):
     print_tokens(names, labels, policy, reference, tokenizer)
     rewards = {}
     if config.loss == "kto":
-        batch = rng.sample(held_out, min(config.batch, len(held_out)))
+        batch = rng.sample(held_out, min(64, len(held_out)))  # as in a step of training
         print_labels(names, labels, batch, policy, reference, config)
     else:
         rewards = print_pair(pair, policy, reference, config)
@@ -763,8 +763,8 @@ def print_labels(names, labels, batch, policy, reference, config):
          Column("r̂ - z0", (r - z0).tolist(), ".3f", signed=True),
          Column("loss λ_y - v", losses.tolist(), ".3f"),
          Column("∂L/∂log π_θ(y|x)", gradient.tolist(), ".4f", signed=True)],
-        [f"z0 = {z0:.3f} nats, the mean log-ratio of {len(batch)} held-out prompts with responses "
-         "to other ones (kto_baseline)",
+        [f"z0 = {z0:.3f} nats, the mean log-ratio of {len(batch)} held-out prompts with others' "
+         "responses (kto_baseline);",
          f"v = λ_D σ(β (r̂ - z0)) if good, λ_U σ(β (z0 - r̂)) if bad; β = {config.beta}, "
          f"λ_D = {config.desirable_weight}, λ_U = {config.undesirable_weight}",
          'CS 224R, ch. 10, "KTO: Kahneman-Tversky Optimization" (kto_loss).'])
