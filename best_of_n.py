@@ -352,14 +352,15 @@ def print_weights(samples, log_ratios, beta):
     entropies = [torch.special.entr(x).sum().item() for x in weights.values()]
     columns = [Column("", list(weights))]
     for name, x in scores.items():
-        columns.append(Column(f"E[{name}]", [(w * x).sum().item() for w in weights.values()], ".2f"))
+        means = [(w * x).sum().item() for w in weights.values()]
+        columns.append(Column(f"E[{name}]", means, ".2f"))
     columns += [Column("entropy", entropies, ".3f"),
                 Column("KL to π_ref", [kls.get(name) for name in weights], ".3f"),
                 Column("β log Z", [optima.get(name) for name in weights], ".3f")]
     print()
     print_columns(columns, [
-        f"β = …: the optimum π*, weights softmax(r/β) of {N} samples of π_ref (pooled_log_weights). "
-        "β → 0 is",
+        f"β = …: the optimum π*, weights softmax(r/β) of {N} samples of π_ref "
+        "(pooled_log_weights). β → 0 is",
         'greedy, β → ∞ π_ref: CS 224R, ch. 7, "Boltzmann Intuition". KL = log N - entropy, '
         f"log {N} = {math.log(N):.3f};",
         f"best of {N}: log N - (N-1)/N (best_of_n_kl). β log Z = E[r] - β KL = J*."])

@@ -703,7 +703,8 @@ def print_pair(pair, policy, reference, config):
         lines = [f"z = r̂(x, y_w) - r̂(x, y_l) = {margin:.3f}, β = {beta}; loss -log σ(z) = "
                  f"{loss:.3f}",
                  f"weight of its gradient σ(-z) = {weight:.3f}; β σ(-z) = {beta * weight:.4f}",
-                 'CS 224R, ch. 8, "Understanding the DPO Gradient"; ECE 7115, "DPO Loss" (dpo_loss).']
+                 'CS 224R, ch. 8, "Understanding the DPO Gradient"; ECE 7115, "DPO Loss" '
+                 "(dpo_loss)."]
     elif config.loss == "ipo":
         h = log_ratios[0] - log_ratios[1]
         target = 1 / (2 * beta)

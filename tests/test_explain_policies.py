@@ -1,5 +1,5 @@
-"""dpo.py --explain, best_of_n.py --prompt and the frontier: the numbers on the screen are those that
-training and the yardstick compute."""
+"""dpo.py --explain, best_of_n.py --prompt and the frontier: the numbers on the screen are those
+that training and the yardstick compute."""
 
 import math
 import re
