@@ -27,7 +27,7 @@ from data import stories
 from data.answer_key import best_of_n_win_rate, cell, optimality_gap, subset_weights, win_rate
 from data.corpus import held_out_documents
 from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
-from data.run import read_torch
+from data.run import read_torch, write_torch
 from data.tokenizer import Tokenizer, encode_demonstrations
 from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt
@@ -488,15 +488,20 @@ def test_a_policy_of_another_vocabulary(trained, tmp_path):
 def test_figures_of_a_stage_that_are_missing_or_damaged(trained, tmp_path):
     """A stage whose checkpoint was removed, a text of one's own, whose entropy is unknown, or a
     single prompt, whose figures have no errors, ends the yardstick; a checkpoint that was cut off
-    ends it after its minutes of sampling, with nothing saved."""
+    ends it after its minutes of sampling, with nothing saved; one that SFT did not begin with."""
     out = shutil.copytree(trained, tmp_path / "out")
     path = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
     data = path.read_bytes()
     path.write_bytes(data[:len(data) // 2])
-    before = snapshot(out)
-    with pytest.raises(InputError, match="gpt.checkpoint.pt: .*train the stage again") as error:
-        run(out, "--prompts", "2", "--samples", "4")
-    assert "\n" not in str(error.value) and snapshot(out) == before
+    other = read_torch(trained / "cpu/gpt/checkpoint.pt")
+    del other["metrics"]
+    for reason in ("gpt.checkpoint.pt: .*train the stage again",
+                   "sft.checkpoint.pt: was made from another .*gpt.checkpoint.pt; train sft again"):
+        before = snapshot(out)
+        with pytest.raises(InputError, match=reason) as error:
+            run(out, "--prompts", "2", "--samples", "4")
+        assert "\n" not in str(error.value) and snapshot(out) == before
+        write_torch(path, other)    # whole, but another one
 
     shutil.rmtree(path.parent)
     rows = read_torch(out / "cpu/sft/checkpoint.pt")["metrics"]
