@@ -783,8 +783,8 @@ def print_rewards(actions, rewards, rollouts, config):
                     column("A_t", estimates, rollouts),
                     column("G_t - V", rollouts.returns - V, rollouts),
                     column("whitened", rollouts.advantages, rollouts)]
-        legend += [f'A_t with λ = {config.lam}: "Generalized Advantage Estimation" (gae); δ_t is '
-                   "A_t with λ = 0, G_t - V with λ = 1."]
+        legend += [f'A_t with λ = {config.lam}: "Generalized Advantage Estimation" (gae); δ_t has '
+                   "λ = 0, G_t - V has λ = 1."]
     else:
         columns += [column("G_t", rollouts.returns, rollouts),
                     column("Â_t", rollouts.advantages, rollouts)]

@@ -1,6 +1,8 @@
 """ppo.py --explain: the numbers on the screen are those that the loop trains with."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import gpt
 import ppo
 from data.files import InputError
 from helpers import snapshot
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +130,25 @@ def test_what_cannot_be_explained(trained, monkeypatch, flags, words):
         explained(trained, monkeypatch, *flags)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert snapshot(trained) == before
+
+
+def test_the_readmes_table_is_of_this_format(trained, capsys):
+    """A column was added, renamed or rounded otherwise, and the README still shows the old table;
+    a row or a line under it is wider than 100 columns."""
+    ppo.main(["--out", str(trained), "--size", "cpu", "--explain"])
+    printed = capsys.readouterr().out.splitlines()
+    shown = (ROOT / "README.md").read_text().splitlines()
+    assert max(map(len, printed[2:])) <= 100  # the first two are the texts
+
+    def table(lines):
+        """The table's head, and its rows and what is under it with "#" for every number."""
+        start = next(i for i, line in enumerate(lines) if line.startswith("a_t "))
+        names = lines[start].split("  ")
+        stop = next(i for i in range(start, len(lines)) if lines[i].startswith("J* = "))
+        below = next(i for i in range(start, stop) if lines[i].startswith("KL_t, r_t"))
+        for line in lines[start + 1:below]:
+            assert re.fullmatch(r"\S+( +-?\d+\.\d{3}){9}", line), line
+        under = [re.sub(r"-?\d+\.\d+", "#", line) for line in lines[below:stop + 1]]
+        return [name.strip() for name in names if name.strip()], under
+
+    assert table(printed) == table(shown)
