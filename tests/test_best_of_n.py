@@ -510,6 +510,23 @@ def test_figures_of_a_stage_that_are_missing_or_damaged(trained, tmp_path):
     assert re.search(r"How close to the best\n +measured .*\nreward model, accuracy ", printed)
 
 
+def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, monkeypatch):
+    """A plan that names PPO's minutes and not DPO's, or an existing policy trained again."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    plans = []
+
+    def train_missing(config, needed, stage):
+        plans.append((needed[3:], stage))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(best_of_n, "train_missing", train_missing)
+    for gone in ("none", "dpo", "ppo"):
+        shutil.rmtree(out / "cpu" / gone, ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    assert plans == [([], "best_of_n"), (["dpo"], "best_of_n"), (["ppo", "dpo"], "best_of_n")]
+
+
 # --------------------------------------------------------------------------------------------------
 # Rejection-sampling fine-tuning
 
