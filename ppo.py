@@ -632,8 +632,10 @@ def train(config):
         reward_model, path = load_reward_model(config, tokenizer)
         sources.append(path)
     value_model = None
-    if config.method in WITH_VALUES:
-        value_model = deepcopy(reward_model) or start_from(policy)
+    if config.method in WITH_VALUES and reward_model:
+        value_model = deepcopy(reward_model)
+    elif config.method in WITH_VALUES:
+        value_model = start_from(policy)
 
     data = "fresh requests of the little world"
     if own:
