@@ -208,8 +208,6 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
      '"completion" holds a NUL character at character 2; remove it'),
     (read_labels, {"prompt": "a", "completion": "b", "label": 1},
      '"label" must be true or false, found the number 1'),
-    (read_labels, {"prompt": "a", "completion": "b", "label": "true"},
-     '"label" must be true or false, found a string'),
     (read_labels, {**PAIR, "label": 0}, '"label" must be true or false, found the number 0'),
     (read_labels, {"prompt": "a", "completion": "b"},
      'the field "label" is missing; true for a good completion, false for a bad one'),
@@ -230,11 +228,9 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
     (read_demonstrations, {"messages": [{"role": "developer", "content": "x"}]},
      '"messages" has a system message'),
     (read_demonstrations, {"messages": LONG[:1]}, "\"messages\" has the turns 'user'"),
-    (read_demonstrations, {"prompt": "q", "messages": LONG}, '"messages" has the turns'),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
      '"messages" begins with another prompt than the row has; keep one of them'),
     (read_pairs, {**TRL, "prompt": SYSTEM + TRL["prompt"]}, '"prompt" has a system message'),
-    (read_pairs, {**TRL, "chosen": LONG}, '"chosen" has the turns'),
     (read_pairs, {**TRL, "prompt": LONG[:3]}, '"prompt" has the turns'),
     (read_pairs, {**TRL, "rejected": conversation("another", "b")},
      '"rejected" begins with another prompt'),
@@ -264,7 +260,6 @@ LABEL = {"prompt": "q", "completion": "a", "label": True}
     (read_demonstrations, [{**LABEL, "completion": f"c{i}", "label": label}
                            for i, label in enumerate([True, False, 0, None, "fable"])],
      ["c0", "c3", "c4"], 'left out 2 of 5 rows, whose "label" is false\n'),
-    (read_demonstrations, [LABEL], ["a"], ""),
     # A label that is turned round; a rejected answer that is lost; a label beside a pair overruled.
     (read_labels, [LABEL, {**LABEL, "label": False, "n": 1}, PAIR, {**PAIR, **LABEL}],
      [("a", True), ("a", False), ("a fox", True), ("a\nkite", False), ("a", True)], ""),
@@ -272,7 +267,7 @@ LABEL = {"prompt": "q", "completion": "a", "label": True}
     (read_labels, [{**PAIR, "chosen": "same", "rejected": "same"}, PAIR],
      [("a fox", True), ("a\nkite", False)], "left out 1 pairs of two equal texts\n"),
     # A set would shuffle the prompts anew in every run.
-    (read_prompts, [{"prompt": prompt} for prompt in "bab ca"], ["b", "a", "c"], None),
+    (read_prompts, [{"prompt": prompt} for prompt in "babca"], ["b", "a", "c"], ""),
     # TRL's messages; a text that nobody wants may be anything.
     *((read_pairs, [row], [("a fox", "a\nkite")], "") for row in (
         TRL, {"chosen": conversation("q", "a fox"), "rejected": conversation("q", "a\nkite")},
@@ -287,14 +282,11 @@ LABEL = {"prompt": "q", "completion": "a", "label": True}
 def test_what_a_row_means(reader, rows, expected, printed, tmp_path, capsys):
     """One format's rows in another one's place: refused, or read as something that they do not
     say. The comments above name the bugs."""
-    if printed is None:
-        rows = [row for row in rows if row["prompt"] != " "]
     path = put_rows(tmp_path / "rows.jsonl", *rows)
     found = reader(path)
     if reader is not read_prompts:
         assert {row["prompt"] for row in found} == {"q"}
-        found = [tuple(row.values())[1:] for row in found]
-        found = [row[0] if len(row) == 1 else row for row in found]
+        found = [tuple(row.values())[1:] if len(row) > 2 else row["completion"] for row in found]
     assert found == expected
     assert capsys.readouterr().out == (f"{path}: {printed}" if printed else "")
 
