@@ -241,8 +241,8 @@ def test_impossible_values_are_refused(name, argv, message, tmp_path, monkeypatc
     greedy; a seed that torch's generators do not take; `--data $FILE` with FILE unset trains on the
     little world; --temperature without --sample, for somebody who thinks that he trains at it."""
     module = importlib.import_module(name)
-    monkeypatch.setattr(module, "train_missing", lambda *arguments: pytest.fail("trains"),
-                        raising=False)
+    for step in ("train", "train_missing"):
+        monkeypatch.setattr(module, step, lambda *arguments: pytest.fail("trains"), raising=False)
     flag = argv.replace("=", " ").split()[0] if "--method" not in argv else argv.split()[2]
     with pytest.raises(InputError, match=rf"^{flag}( \S+)?: {message}") as error:
         module.main(["--size", "cpu", "--out", str(tmp_path), *argv.split()])
