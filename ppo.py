@@ -20,6 +20,7 @@ Training with PPO" (ECE 7115):
     python ppo.py --explain             one response, token by token: KL_t, r_t, V(s_t), A_t, ρ_t
     python ppo.py --beta 0 --name ppo-beta0     over-optimization: reward rises, gold falls
     python ppo.py --reward verifier --name ppo-verifier     or process, "COMMAND" (CS 224R, ch. 11)
+    python ppo.py --start rsft-per_prompt --name ppo-rsft   go on from another policy
     python ppo.py --method grpo --name ppo-grpo             the family, at the end of the file
 
 Everything up to "The family" is the lecture's PPO and can be read top to bottom.
@@ -97,6 +98,8 @@ class Config:
                                                             # data/huggingface.py
     out: str = "out"            # folder of all outputs; this stage writes to OUT/SIZE/NAME
     name: str = "ppo"           # name of this run's folder: ppo-… keeps an experiment apart
+    start: str = ""             # begin from this policy (dpo, rsft-…, another ppo-…), not from the
+                                # SFT model, which stays π_ref
     seed: int = 1               # fixes prompts, samples and minibatches
     explain: bool = False       # print one response with every quantity of the slides, and stop
     save: int = 10              # iterations between two saves of the state for --resume
@@ -623,10 +626,10 @@ def train(config):
     # The four models. V starts as r_φ or, if there is none, as the policy with a new head.
     device = get_device()
     sources = [stage_folder(config, "sft") / "checkpoint.pt"]
-    policy, tokenizer, checkpoint = load_checkpoint(sources[0], "sft", config.size, device)
+    reference, tokenizer, checkpoint = load_checkpoint(sources[0], "sft", config.size, device)
     if not config.data:
         sft.refuse_own_text(sources[0], checkpoint)
-    reference = deepcopy(policy)
+    policy = deepcopy(reference)
     reward_model = None
     if "reward_model" in needed:
         reward_model, path = load_reward_model(config, tokenizer)
@@ -636,6 +639,9 @@ def train(config):
         value_model = deepcopy(reward_model)
     elif config.method in WITH_VALUES:
         value_model = start_from(policy)
+    if config.start:
+        policy = load_start(config, tokenizer, value_model)
+        sources.append(stage_folder(config, config.start) / "checkpoint.pt")
 
     data = "fresh requests of the little world"
     if own:
@@ -690,6 +696,28 @@ def train(config):
                               config.temperature)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py",
           flush=True)
+
+
+def load_start(config, tokenizer, value_model):
+    """The policy of --start. Its own value model, if it has one, goes into value_model (None: no
+    method with values). InputError if it cannot go on here."""
+    stage = config.start.split("-")[0]
+    if stage not in ("ppo", "dpo", "rsft") or config.start == config.name:
+        raise InputError(f"--start {config.start}: must be the --name of a run of ppo.py, dpo.py "
+                         f"or RSFT, and not this run's own, {config.name}")
+    path = stage_folder(config, config.start) / "checkpoint.pt"
+    complete(path.parent)
+    refuse_stale(path.parent)
+    policy, found, checkpoint = load_checkpoint(path, stage, config.size, get_device())
+    if found.vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{path}: its vocabulary is not the SFT model's; train it again")
+    temperature = checkpoint.get("temperature", 1.0)
+    if temperature != config.temperature:
+        raise InputError(f"--start {config.start}: was trained with --temperature {temperature}, "
+                         f"not {config.temperature}")
+    if value_model and "value_model" in checkpoint:
+        value_model.load_state_dict(checkpoint["value_model"])
+    return policy
 
 
 # --------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def check_needs(Config, given, preset, needs):
         if values and values != [""] and found not in values:
             raise InputError(f"--{name} {given[name]}: goes with --{other} {' or '.join(values)} "
                              "only")
-        if not values and not found and other not in given:  # an empty one is refused later
+        if not values and not found and given.get(other) != "":  # an empty one is refused later
             raise InputError(f"--{name} {given[name]}: goes with --{other} only")
 
 

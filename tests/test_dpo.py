@@ -457,7 +457,7 @@ FILES = {
     ("--loss ipo --lam 1", "--lam 1.0: goes with --loss orpo only"),
     ("--undesirable_weight 2", "--undesirable_weight 2.0: goes with --loss kto only"),
     ("--loss orpo --beta 0.1", "--beta 0.1: goes with --loss dpo or ipo or kto or simpo only"),
-    ("--pairs 8", "--pairs 8: goes with --online only"),
+    ("--online 0 --pairs 8", "--pairs 8: goes with --online only"),
     ("--judge annotator", "--judge annotator: goes with --online only"),
     ("--loss ipo --beta 0", "--beta 0.0: must be positive"),
     ("--online 2 --loss orpo", "--online 2: goes with --start sft only"),

@@ -152,3 +152,29 @@ def test_the_readmes_table_is_of_this_format(trained, capsys):
         return [name.strip() for name in names if name.strip()], under
 
     assert table(printed) == table(shown)
+
+
+def test_a_run_goes_on_from_another_policy(trained, tmp_path):
+    """The reference was the policy that the run began from, and the KL that is already spent came
+    for free; or V began anew. π_ref stays the SFT model: with --start the first batch has the
+    KL of the policy it begins from."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    flags = ["--out", str(out), "--size", "cpu", "--iterations", "1", "--max_new_tokens", "16",
+             "--rollouts", "16"]
+    ppo.main(flags + ["--start", "ppo", "--name", "ppo-on", "--lr", "1e-9", "--value_lr", "1e-9"])
+    on = torch.load(out / "cpu/ppo-on/checkpoint.pt", weights_only=True)
+    before = torch.load(out / "cpu/ppo/checkpoint.pt", weights_only=True)
+    sft = torch.load(out / "cpu/sft/checkpoint.pt", weights_only=True)
+    for name in ("model", "value_model"):
+        for key, x in before[name].items():
+            assert torch.allclose(on[name][key], x, atol=1e-6), key
+    assert not torch.allclose(on["model"]["wte.weight"], sft["model"]["wte.weight"], atol=1e-6)
+    assert abs(on["metrics"][0]["kl"]) > 1e-4 and before["metrics"][0]["kl"] == 0
+    assert "ppo/checkpoint.pt" in on["made_from"]
+
+    for start, words in (("ppo", "not this run's own"), ("sft", "must be the --name"),
+                         ("dpo", "no such checkpoint")):
+        with pytest.raises(InputError, match=words):
+            ppo.main(flags + ["--start", start])
+    with pytest.raises(InputError, match="was trained with --temperature 1.0"):
+        ppo.main(flags + ["--start", "ppo", "--name", "ppo-hot", "--temperature", "0.9"])
