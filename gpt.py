@@ -868,8 +868,11 @@ def explain(config):
         text = rng.choice(held_out_documents(world)).text
     log_p = -math.inf if origin else stories.document_log_probability(text, world)
     whole = log_p > -math.inf  # a whole document of the world: <|end|> comes next
-    start = [] if checkpoint["text"] else [tokenizer.end_token]
-    ids = start + tokenizer.encode(text) + [tokenizer.end_token] * whole
+    ids = tokenizer.encode(text)
+    if not checkpoint["text"]:  # the world's documents begin after an <|end|>
+        ids = [tokenizer.end_token, *ids]
+    if whole:
+        ids = [*ids, tokenizer.end_token]
     if len(ids) > model.config.block_size:
         raise InputError(f"--explain: {len(ids)} tokens exceed the context of "
                          f"{model.config.block_size}")
