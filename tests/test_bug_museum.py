@@ -11,6 +11,7 @@ hardly sees it: SEEN_BY names the test that does.
 
 import inspect
 import textwrap
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ import dpo
 import ppo
 from data.run import SilentRun
 from gpt import pad, token_logprobs
-from helpers import (BETA, ENDED, LIMIT, ROWS, UNFINISHED, Blocks, all_pairs, copy_of,
-                     exact_logprobs, kl, make_model, world_task)
+from helpers import (BETA, ENDED, LIMIT, ROWS, UNFINISHED, Blocks, all_pairs, exact_logprobs, kl,
+                     make_model, world_task)
 from reward_model import RewardModel, make_reward
 
 BAR = 0.02  # nats: where the right code ends
@@ -238,6 +239,8 @@ OF_DPO = [nothing, averaged_in_dpo, end_masked_out_of_dpo, prompt_in_dpo]
 SEEN_BY = {returns_for_advantages: "test_ppo.py::test_gae_is_the_sum_of_residuals",
            advantages_with_gradient: "test_policy_gradients.py::test_the_gradient_of_every_loss",
            whitened_over_padding: "test_ppo.py::test_padding_never_counts",
+           penalty_twice: "test_policy_gradients.py::test_the_gradient_of_every_loss",
+           sampled_colder: "test_ppo.py::test_rollouts_follow_the_scored_distribution",
            mean_of_means: "test_policy_gradients.py::test_the_gradient_of_every_loss",
            prompt_in_dpo: "test_dpo.py::test_logprobs_are_sums_token_by_token"}
 
@@ -246,7 +249,7 @@ def ppo_distance(world):
     """KL(π || π*) of all 85 responses after PPO on a reward model that gives exactly the list's
     rewards."""
     reference, _, rewards, best, _ = world
-    policy = copy_of(reference)
+    policy = deepcopy(reference)
     value_model = make_model(RewardModel, seed=1)
     reward_model = make_model(RewardModel, seed=0)
     count = len(ENDED)
@@ -255,8 +258,8 @@ def ppo_distance(world):
         hidden = reward_model.trunk.hidden(tokens)[range(count), lengths - 1].double()
         solution = torch.linalg.lstsq(hidden, rewards[:count, None]).solution
         reward_model.head.weight[0] = solution[:, 0]
-    config = ppo.Config(iterations=30, rollouts=512, epochs=2, minibatch=128, micro_batch=512,
-                        lr=3e-3, value_lr=4e-3, lam=0.95, beta=BETA, max_new_tokens=LIMIT,
+    config = ppo.Config(iterations=16, rollouts=512, epochs=2, minibatch=128, micro_batch=512,
+                        lr=2e-3, value_lr=4e-3, lam=0.95, beta=BETA, max_new_tokens=LIMIT,
                         missing_end_score=UNFINISHED)
     reward = make_reward("reward_model", reward_model, None, config.micro_batch)
     ppo.ppo(policy, reference, value_model, world_task(reward), config, SilentRun())
@@ -266,7 +269,7 @@ def ppo_distance(world):
 def dpo_distance(world):
     """KL(π || π*) of the 21 responses with an <|end|> after DPO on all their pairs."""
     reference, _, rewards, best, _ = world
-    policy = copy_of(reference)
+    policy = deepcopy(reference)
     count = len(ENDED)
     pairs = all_pairs(rewards[:count], copies=8)
     config = dpo.Config(epochs=6, batch=128, micro_batch=128, lr=3e-3, beta=BETA)
