@@ -483,7 +483,7 @@ def train(config):
     check_name(config.name, "dpo")
     if config.online and config.data and config.judge in JUDGES:
         raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of "
-                         f"{config.data}")
+                         f"{config.data}; give a program: --judge \"COMMAND\"")
     if config.beta == 0:
         raise InputError("--beta 0.0: must be positive; with 0 no comparison would move the policy")
     folder = stage_folder(config, config.name)

@@ -618,7 +618,7 @@ class Run(SilentRun):
 
             if found["stage"] != self.stage:
                 raise InputError(f"{self.path}: is the state of a run of {found['stage']}, but "
-                                 f"{self.stage} is wanted")
+                                 f"{self.stage} is wanted; start again without --resume")
             for name, value in self.saved["settings"].items():
                 before = found["settings"].get(name)
                 if before != value and name not in MAY_CHANGE:

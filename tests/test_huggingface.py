@@ -24,7 +24,7 @@ from data import huggingface
 from data.corpus import pretraining_text
 from data.files import InputError, checksum, write_jsonl
 from data.huggingface import read_folder, read_weights, write_folder
-from data.run import parse_config, show_models
+from data.run import parse_config, refuse_stale, show_models
 from data.tokenizer import Tokenizer, train
 from gpt import load_checkpoint, pad, save_checkpoint
 from helpers import snapshot, tiny_gpt, tiny_reward_model
@@ -534,6 +534,11 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
         assert same_weights(again.state_dict(), model.state_dict())
         assert checkpoint["loaded"] == str(tmp_path / "sft")
         assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
+
+    # A policy from elsewhere is measured against the SFT model that was there when it came.
+    sft.main([*common, *data, "--max_new_tokens", "4", "--lr", "1e-3"])
+    with pytest.raises(InputError, match="load ppo-theirs again, if it is a policy of this one"):
+        refuse_stale(path.parent)
 
     # PPO-ptx would need what the base model was trained on.
     path = tmp_path / "gpt2/gpt/checkpoint.pt"

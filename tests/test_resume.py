@@ -637,7 +637,8 @@ def test_what_resume_refuses(small, tmp_path):
             ("", dict(lr=0.5), f"the run began with --lr 0.003, not 0.5; {settings}"),
             ("", dict(seed=2), f"the run began with --seed 1, not 2; {settings}"),
             ("b\na\n", {}, another), ("", dict(sources=[]), another),
-            ("", dict(stage="ppo"), "is the state of a run of gpt, but ppo is wanted")):
+            ("", dict(stage="ppo"), "is the state of a run of gpt, but ppo is wanted; start "
+             "again without --resume")):
         pairs.write_text(text or "a\nb\n")
         with pytest.raises(InputError) as error:
             small_stage(folder, resume=True, **{"sources": sources, **changed})
