@@ -280,8 +280,8 @@ def test_strange_texts_to_pretrain_on(tmp_path):
     (sft, "--demonstrations 24 --questions 12 --batch 8"),
     (reward_model, "--pairs 8 --held_out 8 --batch 4"),
     (reward_model, "--process --batch 16"),
-    (ppo, "--iterations 1 --rollouts 8 --minibatch 4 --ptx 0.1"),
-    (ppo, "--iterations 1 --rollouts 8 --minibatch 4 --reward process"),
+    (ppo, "--iterations 1 --rollouts 12 --minibatch 6 --ptx 0.1"),
+    (ppo, "--iterations 1 --rollouts 12 --minibatch 6 --reward process"),
     (dpo, "--batch 16"),
     (dpo, "--batch 16 --loss kto"),
     (dpo, "--batch 8 --online 1 --pairs 16"),
@@ -295,7 +295,7 @@ def test_no_stage_has_more_in_memory_than_the_flags_say(stage, flags, out, monke
     if "process" in flags and stage != reward_model:
         reward_model.main(common + ["--process", "--micro_batch", "64", "--batch", "64"])
     if flags != "--process --batch 16":
-        common += ["--sample_batch", "3", "--max_new_tokens", "8"]
+        common += ["--sample_batch", "5", "--max_new_tokens", "8"]
     sampled = []
     scored = []
     hidden = GPT.hidden
@@ -306,5 +306,5 @@ def test_no_stage_has_more_in_memory_than_the_flags_say(stage, flags, out, monke
 
     monkeypatch.setattr(GPT, "hidden", watched)
     stage.main(common + ["--micro_batch", "2", *flags.split()])
-    assert max(sampled, default=0) <= 6     # both responses to a prompt that are to be compared
+    assert max(sampled, default=0) <= 10    # both responses to a prompt that are to be compared
     assert 2 <= max(scored) <= 8            # without gradients, of rewards: pairs of two of them

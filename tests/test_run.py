@@ -162,6 +162,7 @@ def choose(*argv):
     ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"),
     ("--width 4", "--width 4: goes with --text only"),
     ("--depth 2", "--depth 2: goes with --count only"),
+    ("--count 0 --depth 5", "--depth 5: goes with --count only"),
     ("--speed 2 --goal far", "--speed 2: goes with --goal near only"),
     ("--speed 2 --kind odd", "--speed 2: goes with --goal near only"),
     ("--turns 2 --text a", "--turns 2: cannot be used with --text")])
