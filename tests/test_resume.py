@@ -517,6 +517,10 @@ def test_ctrl_c_at_the_edges(kind, n, message, small, tmp_path, monkeypatch):
         shutil.rmtree(folder / "unfinished")
     else:
         check_unfinished(folder, small)
+        if n == 8:  # again, where the first round is over when the run begins
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="^$"):
+                at_call([kind], 3, signal.SIGINT, patch=patch)
+                small_stage(folder, resume=True)
         small_stage(folder, resume=True)
     check_finished(folder, small)
 
