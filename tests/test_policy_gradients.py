@@ -206,7 +206,7 @@ def test_losses_without_a_clip(junk):
 
 
 @pytest.mark.parametrize("kl, expected", [
-    (0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.01, 1.0), (0.015, 1.0), (0.0151, 2.0), (9.0, 2.0)])
+    (0.0, 0.5), (0.0066, 0.5), (0.01 / 1.5, 1.0), (0.015, 1.0), (0.0151, 2.0), (9.0, 2.0)])
 def test_adapt_penalty(kl, expected):
     """A coefficient that grows where the policy does not move, or changes within the band of 1.5
     around the target."""
@@ -333,8 +333,8 @@ def test_pretraining_gradient(micro_batch):
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_steps_and_figures_of_every_method(method, beta, monkeypatch):
     """GRPO's KL in the rewards as well: the penalty counts twice. Without a ratio, a second step on
-    a batch, or none of a value model that nobody asked. Figures of what a method does not have; and
-    at β = 0 a policy of which nobody sees how far it went."""
+    a batch. A step that pulls the weights to 0. Figures of what a method does not have; and at β =
+    0 a policy of which nobody sees how far it went."""
     shaped = ppo.shaped_rewards
     step = ppo.optimizer_step
     betas = []
@@ -346,6 +346,7 @@ def test_steps_and_figures_of_every_method(method, beta, monkeypatch):
 
     def optimizer_step(optimizer, model, lr):
         steps.append(type(model))
+        assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
         return step(optimizer, model, lr)
 
     monkeypatch.setattr(ppo, "shaped_rewards", shaped_rewards)
