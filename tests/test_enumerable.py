@@ -49,9 +49,9 @@ def trained(reference, rewards, method, draw_documents=None, **flags):
 
 
 @pytest.mark.parametrize("method, bound, flags", [
-    ("ppo", 0.03, dict(iterations=16, minibatch=128, epochs=2, lr=2e-3, value_lr=4e-3, lam=0.95)),
+    ("ppo", 0.03, dict(iterations=18, minibatch=128, epochs=2, lr=2e-3, value_lr=4e-3, lam=0.95)),
     ("ppo_penalty", 0.03, dict(iterations=14, minibatch=128, epochs=2, lr=2e-3, value_lr=4e-3)),
-    ("a2c", 0.03, dict(iterations=40, lr=4e-3, value_lr=5e-3)),
+    ("a2c", 0.03, dict(iterations=50, lr=2.5e-3, value_lr=5e-3)),
     ("rloo", 0.03, dict(iterations=50, lr=3e-3, group=8)),
     ("grpo_kl_in_rewards", 0.03,
      dict(iterations=32, minibatch=256, epochs=2, lr=2.5e-3, group=8))])
@@ -73,16 +73,16 @@ def test_who_finds_the_boltzmann_policy(world, method, bound, flags):
 
 
 def test_reinforce_and_its_baseline(world):
-    """The lecture's "if reward is +5, is this good? what if the average is +10?": with 3 added to
+    """The lecture's "if reward is +5, is this good? what if the average is +10?": with 6 added to
     every reward π* is the same, and the mean of the batch takes them off again. Without a baseline
     the same samples, of which nearly all are pushed up, bring a policy only part of the way: a
     difference of noise, for the expected gradient is the same."""
     reference, ref, rewards, best, _ = world
-    plain, baselined = (kl(trained(reference, rewards + 3, method, iterations=45, lr=3e-3), best)
+    plain, baselined = (kl(trained(reference, rewards + 6, method, iterations=45, lr=2e-3), best)
                         for method in ("reinforce", "reinforce_baseline"))
     print(f"\nKL(π || π*) {kl(ref, best):.3f} → reinforce {plain:.3f}, reinforce_baseline "
           f"{baselined:.3f} nats")
-    assert baselined <= 0.05 < plain < 0.5 * kl(ref, best)
+    assert baselined <= 0.03 < 0.06 < plain < kl(ref, best)
 
 
 def test_several_passes_need_the_ratio_and_the_clip(world, monkeypatch):
