@@ -197,7 +197,8 @@ def test_losses_without_a_clip(junk):
     ratio = (logprobs - old).detach().exp()
     plain = ppo.policy_gradient_loss(logprobs, A, mask)
     penalized = ppo.penalty_policy_loss(logprobs, old, A, kl, mask, coefficient=0.7)
-    for loss, terms, slope in ((plain, A * logprobs, A), (penalized, ratio * A - 0.7 * kl, ratio * A)):
+    for loss, terms, slope in ((plain, A * logprobs, A),
+                               (penalized, ratio * A - 0.7 * kl, ratio * A)):
         gradient, = torch.autograd.grad(loss, logprobs, retain_graph=True)
         assert loss.item() == pytest.approx(-terms[mask].sum().item() / n, rel=1e-12)
         torch.testing.assert_close(gradient, torch.where(mask, -slope / n, 0.0), rtol=1e-12, atol=0)
