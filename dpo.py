@@ -15,6 +15,7 @@ Two models: the policy π_θ and the frozen reference π_ref, both from SFT.
     python dpo.py --loss kto --data FILE.jsonl      labels: {"prompt", "completion", "label": true}
     python dpo.py --loss orpo           SFT and alignment in one stage: starts from the base model
     python dpo.py --online 5            five rounds on samples of the current policy
+    python dpo.py --start ppo --name dpo-ppo        go on from another policy
     python dpo.py --prompt "…"          answer a prompt with the policy
     python dpo.py --explain             a held-out pair: log-ratios token by token, r̂, z, σ(-z)
 
@@ -50,7 +51,7 @@ from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpo
                  masked_logprobs, memory_of_pieces, optimizer_step, pad, response_logprobs,
                  response_mask, save_checkpoint)
 from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge, score_all
-from sft import answer, default_lr, show_before_and_after
+from sft import answer, default_lr, load_policy, show_before_and_after
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Config:
     lam: float = 0.5            # ORPO's λ, the weight of the odds ratio beside the SFT loss
     desirable_weight: float = 1.0       # KTO's λ_D, the weight of a good response
     undesirable_weight: float = 1.0     # KTO's λ_U, the weight of a bad one
-    start: Literal["sft", "gpt"] = "sft"    # the policy starts as the SFT model or the base model
+    start: str = "sft"          # the policy starts as the SFT model, as the base model (gpt) or as
+                                # the policy of another run (ppo, rsft-…); π_ref stays SFT's
 
     # the comparisons
     data: str = ""              # your own pairs, a .jsonl file, instead of reward_model.py's
@@ -481,6 +483,9 @@ def read_data(config, split, origin, tokenizer, block_size):
 def train(config):
     """Fit the policy to the comparisons and save it to OUT/SIZE/NAME/checkpoint.pt."""
     check_name(config.name, "dpo")
+    if config.online and config.start == "gpt":
+        raise InputError(f"--online {config.online}: a base model cannot answer; it needs another "
+                         "--start than gpt")
     if config.online and config.data and config.judge in JUDGES:
         raise InputError(f"--judge {config.judge}: knows the little world only, not the prompts of "
                          f"{config.data}; give a program: --judge \"COMMAND\"")
@@ -499,7 +504,10 @@ def train(config):
     train_missing(config, needed, config.name)
 
     # The models: π_θ, trained; π_ref, frozen; online, perhaps r_φ as the judge.
-    policy, tokenizer = load(config, config.start)
+    if config.start in ("sft", "gpt"):
+        policy, tokenizer = load(config, config.start)
+    else:
+        policy, tokenizer, _ = load_policy(config)
     used = [config.start]
     reference = None
     if config.loss not in WITHOUT_REFERENCE:
@@ -801,8 +809,7 @@ def main(argv=None):
              "beta": ("loss", *[loss for loss in losses if loss != "orpo"]),
              "lam": ("loss", "orpo"),
              "desirable_weight": ("loss", "kto"), "undesirable_weight": ("loss", "kto"),
-             "pairs": ("online",), "judge": ("online",),
-             "online": ("start", "sft")}  # a base model can't answer
+             "pairs": ("online",), "judge": ("online",)}
     changes = {"ipo": dict(beta=0.05), "kto": dict(batch=64, micro_batch=64),
               "simpo": dict(beta=10.0), "orpo": dict(start="gpt", lam=2.0)}
     config = parse_config(Config, GPU, argv, "Fit a policy to preferences: DPO and its family.",

@@ -70,8 +70,9 @@ class Config:
     ptx: float = 0.0            # γ of PPO-ptx: price of a nat of pretraining text, in units of A_t
 
     # optimization
-    iterations: int = 100       # rollout batches
-    rollouts: int = 64          # responses in a rollout batch
+    iterations: int = 100       # rollout batches; where each serves one step (a2c, reinforce…,
+                                # rloo): times rollouts / minibatch
+    rollouts: int = 64          # responses in a rollout batch; where it serves one step: minibatch
     epochs: int = 1             # K: passes over each rollout batch; only the first is on-policy
     minibatch: int = 16         # responses in an optimizer step
     micro_batch: int = 8        # responses in one forward pass; less memory, the same gradient
@@ -640,8 +641,13 @@ def train(config):
     elif config.method in WITH_VALUES:
         value_model = start_from(policy)
     if config.start:
-        policy = load_start(config, tokenizer, value_model)
+        policy, found, start = sft.load_policy(config, config.temperature)
         sources.append(stage_folder(config, config.start) / "checkpoint.pt")
+        if found.vocabulary != tokenizer.vocabulary:
+            raise InputError(f"{sources[-1]}: its vocabulary is not the SFT model's; train "
+                             f"{config.start} again")
+        if value_model and "value_model" in start:
+            value_model.load_state_dict(start["value_model"])
 
     data = "fresh requests of the little world"
     if own:
@@ -677,7 +683,9 @@ def train(config):
 
     folder = stage_folder(config, config.name)
     unprinted = ("beta", "approx_kl", "value_loss", "rollout_s", "scoring_s", "update_s")
-    with Run(config.name, folder, config, 1, sources, save=config.save, unprinted=unprinted) as run:
+    report = max(1, config.iterations // 100)
+    with Run(config.name, folder, config, report, sources, save=config.save,
+             unprinted=unprinted) as run:
         loop = ppo if config.method == "ppo" else policy_gradients
         loop(policy, reference, value_model, task, config, run)
         more = {name: getattr(config, name) for name in KEPT}
@@ -696,28 +704,6 @@ def train(config):
                               config.temperature)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py",
           flush=True)
-
-
-def load_start(config, tokenizer, value_model):
-    """The policy of --start. Its own value model, if it has one, goes into value_model (None: no
-    method with values). InputError if it cannot go on here."""
-    stage = config.start.split("-")[0]
-    if stage not in ("ppo", "dpo", "rsft") or config.start == config.name:
-        raise InputError(f"--start {config.start}: must be the --name of a run of ppo.py, dpo.py "
-                         f"or RSFT, and not this run's own, {config.name}")
-    path = stage_folder(config, config.start) / "checkpoint.pt"
-    complete(path.parent)
-    refuse_stale(path.parent)
-    policy, found, checkpoint = load_checkpoint(path, stage, config.size, get_device())
-    if found.vocabulary != tokenizer.vocabulary:
-        raise InputError(f"{path}: its vocabulary is not the SFT model's; train it again")
-    temperature = checkpoint.get("temperature", 1.0)
-    if temperature != config.temperature:
-        raise InputError(f"--start {config.start}: was trained with --temperature {temperature}, "
-                         f"not {config.temperature}")
-    if value_model and "value_model" in checkpoint:
-        value_model.load_state_dict(checkpoint["value_model"])
-    return policy
 
 
 # --------------------------------------------------------------------------------------------------
@@ -916,6 +902,11 @@ def main(argv=None):
                "reward": {"verifier": dict(missing_end_score=0.0)}}
     config = parse_config(Config, GPU, argv, "Optimize the SFT policy against the reward model.",
                           needs, presets)
+    if config.method in ONE_STEP and "rollouts" not in config.given:
+        # As many responses and steps as PPO's first passes: a batch is one of PPO's minibatches.
+        if "iterations" not in config.given:
+            config.iterations *= config.rollouts // config.minibatch
+        config.rollouts = config.minibatch
     if config.explain:
         explain(config)
     elif config.prompt:

@@ -314,6 +314,24 @@ def answer(config, stage, name):
     print(texts[0])
 
 
+def load_policy(config, temperature=1.0):
+    """(the policy of --start, its tokenizer, its checkpoint), for a run of ppo.py or dpo.py that
+    goes on from it. temperature: of the training. InputError if it cannot go on here."""
+    stage = config.start.split("-")[0]
+    if stage not in ("ppo", "dpo", "rsft") or config.start == config.name:
+        raise InputError(f"--start {config.start}: must be the --name of a run of ppo.py, dpo.py "
+                         f"or RSFT, and not this run's own, {config.name}")
+    path = stage_folder(config, config.start) / "checkpoint.pt"
+    complete(path.parent)
+    refuse_stale(path.parent)
+    policy, tokenizer, checkpoint = load_checkpoint(path, stage, config.size, get_device())
+    trained = checkpoint.get("temperature", 1.0)
+    if trained != temperature:
+        raise InputError(f"--start {config.start}: was trained with --temperature {trained}, not "
+                         f"{temperature}")
+    return policy, tokenizer, checkpoint
+
+
 def show_before_and_after(prompts, before, after, tokenizer, config, reward=None, temperature=1.0):
     """Two policies answer the same prompts (None: 33 held-out requests of the world) with one seed,
     the second one at the temperature at which it was trained. Prints the mean scores of both, and

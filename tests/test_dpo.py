@@ -460,8 +460,8 @@ FILES = {
     ("--online 0 --pairs 8", "--pairs 8: goes with --online only"),
     ("--judge annotator", "--judge annotator: goes with --online only"),
     ("--loss ipo --beta 0", "--beta 0.0: must be positive"),
-    ("--online 2 --loss orpo", "--online 2: goes with --start sft only"),
-    ("--online 2 --start gpt", "--online 2: goes with --start sft only"),
+    ("--online 2 --loss orpo", "--online 2: a base model cannot answer"),
+    ("--online 2 --start gpt", "--online 2: a base model cannot answer"),
     ("--online 2 --data data.jsonl --judge annotator",
      "--judge annotator: knows the little world only, not .*data.jsonl"),
     ("--online 2 --max_new_tokens 124 --data data.jsonl", ".*no prompt leaves room for .* 124"),
@@ -659,3 +659,19 @@ def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
     for judge in ("annotator", "reward_model"):
         with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; --online"):
             run_dpo(out, *ONLINE, "--judge", judge)
+
+
+def test_it_goes_on_from_another_policy(out, capsys):
+    """π_ref became the policy that the run started from: no pair had an implicit reward at first,
+    and its KL was paid to the wrong model."""
+    flags = ["--size", "cpu", "--out", str(out)]
+    for lr, name, start in (("0.01", "dpo-far", "sft"), ("1e-9", "dpo-on", "dpo-far")):
+        dpo.main(flags + ["--name", name, "--lr", lr, "--start", start])
+    far = metrics(out / "cpu/dpo-far/metrics.jsonl")[-1]["held_out_loss"]
+    on = metrics(out / "cpu/dpo-on/metrics.jsonl")[-1]["held_out_loss"]
+
+    assert on == pytest.approx(far, rel=1e-4)
+    assert abs(on - math.log(2)) > 0.01
+
+    with pytest.raises(InputError, match="--start nothing: must be the --name of a run"):
+        dpo.main(flags + ["--name", "dpo-no", "--start", "nothing"])

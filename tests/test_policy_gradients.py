@@ -642,3 +642,21 @@ def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
         ppo.main([*argv, "--resume"])
     assert str(error.value) == f"{text}: no such file"
     assert snapshot(out) == found
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--method a2c --size cpu", (400, 16)),
+    ("--method reinforce --size gpu", (400, 128)),
+    ("--method rloo --size gpt2", (100, 512)),
+    ("--method rloo --size cpu --rollouts 64", (100, 64)),
+    ("--method a2c --size cpu --iterations 5", (5, 16)),
+    ("--method ppo_penalty --size cpu", (100, 64)),
+])
+def test_methods_without_a_ratio_get_a_batch_for_every_step(monkeypatch, flags, expected):
+    """They took four steps on the samples of one policy; or, with one step on PPO's large batch, a
+    quarter of PPO's steps, and looked worse than they are."""
+    configs = []
+    monkeypatch.setattr(ppo, "train", configs.append)
+    ppo.main(flags.split())
+
+    assert (configs[0].iterations, configs[0].rollouts) == expected
