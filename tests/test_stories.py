@@ -72,19 +72,14 @@ def all_stories(world, titled=False):
     return texts
 
 
-def request_lists(world):
-    """What a request is chosen from: patterns, adjectives, heroes, things."""
-    words = world.words
-    return world.patterns["ask"], words["adjective"], words["hero"], words["thing"]
-
-
 def all_requests(world):
-    """{request: whether it is held out}, by brute force."""
-    lists = request_lists(world)
+    """{request: whether it is held out} of a small world with one way to ask, by brute force."""
     requests = {}
-    for a, b, c, d in itertools.product(*(range(len(choices)) for choices in lists)):
-        slots = {"adjective": lists[1][b], "hero": lists[2][c], "thing": lists[3][d], "friend": "-"}
-        requests[render(lists[0][a], slots)] = (a + b + c + d) % world.held_out_every == 0
+    lists = [world.words[slot] for slot in ("adjective", "hero", "thing")]
+    for words in itertools.product(*lists):
+        slots = {"adjective": words[0], "hero": words[1], "thing": words[2], "friend": "-"}
+        total = sum(choices.index(word) for choices, word in zip(lists, words))
+        requests[render(world.patterns["ask"][0], slots)] = total % world.held_out_every == 0
     return requests
 
 
@@ -130,7 +125,7 @@ def frequent(counts, p, n):
 def test_samples_are_as_frequent_as_their_probability(request_):
     """A sampler and a log-probability that both sum to one, of two different distributions."""
     rng = random.Random(5)
-    n = 8000
+    n = 4000
     p = {text: math.exp(log_probability(request_, text, TINIEST)) for text in all_stories(TINIEST)}
     counts = Counter(stories.story(rng, request_, TINIEST).text for _ in range(n))
     assert frequent(counts, p, n)
@@ -151,7 +146,7 @@ def test_requests_are_as_frequent_as_their_probability(held_out):
 
 def test_log_probability_by_hand():
     """Two turns of a sort: the second is one of those left over, not of all; here, then, certain. A
-    hero or thing that isn't the request's is one of all the others, the adjective one of all."""
+    hero that isn't the request's is one of all the others, the adjective one of all."""
     request = "Tell me about a shy fox and a kite."
     text = ("Once there was a shy fox. She wanted a kite. She helped little Anna. "
             "The fox shared her supper.")
@@ -160,18 +155,19 @@ def test_log_probability_by_hand():
     found = log_probability(request, text, TINY)
     assert found == pytest.approx(math.log(facts * plan / 2))   # and one friend of two
 
-    for other, ratio in (("a shy fox and an umbrella", 0.2 / 0.8),
-                         ("a shy bear and a kite", 0.1 / 2 / 0.9)):  # one other, two adjectives
-        request = f"Tell me about {other}."
-        assert log_probability(request, text, TINY) - found == pytest.approx(math.log(ratio))
+    other = log_probability("Tell me about a shy bear and a kite.", text, TINY)
+    assert other - found == pytest.approx(math.log(0.1 / 2 / 0.9))  # one other, two adjectives
     assert log_probability("Tell me about an odd fox and a kite.", text, TINY) == -math.inf
 
 
 def test_draws_carry_their_exact_log_probability():
-    """An answer key that is off: the entropy of the source is the mean of these numbers. Or a
-    training run that sees the very requests it is judged by, alone or on a page."""
+    """An answer key that is off: the entropy of the source is the mean of these numbers. A training
+    run that sees the very requests it is judged by, alone or on a page; draws from Python's global
+    generator, or other ones for the same seed."""
+    state = random.getstate()
     rng = random.Random(1)
-    for _ in range(300):
+    texts = []
+    for _ in range(150):
         request = stories.request(rng)
         assert request.logprob == pytest.approx(-math.log(12 * 28 * 31 * 36))
         never_seen = stories.request(rng, held_out=True)
@@ -187,6 +183,8 @@ def test_draws_carry_their_exact_log_probability():
         assert not any(map(stories.is_held_out, text.split("\n")))
         text, logprob = stories.document(rng)
         assert logprob == pytest.approx(stories.document_log_probability(text), abs=1e-9)
+        texts.append(request.text)
+    assert stories.request(random.Random(1)).text == texts[0] and random.getstate() == state
 
 
 def test_changed_stories_have_another_probability():
@@ -199,55 +197,19 @@ def test_changed_stories_have_another_probability():
     end = "But she never found the kite."
     text = f"{start} {turn} {other} {end}"
     good = log_probability(request, text)
-    assert math.isfinite(good)
     assert good == pytest.approx(log_probability(request, f"{start} {other} {turn} {end}"))
     changed = text.replace("kite", "drum")
     assert log_probability(request, changed) == pytest.approx(good + math.log(0.2 / 35 / 0.8))
     for bad in (
-            "", start[:46], start, f"{start} {end}",                        # no turn
-            f"{start} {turn} {turn} {end}",                                 # a pattern twice
-            f"{start} {turn} {other.replace('Tom', 'Joe')}",                # no one's name
+            "", f"{start} {end}", f"{start} {turn} {turn} {end}", f"{turn} {start}",
             f"{start} {turn} {other.replace('Uncle Tom', 'the postman')}",  # another friend
-            f"{start} {turn} {end.replace('kite', 'drum')}",                # another thing
             text.replace("She broke", "He broke"),                          # another pronoun
             text.replace("her", "his").replace("She", "He").replace("she", "he"),
-            f"{turn} {start}", f"{start} {end} {turn}",
-            f"{start}  {turn}", f"{start} {turn} ", f"{start} {turn} The end."):
+            f"{start} {end} {turn}", f"{start}  {turn}", f"{start} {turn} ", f"{text} The end."):
         assert log_probability(request, bad) == -math.inf, bad
 
-
-def test_a_wrong_request_is_named():
-    """A typing error in a prompt that silently becomes a story without a request."""
     with pytest.raises(ValueError, match="Sing a song"):
         stories.story(random.Random(0), "Sing a song.")
-    with pytest.raises(ValueError, match="Sing a song"):
-        log_probability("Sing a song.", "")
-
-
-def test_a_seed_fixes_the_text_and_the_global_generator_is_left_alone():
-    """Iteration over a set of strings, whose order changes from process to process; random.choice
-    by mistake."""
-    state = random.getstate()
-    rngs = random.Random(3), random.Random(3)
-    first, second = ([stories.document(rng) for _ in range(20)] for rng in rngs)
-    assert first == second and random.getstate() == state
-
-
-def test_held_out_requests_of_the_world():
-    """Held-out requests that prefer a word to the others."""
-    lists = request_lists(WORLD)
-    held_out = []
-    for values in itertools.product(range(12), *lists[1:]):
-        if stories._is_held_out(stories.Request(*values), WORLD):
-            held_out.append(values)
-    total = len(held_out)
-    assert WORLD.request_counts == {True: total, False: 12 * 28 * 32 * 36 - total}
-    for position, exactly in enumerate((True, True, False, True)):  # asks, adjectives, heroes, …
-        counts = Counter(values[position] for values in held_out)
-        equal = total / len(lists[position])
-        assert len(counts) == len(lists[position])
-        for count in counts.values():
-            assert count == equal if exactly else abs(count - equal) < 0.03 * equal
 
 
 def test_every_filling_of_every_pattern_is_read_back_one_way():
@@ -269,13 +231,11 @@ def test_every_filling_of_every_pattern_is_read_back_one_way():
 
 def test_recognise_and_parse_request_by_hand():
     """A slot put under the wrong name, or in its written form ("The old miller") in place of the
-    bare one."""
+    bare one; "a honest cat"."""
     assert recognise("The fox gave her thick coat to Aunt Lily.") == (
         "kind", 5, {"hero": "fox", "she": "she", "friend": "Aunt Lily"})
     assert recognise("The old miller hugged him, and all was well again.").slots == {
         "friend": "the old miller", "she": "he"}
-    assert recognise("Under the oak tree by the sea lived an odd king.").slots == {
-        "tree": "oak", "home": "by the sea", "adjective": "odd", "hero": "king"}
     assert parse_request("Do you know a story about an umbrella and an honest cat?") == (
         10, "honest", "cat", "umbrella")
     for bad in ("", "The fox gave his thick coat to Aunt Lily.", "She wept",
@@ -294,53 +254,30 @@ def test_is_story():
     request = "Tell me a story about a shy fox and a kite."
     assert stories.is_story(f"{opening} {turn}")
     for text in ("", opening, f"{turn} {opening}", f"{opening} {turn} She sto",
-                 f"{opening} Tell me a story.", f"{request}\n{request}"):
+                 f"{opening} {request}", f"{request}\n{request}"):
         assert not stories.is_story(text), text
 
 
 def test_split_sentences():
-    """A closing quote that stays with the next sentence, or a text without an end that gets
-    lost."""
+    """A closing quote that stays with the next sentence; a text without an end that gets lost."""
     assert split_sentences('He asked, "Where can the kite be?" He wept. "Go away," the fox') == [
         'He asked, "Where can the kite be?"', "He wept.", '"Go away," the fox']
     assert split_sentences(" \n") == []
 
 
-def test_articles():
-    """"a honest owl", "a umbrella"."""
-    words = ("honest", "eager", "umbrella", "shy", "young", "hedgehog")
-    assert [stories.article(word) for word in words] == ["an", "an", "an", "a", "a", "a"]
-
-
-def literals():
-    """What stands between the slots of all patterns."""
-    found = []
-    for pattern in itertools.chain(*WORLD.patterns.values()):
-        found += [literal for literal, _, _, _ in Formatter().parse(pattern)]
-    return found
-
-
 def test_heroes_things_and_adjectives_occur_only_as_such():
     """A "bell" in a place's name would earn the reward for the thing without it."""
-    asked = [WORLD.words[slot] for slot in ("adjective", "hero", "thing")]
-    others = [words for words in WORLD.words.values() if words not in asked]
-    found = re.findall("[a-z]+", " ".join(itertools.chain(literals(), *others)).lower())
-    assert len(set().union(*asked)) == 28 + 32 + 36
-    assert not set().union(*asked) & set(found)
-
-
-def test_size_of_the_world():
-    """A world too small to have to be learned, or too large for a small model."""
-    pronouns = [by_gender.values() for by_gender in stories.PRONOUNS.values()]
-    texts = itertools.chain(["a an"], literals(), *pronouns, *WORLD.words.values())
-    assert 500 <= len(set(re.findall("[a-z]+", " ".join(texts).lower()))) <= 580
-
-    sizes = {part: len(patterns) for part, patterns in WORLD.patterns.items()}
-    assert sum(sizes.values()) - sizes["ask"] >= 100
-    turns = math.perm(sizes["kind"] + sizes["unkind"] + sizes["neutral"], 4)
-    endings = 1 + sizes["happy"] + sizes["sad"]
-    plans = sizes["opening"] * sizes["wish"] * turns * endings
-    assert 28 * 32 * 36 * plans >= 10 ** 12  # and the other slots are not counted
+    others = []
+    for pattern in itertools.chain(*WORLD.patterns.values()):
+        others += [literal for literal, _, _, _ in Formatter().parse(pattern)]
+    asked = set()
+    for slot, words in WORLD.words.items():
+        if slot in ("adjective", "hero", "thing"):
+            asked.update(words)
+        else:
+            others += words
+    assert len(asked) == 28 + 32 + 36
+    assert not asked & set(re.findall("[a-z]+", " ".join(others).lower()))
 
 
 def test_the_longest_story_fits():
@@ -371,7 +308,8 @@ def test_impossible_worlds_are_refused(change):
 def test_conditioning_takes_the_same_constant_from_every_log_probability():
     """A curated world whose entropy is not the entropy of what is drawn: the numbers of turns must
     change too, because long stories have an unkind sentence more often."""
-    world = dataclasses.replace(TINY, words={**TINY.words, "place": ("by the sea",)})
+    words = {**TINY.words, "place": ("by the sea",), "friend": ("little Anna",)}
+    world = dataclasses.replace(TINY, words=words)
     curated, log_p = stories.curate(world)
     kept = 0.0
     for text in all_stories(world, titled=True):
