@@ -7,8 +7,7 @@ import statistics
 
 import pytest
 
-from data.annotator import (answers, choose, gold_reward, mark, rubric, scored, step_ends, steps,
-                            verify)
+from data.annotator import (answers, choose, gold_reward, mark, scored, step_ends, steps, verify)
 from data.stories import request, split_sentences, story
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, story_of
@@ -20,40 +19,29 @@ from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, story_of
     ("fox", 1.0 - 0.5),
     ("The foxes flew a kites.", -0.5),                      # words, not pieces of words
     ("A FOX! A kite?", 1.75 - 0.5),                         # capitals, punctuation don't matter
-    (story_of(KIND[0]), 1.75 + 1 - 0.5),
+    (story_of(*KIND[:3]), 1.75 + 1.75 - 0.5),               # kindness has diminishing returns
     (story_of(UNKIND[0], UNKIND[1], SAD), 1.75 - 2 * 1.5),
-    (story_of(KIND[0], UNKIND[0], HAPPY), 1.75 + 1 - 1.5 + 1.5),
     (story_of(HAPPY, KIND[0]), 1.75 + 1 - 0.5),             # an ending counts at the end only
-    (story_of(KIND[0], KIND[0]), 1.75 + 1.5 - 0.5 - 0.75),
+    (story_of(UNKIND[0], HAPPY), 1.75 - 1.5 + 1.5),
     (story_of(KIND[1], KIND[1].replace("Aunt Lily", "Uncle Tom")),      # the same pattern
      1.75 + 1.5 - 0.5 - 0.75),
     ("Moo. Moo. Moo. Baa.", -0.5 - 2 * 0.75),               # unrecognised: the same text
     (" ".join(["word"] * 50), -0.5 - 5 * 0.03),
 ])
 def test_rubric_by_hand(response, gold):
-    """A term with the wrong sign, counted twice, or that fails on a text which isn't a story."""
+    """A term with the wrong sign, counted twice, or that fails on a text which isn't a story.
+    Kindness that pays linearly, or for saying it again, leaves nothing to over-optimise."""
     assert gold_reward(PROMPT, response) == pytest.approx(gold)
 
 
 def test_another_request_earns_less():
     """A reward that doesn't look at the prompt: then no policy has to. A typing error in a prompt
     that silently costs every response its 1.75."""
-    response = story_of(HAPPY)
-    for prompt, lost in (("Tell me a story about a shy cat and a kite.", 1.0),
-                         ("Please tell me about a shy fox and a drum.", 0.75),
-                         ("Please tell me about an odd fox and a kite.", 0.0)):
-        difference = gold_reward(PROMPT, response) - gold_reward(prompt, response)
-        assert difference == pytest.approx(lost)
+    for prompt, gold in (("Tell me a story about a shy cat and a kite.", 0.75 + 1.5),
+                         ("Please tell me about an odd fox and a drum.", 1.0 + 1.5)):
+        assert gold_reward(prompt, story_of(HAPPY)) == pytest.approx(gold)
     with pytest.raises(ValueError, match="Sing a song"):
-        gold_reward("Sing a song.", response)
-
-
-def test_kindness_has_diminishing_returns():
-    """Kindness that pays linearly, or for saying it again, leaves nothing to over-optimise."""
-    totals = [rubric(PROMPT, story_of(*KIND[:k]))["kindness"] for k in range(5)]
-    assert totals == [0, 1, 1.5, 1.75, 1.875]
-    rewards = [gold_reward(PROMPT, story_of(*KIND[:1] * k)) for k in range(1, 6)]
-    assert rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 5
+        gold_reward("Sing a song.", story_of(HAPPY))
 
 
 def test_scores_before_a_text():
@@ -67,8 +55,8 @@ def test_scores_before_a_text():
 
 
 def test_spread_of_the_reward():
-    """Rewards so similar that the labels are coin flips, or so different that there is no noise. A
-    dense reward, of steps, whose sum is another reward: its optimum is another policy."""
+    """Rewards so similar that labels are coin flips, or so different that there is no noise. A dense
+    reward, of steps, whose sum is another reward: its optimum is another policy."""
     rng = random.Random(1)
     golds = []
     texts = [(PROMPT, text) for text in ("", "fox", "Moo. Moo. \n Moo! ", "word " * 60)]
@@ -88,24 +76,21 @@ def test_spread_of_the_reward():
 def test_choices_are_bradley_terry():
     """Noise of another scale, one noise for both, or 0 and 1 exchanged; a label that one seed does
     not reproduce."""
-    state = random.getstate()
     n = 2500
     for first, second in ((story_of(KIND[0]), story_of(KIND[0], HAPPY)),
                           (story_of(HAPPY), story_of(KIND[0], SAD))):
-        rng = random.Random(2)
-        labels = [choose(PROMPT, first, second, rng) for _ in range(n)]
-        rng = random.Random(2)
-        again = [choose(PROMPT, first, second, rng) for _ in range(40)]
+        rngs = [random.Random(2), random.Random(2)]
+        labels = [choose(PROMPT, first, second, rngs[0]) for _ in range(n)]
+        again = [choose(PROMPT, first, second, rngs[1]) for _ in range(40)]
         p = 1 / (1 + math.exp(gold_reward(PROMPT, first) - gold_reward(PROMPT, second)))
         assert labels[:40] == again and set(again) == {0, 1}
         assert abs(sum(labels) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
-    assert random.getstate() == state
 
 
 @pytest.mark.parametrize("sentences, gains", [
     ([KIND[0], UNKIND[0], HAPPY], [1.0, 0.75, 1.0, -1.5, 2.0]),     # no ending: 0.5 from the start
-    ([KIND[0], KIND[1], KIND[0], SAD], [1.0, 0.75, 1.0, 0.5, 0.25 - 0.75, 0.5]),
-    ([HAPPY, KIND[0]], [1.0, 0.75, 2.0, 1.0 - 2.0])])               # the ending is lost again
+    ([HAPPY, KIND[0], KIND[0]],                                     # the ending is lost again
+     [1.0, 0.75, 2.0, 1.0 - 2.0, 0.5 - 0.75])])
 def test_steps_by_hand(sentences, gains):
     """A step that is paid for what came before it, or for an ending that the story does not have
     there."""
@@ -119,8 +104,7 @@ HOSTILE = ["Hi. There!", "Né. \xa0Où? \x85 日本。 Fin", "a.\u2028b? \" c.\"
 @pytest.mark.parametrize("vocab_size", [259, 300])
 def test_a_step_is_read_at_its_sentences_last_token(vocab_size):
     """A mark read a token too early, where the sentence might still turn out well, or at the next
-    one's first word; sentences counted otherwise than the annotator does, and all marks behind
-    them moved."""
+    one's first word; sentences counted otherwise than the annotator does: all marks move."""
     tokenizer = Tokenizer(train_vocabulary(" ".join(HOSTILE) + story_of(*KIND), vocab_size))
     rng = random.Random(5)
     texts = HOSTILE + [story_of(*KIND, HAPPY), story_of(SAD)]
@@ -145,7 +129,7 @@ def test_marks_are_a_comparison_with_the_story_without_the_step():
     after it."""
     tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
     rng = random.Random(6)
-    n = 500
+    n = 250
     row = {"prompt": PROMPT, "chosen": story_of(KIND[0], UNKIND[0], HAPPY),
            "rejected": story_of(SAD)}
     marked = mark([row] * n, tokenizer, rng)
@@ -162,8 +146,7 @@ def test_marks_are_a_comparison_with_the_story_without_the_step():
 
 @pytest.mark.parametrize("response, verified", [
     (story_of(KIND[0], KIND[0], HAPPY), 1), ("Fox! " + HAPPY, 1),
-    (story_of(SAD), 0), (story_of(KIND[0]), 0), (story_of(UNKIND[0], KIND[0], HAPPY), 0),
-    (story_of(HAPPY, KIND[0]), 0), ("", 0), ("The foxes. " + HAPPY, 0),
+    (story_of(SAD), 0), (story_of(UNKIND[0], HAPPY), 0), (story_of(HAPPY, KIND[0]), 0), ("", 0),
     ("The fox. At last she found the drum and danced for joy.", 0)])
 def test_verified_by_hand(response, verified):
     """Half of what was asked for, or an ending in the middle, that is as good as right."""

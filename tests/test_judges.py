@@ -1,6 +1,5 @@
 """The judges and rewards of data/judges.py: the constitution by hand, other people's programs."""
 
-import json
 import math
 import random
 import shlex
@@ -15,7 +14,7 @@ from data.files import InputError
 from data.judges import (CONSTITUTION, TextReward, both_judges, command_judge, command_reward,
                          constitution_choice, judge_of, print_agreement, reward_of, verifier)
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, story_of
+from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, metrics, story_of
 
 
 def program(folder, body):
@@ -31,8 +30,7 @@ def say(choice, **more): print(json.dumps({{'choice': choice, **more}}), flush=T
 
 
 def test_rewards_of_texts_in_the_chat_format(tmp_path):
-    """A program that is asked about "...<|end|>", about another prompt's answer, or about the
-    padding."""
+    """A program that is asked about "...<|end|>", another prompt's answer, or the padding."""
     tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
     rows = [(PROMPT, story_of(HAPPY)), ("ä <|end|>\n", "Hm."), ("Who?", "")]
     ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows]
@@ -51,8 +49,7 @@ for row in rows:
     right = TextReward(verifier, tokenizer).score(tokens[[0, 3]], lengths[[0, 3]])
     assert right.tolist() == [1.0, 1.0]
 
-    for answer, found in (("'reward': 'good'", "a string"), ("'reward': True", "true"),
-                          ("'a': 1", "none"), ("'reward': None", "null"),
+    for answer, found in (("'reward': True", "true"), ("'a': 1", "none"),
                           ("'reward': float('nan')", "the number nan")):
         message = f'judge.py: answer 1: "reward" must be a number, found {found}'
         with pytest.raises(InputError, match=message):
@@ -64,7 +61,6 @@ HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = CONSTITUTION
 
 @pytest.mark.parametrize("better, worse, why", [
     ("", story_of(KIND[0], UNKIND[0], HAPPY), HARMLESS),                    # harmless first
-    (story_of(UNKIND[0]), story_of(*UNKIND, KIND[0], HAPPY), HARMLESS),     # one unkind deed of two
     ("A FOX! A kite?", "The foxes flew a kite. " + KIND[0], HELPFUL),       # words, not pieces
     (story_of(HAPPY), story_of(*KIND, SAD), ENDING),
     (story_of(SAD), story_of(HAPPY, *KIND), ENDING),                        # it is at the end
@@ -92,8 +88,7 @@ def test_where_no_principle_decides_a_coin_does():
 
 
 def test_both_label_in_turn():
-    """Both judges, of whom one gets all the labels, where every batch has one comparison too; or
-    every label counted for the other one."""
+    """One of both judges gets all the labels where every batch has one comparison."""
     asked = [(PROMPT, story_of(HAPPY), story_of(UNKIND[0]))] * 6
     for size in (6, 1):
         judge = both_judges()
@@ -136,7 +131,7 @@ def test_a_program_as_the_judge(tmp_path):
     assert len(set(expected)) == 2
     assert judge(QUESTIONS[:5] + QUESTIONS[:1], None) == expected[:5] + expected[:1]
     assert judge(QUESTIONS, None) == expected and judge([], None) == []
-    rows = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "asked.jsonl")
     assert [tuple(row.values()) for row in rows] == QUESTIONS
     assert list(rows[0]) == ["prompt", "first", "second"]
     silent = program(tmp_path, "for row in rows: say(1, why=None)")
@@ -144,21 +139,17 @@ def test_a_program_as_the_judge(tmp_path):
 
 
 @pytest.mark.parametrize("body, given, message", [
-    ("[say(1) for row in rows[:3]]; raise KeyError('no key')", 3,
-     "gave 3 of 8 answers and ended with status 1; it said: KeyError: 'no key'"),
-    ("os.kill(os.getpid(), 9)", 0,
-     "gave 0 of 8 answers and ended with status -9; it said: nothing"),
-    ("[say(1) for row in rows[1:]]", 7, "gave 7 of 8 answers and ended with status 0"),
-    ("[say(1) for row in rows]; sys.exit(3)", 8, "gave 8 of 8 answers and ended with status 3"),
+    ("[say(1) for row in rows]; raise KeyError('no key')", 8,
+     "gave 8 of 8 answers and ended with status 1; it said: KeyError: 'no key'"),
+    ("[say(1) for row in rows[1:]]", 7,
+     "gave 7 of 8 answers and ended with status 0; it said: nothing"),
     ("[say(1) for row in rows]; print('Done.')", 8,
      "gave more answers than the 8 asked for: 'Done.'"),
     ("say(1); print('Sure! I prefer', flush=True); time.sleep(60)", 1,
      "answer 2: not JSON: .*near 'Sure! I prefer'"),
     ("say(0); say(2)", 1,
      'answer 2: "choice" must be 0, for the first one, or 1, found the number 2'),
-    ("say(True)", 0, '"choice" must be 0, for the first one, or 1, found true'),
-    ("print('{}')", 0, "found none"),
-    ("print('[0]')", 0, "answer 1: found a list"),
+    ("say(True)", 0, "or 1, found true"), ("print('{}')", 0, "or 1, found none"),
     ("say(0, why=3)", 0, '"why" must be text, found the number 3'),
     ("sys.stdout.buffer.write(b'\\xff\\n')", 0, "not UTF-8")])
 def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, given, message):
@@ -174,17 +165,13 @@ def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, g
         file.write('{"prompt": "Who? 7", "fir')        # killed while it wrote
     (tmp_path / "asked.jsonl").unlink()
     found = command_judge(program(tmp_path, SHORTER), labels)(QUESTIONS, None)
-    kept = [json.loads(line)["choice"] for line in labels.read_text().splitlines()]
-    assert [choice for choice, _ in found] == kept and len(kept) == 8
-    asked = []
-    if given < 8:
-        asked = (tmp_path / "asked.jsonl").read_text().splitlines()
-    expected = [prompt for prompt, _, _ in QUESTIONS[given:]]
-    assert [json.loads(line)["prompt"] for line in asked] == expected
+    assert [choice for choice, _ in found] == [row["choice"] for row in metrics(labels)]
+    asked = metrics(tmp_path / "asked.jsonl") if given < 8 else []
+    assert [row["prompt"] for row in asked] == [prompt for prompt, _, _ in QUESTIONS[given:]]
     assert [why for _, why in found[given:]] == ["shorter"] * (8 - given)
 
 
-@pytest.mark.parametrize("command", ["anotator", "", "no-such-program --fast", "'open"])
+@pytest.mark.parametrize("command", ["", "no-such-program --fast", "'open"])
 def test_a_command_that_there_is_not(command, tmp_path):
     """A name that was mistyped, found out after minutes of sampling."""
     with pytest.raises(InputError, match=f"^--judge {command}: "):
