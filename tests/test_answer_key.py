@@ -1,5 +1,4 @@
-"""The statistics and tables of data/answer_key.py against the lecture's numbers, enumeration and
-brute force."""
+"""The statistics and tables of data/answer_key.py against enumeration and brute force."""
 
 import itertools
 import math
@@ -25,10 +24,6 @@ COUNTS = torch.tensor([[3, 1, 2, 4, 1, 2, 1, 2],    # of eight responses in 16 s
                        [4, 1, 3, 2, 2, 1, 1, 2]])
 REWARDS = 2 * noise(107, 8).double()
 GOLD = REWARDS + noise(200, 8).double()     # the reward model errs
-
-
-def double(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def kl(p, q):
@@ -63,31 +58,9 @@ def coarse(seed, *shape):
 # The optimum of the objective
 
 
-def test_boltzmann_of_the_lecture():
-    """r·β for r/β, or a log Z that isn't the objective's maximum: 0.6/0.4, rewards 1 and 3, beta 2
-    give Z = 2.782."""
-    reference = double(0.6, 0.4)
-    rewards = double(1.0, 3.0)
-    best, J_best = boltzmann(reference, rewards, 2.0)
-    assert math.exp(J_best / 2) == pytest.approx(2.782, abs=1e-3)
-    assert best.tolist() == pytest.approx([0.355, 0.645], abs=1e-3)
-    assert (best * rewards).sum().item() - 2 * kl(best, reference) == pytest.approx(J_best)
-
-    # Six and four of ten samples are exactly π_ref: its J is E[r], its own estimate of J* exact.
-    samples, log_ratios = exact_samples(torch.tensor([[6, 4]]))
-    J, J_star = optimality_gap(rewards[samples], log_ratios[:, :, 0], 2.0)
-    assert J.item() == pytest.approx(0.6 * 1 + 0.4 * 3) and J_star.item() == pytest.approx(J_best)
-
-    # At the optimum w is the same for every response: one sample of either tells all.
-    for i in (0, 1):
-        log_ratio = (best / reference).log()[None, i:i + 1]
-        J, J_star = optimality_gap(rewards[None, i:i + 1], log_ratio, 2.0)
-        assert J.item() == pytest.approx(J_best) and J_star.item() == pytest.approx(J_best)
-
-
 def test_gap_is_the_divergence_from_the_optimum():
     """w with the ratio's sign turned, or beta on one of its parts only: J* - J is then no beta
-    KL(π || π*)."""
+    KL(π || π*). log of the mean of exp(r/β) is inf from r/β = 89 on."""
     p = COUNTS.double() / 16
     samples, log_ratios = exact_samples(COUNTS)
     samples = samples.view(4, 16)   # a row for each policy
@@ -99,34 +72,14 @@ def test_gap_is_the_divergence_from_the_optimum():
         assert J.tolist() == pytest.approx(expected)
         assert (J_star - J).tolist() == pytest.approx([beta * kl(q, best) for q in p])
 
-
-def test_huge_rewards_do_not_overflow():
-    """log of the mean of exp(r/β) is inf from r/β = 89 on."""
-    J, J_star = optimality_gap(torch.tensor([[1000.0, 1000.0]]), torch.zeros(1, 2), beta=0.5)
-    assert J.item() == J_star.item() == 1000
-    rewards = torch.full((1, 2), -1000.0)
-    J_star, divergence = pooled_optimum(rewards, torch.zeros(1, 2, 1), beta=0.5)
-    assert J_star.item() == -1000 and divergence.item() == 0
+    for reward in (-1000.0, 1000.0):
+        rewards = torch.full((1, 2), reward)
+        J, J_star = optimality_gap(rewards, torch.zeros(1, 2), beta=0.5)
+        pooled, divergence = pooled_optimum(rewards, torch.zeros(1, 2, 1), beta=0.5)
+        assert J.item() == J_star.item() == pooled.item() == reward and divergence.item() == 0
 
 
-def test_a_dropped_mode_and_the_pool():
-    """A collapsed policy takes itself for the optimum: it never samples what it dropped. The pool
-    sees it."""
-    reference = double(0.5, 0.3, 0.2)
-    rewards = double(1.0, 0.0, 3.0)
-    log_ratio = (double(1 - 2e-9, 1e-9, 1e-9) / reference).log()
-    _, exact = boltzmann(reference, rewards, 1.0)
-    own = torch.zeros(1, 1000, dtype=torch.long)    # its samples: response 0, again and again
-    J, J_star = optimality_gap(rewards[own], log_ratio[own], 1.0)
-    assert J_star.item() == pytest.approx(J.item()) and J_star.item() < exact - 0.8
-
-    samples = torch.cat([torch.tensor([[0] * 500 + [1] * 300 + [2] * 200]), own], dim=1)
-    log_ratios = torch.stack([0 * log_ratio, log_ratio], dim=1)[samples]
-    J_star, _ = pooled_optimum(rewards[samples], log_ratios, 1.0)
-    assert J_star.item() == pytest.approx(exact, abs=1e-6)
-
-
-@pytest.mark.parametrize("policies", [1, 2, 4])
+@pytest.mark.parametrize("policies", [1, 4])
 def test_pooled_and_judged_optimum_are_exact(policies):
     """Weights by the policy that drew the sample, or a sum over policies for their mean: Z is then
     off by K. Weights made of the judge's reward, or a KL of the judge's own optimum: what gold
@@ -136,7 +89,6 @@ def test_pooled_and_judged_optimum_are_exact(policies):
     divergence = kl(best, p[0])
     exact_gold = (best * GOLD).sum().item() - BETA * divergence
     _, gold_star = boltzmann(p[0], GOLD, BETA)
-    assert exact_gold < gold_star - 0.05
 
     samples, log_ratios = exact_samples(COUNTS[:policies])
     # Three times as many samples of the reference: they must weigh a third each.
@@ -146,7 +98,6 @@ def test_pooled_and_judged_optimum_are_exact(policies):
     for samples, log_ratios, counts in ((samples, log_ratios, None), (more, more_ratios, counts)):
         rewards = REWARDS[samples]
         gold = GOLD[samples]
-        assert log_ratios.shape == (1, samples.shape[1], policies)
         J_star, found = pooled_optimum(rewards, log_ratios, BETA, counts)
         assert J_star.item() == pytest.approx(exact) and found.item() == pytest.approx(divergence)
 
@@ -158,15 +109,13 @@ def test_pooled_and_judged_optimum_are_exact(policies):
         assert effective.item() == pytest.approx(size.item())
 
         # It reaches gold's own J* where the reward model is gold, up to a constant.
-        J_star, _ = pooled_optimum(gold, log_ratios, BETA, counts)
         agreed, _ = judged_optimum(gold, gold - 3, log_ratios, BETA, counts)
-        assert agreed.item() == pytest.approx(J_star.item()) == pytest.approx(gold_star)
+        assert agreed.item() == pytest.approx(gold_star) and exact_gold < gold_star - 0.05
 
 
 def test_the_frontier_is_that_of_the_list():
     """A frontier of the wrong reward, of one β's KL beside another's rewards, or of samples weighed
-    as if all were SFT's: of exactly drawn samples it is the list's, π*β by π*β. Every other policy
-    lies below it."""
+    as if all were SFT's: of exactly drawn samples it is the list's, π*β by π*β."""
     p = COUNTS[:2].double() / 16
     samples, log_ratios = exact_samples(COUNTS[:2])
     scores = {"reward": REWARDS[samples], "gold": GOLD[samples]}
@@ -180,8 +129,6 @@ def test_the_frontier_is_that_of_the_list():
             assert row["kl"] == pytest.approx(kl(best, p[0])) and row["kl_error"] is None
             assert row["reward"] == pytest.approx((best * REWARDS).sum().item())
             assert row["gold"] == pytest.approx((best * GOLD).sum().item())
-            other = (p[1] * r).sum().item() - row["beta"] * kl(p[1], p[0])
-            assert row[field] - row["beta"] * row["kl"] > other
 
 
 def test_the_optimum_of_a_verifiable_reward():
@@ -189,7 +136,8 @@ def test_the_optimum_of_a_verifiable_reward():
     objective."""
     for p in (1e-9, 0.3, 0.999):
         for beta in (0.01, 0.2, 5.0):
-            best, J_star = boltzmann(double(1 - p, p), double(0.0, 1.0), beta)
+            p_ref = torch.tensor([1 - p, p], dtype=torch.float64)
+            best, J_star = boltzmann(p_ref, torch.tensor([0.0, 1.0]).double(), beta)
             found = verified_optimum(p, beta)
             assert found == pytest.approx((J_star, best[1].item()), abs=1e-9)
         for beta in (0.0, 1e-6):    # without a price, always right, if the reference ever is
@@ -221,13 +169,12 @@ def test_subset_weights_of_many_samples():
     """C(128, 64) = 2.4e37: a product in float32, or a difference of two of them, and the weights no
     longer sum to 1."""
     rewards = noise(0, 3, 128)
-    for n in (1, 16, 64, 128):
+    for n in (16, 64, 128):
         weights = subset_weights(rewards, n)
-        assert (weights >= 0).all()
         assert weights.sum(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-5)
         rank = rewards.argsort(dim=1).argsort(dim=1)  # the i-th smallest wins C(i, n-1) subsets
         wins = torch.tensor([math.comb(i, n - 1) / math.comb(128, n) for i in range(128)])
-        assert torch.allclose(weights, wins[rank], atol=1e-6)
+        assert torch.allclose(weights, wins[rank], atol=1e-6) and (weights >= 0).all()
 
 
 def test_pass_at_k_goes_through_all_subsets():
@@ -249,7 +196,6 @@ def test_win_rate_counts_ties_half():
     for i, j in itertools.product(range(3), range(5)):
         won = (opponents[i] < gold[i, j]).sum() + 0.5 * (opponents[i] == gold[i, j]).sum()
         assert found[i, j].item() == pytest.approx(won.item() / 7)
-    assert win_rate(gold, gold).mean(dim=1).tolist() == pytest.approx([0.5] * 3)
 
 
 def test_win_rate_of_best_of_n_goes_through_all_games():
@@ -269,39 +215,28 @@ def test_win_rate_of_best_of_n_goes_through_all_games():
                 expected.append(np.mean(games))
             found = best_of_n_win_rate(rewards, gold, n)
             assert found.tolist() == pytest.approx(expected, abs=1e-6)
-        against_itself = best_of_n_win_rate(rewards, gold, 1)
-        assert against_itself.tolist() == pytest.approx([0.5] * 3)
+        assert n > 1 or expected == pytest.approx([0.5] * 3)    # against itself
 
 
 def test_process_scores_by_hand():
     """A smallest step that is the padding's 0, a product of rewards instead of probabilities, a
     mean for a sum."""
     rewards = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.5, 0.0, 0.0, 0.0], [3.0, 0.0, 1.0, 2.0]])
-    steps = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 1]]).bool()
-    scores = process_scores(rewards, steps)
+    scores = process_scores(rewards, rewards != 0)
     p = [sigma(x) for x in (2, -1, 0.5, 3, 1, 2)]
     products = [p[0] * p[1], p[2], p[3] * p[4] * p[5]]
     assert scores["smallest"].tolist() == [-1, 0.5, 1] and scores["sum"].tolist() == [1, 0.5, 6]
     assert scores["product"].exp().tolist() == pytest.approx(products)
 
 
-def test_figures_of_a_selection_by_brute_force():
+def test_figures_of_a_selection_by_hand():
     """A prompt counted once for each of its responses, the spread of all rewards, or the ease of
     every prompt once, however many of its responses were kept."""
-    M = 6
-    N = 5
-    rewards = coarse(0, M, N) + noise(0, M, 1)
-    flat = sorted(((rewards[i, j].item(), i, j) for i in range(M) for j in range(N)), reverse=True)
-    per_prompt = [max(row for row in flat if row[1] == i) for i in range(M)]
-    for chosen in (flat[:M], per_prompt, flat[:1]):
-        found = selection_figures(rewards, torch.tensor([[i, j] for _, i, j in chosen]))
-        values = [reward for reward, _, _ in chosen]
-        prompts = [i for _, i, _ in chosen]
-        expected = dict(prompts=len(set(prompts)), most=max(map(prompts.count, prompts)),
-                        reward=np.mean(values), spread=np.std(values),
-                        prompts_reward=np.mean([rewards[i].tolist() for i in prompts]),
-                        all_reward=np.mean(rewards.tolist()))
-        assert found == pytest.approx(expected, abs=1e-5)
+    rewards = torch.tensor([[9.0, 7.0, 5.0], [1.0, 2.0, 6.0], [0.0, 3.0, 0.0]])
+    found = selection_figures(rewards, torch.tensor([[0, 0], [0, 1], [1, 2]]))  # 9, 7 and 6
+    assert found == pytest.approx(dict(
+        prompts=2, most=2, reward=22 / 3, spread=statistics.pstdev([9, 7, 6]),
+        prompts_reward=(7 + 7 + 3) / 3, all_reward=33 / 9))
 
 
 def test_figures_of_best_of_n_keep_the_pieces_together():
@@ -309,30 +244,25 @@ def test_figures_of_best_of_n_keep_the_pieces_together():
     M = 3
     N = 8
     samples = {"reward": noise(0, M, N), "gold": noise(1, M, N),
-               "length": torch.arange(M * N).view(M, N).float(),
-               "ended": (noise(2, M, N) > 0).float()}
+               "length": torch.arange(M * N).view(M, N).float()}
     rewards = samples["reward"].tolist()
+    texts = ["a a a a"] * M * N
+    for i in range(M):  # only the best of the first three of each prompt have words of their own
+        texts[N * i + max(range(3), key=rewards[i].__getitem__)] = f"a{i} b{i}"
     for n in (1, 3, 8):
-        found = best_of_n_figures(samples, ["a text"] * M * N, n, samples["reward"])
-        assert list(found) == ["reward", "gold", "length", "ended", "distinct_2"]
+        found = best_of_n_figures(samples, texts, n, samples["reward"])
+        assert list(found) == ["reward", "gold", "length", "distinct_2"]
         for i in range(M):
             subsets = itertools.combinations(range(N), n)
             best = [max(subset, key=rewards[i].__getitem__) for subset in subsets]
             for name, x in samples.items():
                 expected = np.mean([x[i, j] for j in best])
                 assert found[name][i].item() == pytest.approx(expected, abs=1e-4)
-
-    # Only the best of the first three of each prompt have words of their own.
-    texts = ["a a a a"] * M * N
-    for i in range(M):
-        texts[N * i + max(range(3), key=rewards[i].__getitem__)] = f"a{i} b{i}"
-    found = best_of_n_figures(samples, texts, 3, samples["reward"])
-    assert found["distinct_2"].tolist() == [1]
+        assert n != 3 or found["distinct_2"].tolist() == [1]
 
 
 @pytest.mark.parametrize("texts, share", [
-    (["a b c", "a b d"], 3 / 4), (["a a a a"], 1 / 3), (["a b", "b a"], 1.0), (["a", "b"], 0.0),
-    ([], 0.0), (["a b"] * 5, 0.2)])
+    (["a b c", "a b d"], 3 / 4), (["a a a a"], 1 / 3), (["a b", "b a"], 1.0), (["a", "b"], 0.0)])
 def test_distinct_2_by_hand(texts, share):
     """Pairs that reach from one text into the next, or a division by zero for texts of one word."""
     assert distinct_2(texts) == pytest.approx(share)
@@ -341,13 +271,11 @@ def test_distinct_2_by_hand(texts, share):
 def test_mean_and_error_of_prompts():
     """The spread for the standard error, or nan for a single prompt, which is no JSON."""
     x = noise(3, 50)
-    mean = np.mean(x.numpy())
-    error = np.std(x.numpy(), ddof=1) / math.sqrt(50)
-    assert mean_and_error(x) == pytest.approx((mean, error))
-    assert mean_and_error(x[:1]) == (x[0].item(), None)
+    expected = np.mean(x.numpy()), np.std(x.numpy(), ddof=1) / math.sqrt(50)
+    assert mean_and_error(x) == pytest.approx(expected)
     found = with_errors({"a": x[:1], "b": x})
-    assert found == dict(a=x[0].item(), a_error=None, b=pytest.approx(mean),
-                         b_error=pytest.approx(error))
+    assert list(found) == ["a", "a_error", "b", "b_error"]
+    assert list(found.values()) == [x[0].item(), None, *mean_and_error(x)]
 
 
 def test_error_of_a_share_is_its_spread():
@@ -359,7 +287,6 @@ def test_error_of_a_share_is_its_spread():
     shares, errors = np.array([share_and_error(*pair) for pair in zip(part, way)]).T
     assert shares.mean() == pytest.approx(0.8 + 0.5 / 2, abs=0.01) and (shares > 1).any()
     assert errors.mean() == pytest.approx(shares.std(), rel=0.1)
-    assert share_and_error(way[0], way[0]) == (1, pytest.approx(0, abs=1e-6))
     assert share_and_error(way[0], -way[0]) == share_and_error(way[0], 0 * way[0]) == (None, None)
     assert share_and_error(way[0, :1], way[0, :1]) == (1, None)
 
@@ -368,91 +295,66 @@ def test_error_of_a_share_is_its_spread():
 # The reward model beside the best possible one
 
 
-def labels(gold, seed):
-    """1 where an annotator with these margins between first and second response prefers the first,
-    else -1."""
-    u = torch.rand(gold.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.where(u < torch.sigmoid(gold), 1, -1)
-
-
-def test_the_truth_a_coin_and_a_model_that_is_too_sure():
-    """A Bayes accuracy that the truth itself does not reach, or surpasses; a share of it alone, of
-    which a coin has two thirds; a scale that nobody sees: a model twice too sure has the same
-    accuracy and correlation."""
-    delta = 2 * noise(12, 40000)
-    gold = labels(delta, 1012) * delta
-    truth, table = reward_model_figures(gold, gold)
-    bayes = truth["bayes_accuracy"]
-    assert truth["accuracy"] == pytest.approx(bayes, abs=4 * 0.5 / 200)     # 40,000 labels' 4 sigma
-    assert truth["expected_accuracy"] == pytest.approx(bayes) and 0.7 < bayes < 0.9
-    assert truth["loss"] == pytest.approx(truth["annotator_loss"], abs=0.02)
-    for name in ("above_chance", "share_of_bayes", "slope", "correlation"):
-        assert truth[name] == pytest.approx(1)
-    for name in ("above_chance_error", "share_of_bayes_error"):
-        assert truth[name] == pytest.approx(0, abs=1e-9)
-    assert sum(count for count, _, _ in table) == 2 * len(gold) and len(table) == 10
-    for count, predicted, observed in table:    # both orders: not independent
-        assert observed == pytest.approx(predicted, abs=4 * math.sqrt(2 * 0.25 / count))
-
-    coin, _ = reward_model_figures(noise(14, 40000), gold)
-    assert abs(coin["above_chance"]) < 4 * coin["above_chance_error"] < 0.08
-    assert abs(coin["share_of_bayes"] - 0.5 / bayes) < 4 * coin["share_of_bayes_error"]
-    wrong, _ = reward_model_figures(-gold, gold)
-    assert wrong["above_chance"] == pytest.approx(-1)
-
-    sure, table = reward_model_figures(2 * gold, gold)
-    assert sure["slope"] == pytest.approx(2) and sure["loss"] > truth["loss"] + 0.02
-    for name in ("accuracy", "expected_accuracy", "correlation"):   # the last two know no noise
-        assert sure[name] == pytest.approx(truth[name])
-    between = [observed - predicted for _, predicted, observed in table if 0.6 < predicted < 0.95]
-    assert max(between) < -0.02
-
-
 def test_standard_errors_are_the_spread_of_repeated_measurements():
     """An error of a ratio as if its two means came from different pairs, a variance for its root, a
-    forgotten 1/√n."""
+    forgotten 1/√n. Bayes accuracy is what the truth itself reaches, and a coin has 0 above
+    chance."""
     measured = []
     for seed in range(400):
         delta = 2 * noise(seed, 200)
-        sign = labels(delta, seed + 1000)
+        generator = torch.Generator().manual_seed(seed + 1000)
+        prefers_first = torch.rand(200, generator=generator) < torch.sigmoid(delta)
+        sign = torch.where(prefers_first, 1, -1)    # of the labels
         figures, _ = reward_model_figures(sign * (delta + 2 * noise(seed + 2000, 200)),
                                           sign * delta)
+        truth, _ = reward_model_figures(sign * delta, sign * delta)
+        coin, _ = reward_model_figures(noise(seed + 3000, 200), sign * delta)
+        figures["unexplained"] = truth["accuracy"] - truth["bayes_accuracy"]
+        figures["coin"] = coin["above_chance"]
         measured.append(figures)
     for name in ("expected_accuracy", "share_of_bayes", "above_chance"):
         spread = statistics.stdev(figures[name] for figures in measured)    # to 1 / √800, 3.5 %
         error = statistics.mean(figures[f"{name}_error"] for figures in measured)
         assert error == pytest.approx(spread, rel=0.14)
+    for name in ("unexplained", "coin"):
+        x = torch.tensor([figures[name] for figures in measured])
+        assert abs(x.mean()) < 4 * x.std() / 20
 
 
 def test_a_reward_models_figures_by_hand():
-    """Two pairs, and every figure from its definition."""
+    """A share of Bayes accuracy for one above chance; a scale that nobody sees. Two pairs, and
+    every figure from its definition."""
     gold = torch.tensor([2.0, -0.5])
-    figures, table = reward_model_figures(torch.tensor([0.5, -1.0]), gold)
+    figures, table = reward_model_figures(torch.tensor([0.5, 1.0]), gold)
+    expected = (sigma(2.0) + sigma(-0.5)) / 2   # the model prefers y_w twice
+    bayes = (sigma(2.0) + sigma(0.5)) / 2
     entropies = [-sigma(g) * math.log(sigma(g)) - sigma(-g) * math.log(sigma(-g))
                  for g in gold.tolist()]
-    covariance = 0.5 * 2 + 1 * 0.5
-    assert figures == pytest.approx({
-        "accuracy": 0.5,
-        # the model prefers y_w in the first, y_l in the second pair
-        "expected_accuracy": (sigma(2.0) + sigma(0.5)) / 2,
-        "expected_accuracy_error": (sigma(2.0) - sigma(0.5)) / 2 / math.sqrt(2),
-        "bayes_accuracy": (sigma(2.0) + sigma(0.5)) / 2,
-        "share_of_bayes": 1, "share_of_bayes_error": 0, "above_chance": 1, "above_chance_error": 0,
-        "loss": -(math.log(sigma(0.5)) + math.log(sigma(-1.0))) / 2,
+    covariance = 0.5 * 2 - 1 * 0.5
+    by_hand = {
+        "accuracy": 1,
+        "expected_accuracy": expected,
+        "expected_accuracy_error": (sigma(2.0) - sigma(-0.5)) / 2 / math.sqrt(2),
+        "bayes_accuracy": bayes,
+        "share_of_bayes": expected / bayes,
+        "above_chance": (expected - 0.5) / (bayes - 0.5),
+        "loss": -(math.log(sigma(0.5)) + math.log(sigma(1.0))) / 2,
         "annotator_loss": sum(entropies) / 2,
         "correlation": covariance / math.sqrt((0.25 + 1) * (4 + 0.25)),
-        "slope": covariance / (4 + 0.25)})
+        "slope": covariance / (4 + 0.25)}
+    errors = {"share_of_bayes_error", "above_chance_error"}     # tested above
+    assert figures.keys() - by_hand.keys() == errors
+    assert {name: figures[name] for name in by_hand} == pytest.approx(by_hand)
 
-    # predictions 0.622 (won), 0.378 (lost), 0.269 (won), 0.731 (lost), by bins of a tenth
+    # predictions 0.269 (lost), 0.378 (lost), 0.622 (won), 0.731 (won), by bins of a tenth
     predicted = [sigma(-1.0), sigma(-0.5), sigma(0.5), sigma(1.0)]
     assert [row[0] for row in table] == [1, 1, 1, 1]
     assert [row[1] for row in table] == pytest.approx(predicted)
-    assert [row[2] for row in table] == [1, 0, 1, 0]
+    assert [row[2] for row in table] == [0, 0, 1, 1]
 
     # An untrained model, an annotator who sees no difference; probabilities of exactly 0 and 1.
     figures, _ = reward_model_figures(torch.zeros(2), torch.zeros(2))
     assert all(math.isfinite(value) for value in figures.values())
-    assert figures["loss"] == pytest.approx(math.log(2))
     _, (low, high) = reward_model_figures(torch.tensor([50.0, 40.0]), gold)
     assert low == pytest.approx((2, 0, 0)) and high == pytest.approx((2, 1, 1))
 
@@ -462,10 +364,9 @@ def test_a_reward_models_figures_by_hand():
 
 
 @pytest.mark.parametrize("figure, text", [
-    ((1.2054, 0.0212), "1.205 ± 0.021"), ((1.2054,), "1.205"), ((None,), "-"),
-    ((None, None, ".1%"), "-"), ((0.8931, 0.0092, ".1%"), "89.3 ± 0.9 %"),
-    ((1.004, None, ".1%"), "100.4 %"), ((49.8, 1.3, ".0f"), "50"),
-    ((0.9996, 0.01, ".0%"), "100 %"), ((-0.5, 0.25, ".2f"), "-0.50 ± 0.25")])
+    ((1.2054, 0.0212), "1.205 ± 0.021"), ((1.2054,), "1.205"), ((None, None, ".1%"), "-"),
+    ((0.8931, 0.0092, ".1%"), "89.3 ± 0.9 %"), ((1.004, None, ".1%"), "100.4 %"),
+    ((49.8, 1.3, ".0f"), "50")])
 def test_cell(figure, text):
     """An error in other units than its figure, a share cut off at 100 %, or a traceback where there
     is no figure."""
@@ -501,13 +402,6 @@ def test_close_to_the_best(capsys):
     close_to_the_best({"gpt": [], "sft": [], "reward_model": []}, [])
     assert capsys.readouterr().out == ""
 
-    # A reward model of exactly 0.5, or labels that can't be guessed, are no division by zero.
-    for gold, possible in ((torch.zeros(2), "0.000"), (torch.ones(2), "0.231")):
-        figures, _ = reward_model_figures(torch.tensor([0.3, -0.3]), gold)
-        close_to_the_best({"gpt": [], "sft": [], "reward_model": [figures]}, [])
-        above_chance = rf"\nreward model, accuracy above chance +0\.000 ± \S+ +{possible} +0\.0 ± "
-        assert re.search(above_chance, capsys.readouterr().out)
-
 
 def test_tables_fit_100_columns(capsys):
     """A table that the terminal wraps as soon as its figures have two digits before the point, or a
@@ -532,10 +426,9 @@ def test_tables_fit_100_columns(capsys):
     print_yardstick(per_prompt, samples, log_ratios, {"base": 12.345, "sft": 12.345}, stages, 0.05)
 
     lines = capsys.readouterr().out.splitlines()
-    longest = ("best of 64", "reward model, accuracy above chance")
-    assert sum(line.startswith(longest) for line in lines) == 7
     wide = r"-\d\d\.\d\d ± \d\.\d\d .*\d\d\.\d\d ± \d\.\d\d "
     assert any(re.search(wide, line) for line in lines)
+    assert sum(line.startswith(("best of 64", "reward model, accuracy")) for line in lines) == 8
     assert max(map(len, lines)) <= 100, max(lines, key=len)
 
 
