@@ -2,7 +2,6 @@
 where and why. Writing ours, locks, and how a script ends."""
 
 import bz2
-import contextlib
 import errno
 import fcntl
 import gzip
@@ -12,6 +11,7 @@ import lzma
 import math
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -31,16 +31,11 @@ FIELDS = {
     read_prompts: ("prompt",),
 }
 BOM = b"\xef\xbb\xbf"
-readers = pytest.mark.parametrize("reader", FIELDS, ids=lambda reader: reader.__name__)
 
 
 def read_text(path, size=2 ** 20):
     """The whole text of a file, out of its pieces."""
     return "".join(read_chunks(path, size))
-
-
-every_reader = pytest.mark.parametrize("reader", [read_text, *FIELDS],
-                                       ids=lambda reader: reader.__name__)
 
 
 def put(path, data):
@@ -68,99 +63,62 @@ def row_of(reader, line):
         row = json.loads(line.decode("utf-8"), object_pairs_hook=without_twins)
     except (ValueError, RecursionError):    # of the decoder, of JSON, of int() and of twins
         return None
-    fields = FIELDS[reader]
     if not isinstance(row, dict):
         return None
+    fields = FIELDS[reader]
     if reader is read_demonstrations and "completion" not in row and "chosen" in row:
         fields = ("prompt", "chosen")
     values = [row.get(field) for field in fields]
     for value in values:
-        if not isinstance(value, str) or value.isspace() or not value or "\0" in value:
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
             return None
         if value != value.encode("utf-8", "replace").decode():      # half a surrogate pair: "?"
             return None
     return dict(zip(FIELDS[reader], values))
 
 
-PIECES = ["fox", " a kite ", '"', "\\", "\n", "\r\n", "\t", "é", "日本", "🦊", "\u2028", "\x85",
-          "\ufeff", "{", "},"]
-WRONG_VALUES = [7, -1.5, 10 ** 30, True, False, None, [], ["fox"], {}, {"role": "user"}, math.nan,
-                "", " ", "\n\t ", "\u3000", "\x1c", "\0", "a\0b", "\ud83e", "a\udd8a",
-                "\udd8a\ud83e"]
+ODD = ' x " \\ \r\n\t é 日本 🦊 \u2028 \x85 \ufeff {"a": 1}, '
+WRONG_VALUES = [7, 10 ** 30, False, None, ["fox"], {"role": "user"}, math.nan, "", "\n\t ",
+                "\u3000", "a\0b", "\ud83e", "\udd8a\ud83e"]
 
 
-def random_row(rng, fields):
-    """Texts that a reader must take as they are, with fields that nobody asked for, in any
-    order."""
-    row = {field: "x" + "".join(rng.choices(PIECES, k=rng.randint(0, 8))) for field in fields}
-    items = [*row.items(), ("id", rng.choice([7, None, [1, {"prompt": 3}], "\0", -math.inf]))]
-    if rng.random() < 0.1:
-        items = [("prompt", row["prompt"]), ("chosen", "x"),
-                 rng.choice([("rejected", "y"), ("completion", "z")])]
-    rng.shuffle(items)
-    return dict(items)
-
-
-def wrong_lines(rng, row):
-    """Every kind of wrong line that can be made of a good row, each as bytes."""
-    field = rng.choice(list(row))
-    good = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
+def wrong_lines(row):
+    """Wrong lines made of a good row."""
+    good = json.dumps(row).encode()
     start = good[:-1]
-    lines = [json.dumps(row | {field: value}).encode() for value in WRONG_VALUES]
-    lines += [
-        json.dumps({key: value for key, value in row.items() if key != field}).encode(),
-        json.dumps({key.upper(): value for key, value in row.items()}).encode(),
-        good[:rng.randint(1, len(good) - 1)], good[rng.randint(1, len(good) - 1):],
-        good.replace(b'"', b"", 1), good.replace(b'"', b"'"), good + good, good + b",",
-        b"[" + good + b"]", b"foo", b"3", b"null", b'"fox"', b"{}", b"NaN",
-        start + b', "%s": "again"}' % field.encode(), start + b', "x": 1, "x": 2}',
-        start + b', "\\u0070rompt": "again"}', start + b', "x": ' + b"9" * 5000 + b"}",
-        start + b', "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", b"[" * 50_000, b'"' * 50_000,
-        b'{"' + b"k" * 50_000 + b'": 1}', b'{"prompt": "' + b"x" * 50_000 + b'\xff"}',
-        (good + b"\r") * 500,
-        b'{"prompt": ' + b'{"a":' * 500 + b"1" + b"}" * 501,
-        start + b"\xff}", start + b', "\xc3"}', start + b', "\xed\xa0\x80": 1}',
-        start + b', "x": "\0"}', good + b"\0", b"\0" * 10, start + b', "x": "\x07"}',
-        good.decode().encode("utf-16-le"), start + b', "x": "\\x"}', start + b', "x": "\\u12"}',
-        BOM + BOM + good]
-    return lines
+    yield from (json.dumps({**row, "prompt": value}).encode() for value in WRONG_VALUES)
+    yield from (good[1:], good + good, b"[" + good + b"]", b"null", b'"fox"', b"{}", b"NaN")
+    yield from (start + b', "x": 1, "x": 2}', start + b', "\\u0070rompt": "again"}')
+    yield from (start + b', "x": ' + b"9" * 5000 + b"}", b"[" * 50_000, (good + b"\r") * 500)
+    yield from (b'{"' + b"k" * 50_000 + b'": 1}', b'{"x": "' + b"x" * 50_000 + b'\xff"}')
+    yield from (start + b', "\xed\xa0\x80": 1}', start + b', "x": "\x07"}', good + b"\0")
+    yield from (BOM + good, start + b', "x": "\\u12"}', good.decode().encode("utf-16-le"))
 
 
-def random_file(rng, fields):
-    """A file as people, editors and bad disks leave them; most lines are right."""
-    lines = []
-    for _ in range(rng.randint(1, 6)):
-        row = random_row(rng, fields)
-        line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-        if rng.random() < 0.15:
-            line = rng.choice(wrong_lines(rng, row))
-        lines += [rng.choice([b"", b" ", b"\t"])] * rng.choice([0, 0, 0, 1, 2]) + [line]
-    data = rng.choice([b"", BOM]) + rng.choice([b"\n", b"\r\n"]).join(lines)
-    data += rng.choice([b"", b"\n", b"\n\n"])
-    damage = rng.random()
-    if damage < 0.2:
-        data = data[:rng.randint(0, 400)]
-    elif damage < 0.4:
-        data = bytearray(data)
-        for _ in range(rng.randint(1, 3)):
-            byte = rng.choice([rng.randrange(256), *b'{}[]":,\\\n\r\0 0u'])
-            data[rng.randrange(len(data))] = byte
-    elif damage < 0.45:
-        data = rng.randbytes(rng.randint(0, 60))
-    return bytes(data)
+def odd_files(rng, fields):
+    """A file of odd texts and of fields that nobody asked for: as it is, cut off anywhere, each of
+    its bytes changed; and with two wrong lines behind it."""
+    rows = [{"id": [1, {"prompt": None}], **{field: ODD for field in fields}},
+            {**{field: field for field in fields}, "id": -math.inf}]
+    lines = [json.dumps(rows[0], ensure_ascii=False), " ", "", *map(json.dumps, rows)]
+    whole = BOM + "\r\n".join(lines).encode() + b"\n"
+    yield whole
+    for place in range(len(whole)):
+        yield whole[:place]
+        byte = rng.choice([rng.randrange(256), *b'{}[]":,\\\n\r\0 0u'])
+        yield whole[:place] + bytes([byte]) + whole[place + 1:]
+    for line in wrong_lines(rows[1]):
+        yield whole + line + b"\n" + line
 
 
-@readers
+@pytest.mark.parametrize("reader", FIELDS, ids=lambda reader: reader.__name__)
 def test_rows_are_read_or_the_first_wrong_line_is_named(reader, tmp_path):
     """A reader that strips, normalises, or splits at U+2028 trains on another text than the user's;
-    a copy that stopped half way passes for a shorter file; a traceback, the wrong line's number, or
-    a bad row let through. Compared, line by line, with what Python's own json reads."""
-    rng = random.Random(f"rows {reader.__name__}")
+    half a file passes for a shorter one; a bad row let through. Compared with Python's json."""
     path = tmp_path / "rows.jsonl"
     read = 0
     several = 0
-    for _ in range(1000):
-        data = random_file(rng, FIELDS[reader])
+    for data in odd_files(random.Random(f"rows {reader.__name__}"), FIELDS[reader]):
         put(path, data)
         rows = []
         wrong = []
@@ -183,7 +141,7 @@ def test_rows_are_read_or_the_first_wrong_line_is_named(reader, tmp_path):
         assert len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
         message.encode()    # can be printed
         several += len(wrong) > 1
-    assert 200 < read < 800 and several > 50     # the test sees all sorts
+    assert read > 70 and several > 30     # the test sees all sorts
 
 
 def conversation(*turns):
@@ -194,6 +152,7 @@ def conversation(*turns):
 
 LONG = conversation("q", "a", "b", "c")
 SYSTEM = [{"role": "system", "content": "be kind"}]
+LABEL = {"prompt": "q", "completion": "a", "label": True}
 PAIR = {"prompt": "q", "chosen": "a fox", "rejected": "a\nkite"}
 TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
        "rejected": conversation("q", "a\nkite")[1:]}
@@ -202,19 +161,14 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
 @pytest.mark.parametrize("reader, row, reason", [
     (read_demonstrations, {"prompt": "a", "completion": 3},
      '"completion" must be text, found the number 3; put it in quotes'),
-    (read_demonstrations, {"prompt": "a", "answer": "b"},
-     "the field \"completion\" is missing; found 'prompt', 'answer'"),
     (read_demonstrations, {"prompt": "a", "completion": "x\0"},
      '"completion" holds a NUL character at character 2; remove it'),
-    (read_labels, {"prompt": "a", "completion": "b", "label": 1},
-     '"label" must be true or false, found the number 1'),
-    (read_labels, {**PAIR, "label": 0}, '"label" must be true or false, found the number 0'),
+    (read_labels, {**LABEL, "completion": "\ud83e"},
+     '"completion" holds half a surrogate pair, U+D83E, at character 1'),
+    (read_labels, {**LABEL, "label": 0}, '"label" must be true or false, found the number 0'),
     (read_labels, {"prompt": "a", "completion": "b"},
      'the field "label" is missing; true for a good completion, false for a bad one'),
-    (read_labels, {"prompt": "a", "completion": " ", "label": True},
-     '"completion" is blank; give it a text or remove the line'),
-    (read_labels, {"prompt": "a", "chosen": "b"},
-     "the field \"rejected\" is missing; found 'prompt', 'chosen'"),
+    (read_labels, {**LABEL, "completion": " "}, '"completion" is blank; give it a text or '),
     # HH-RLHF has no "prompt": chosen and rejected both begin with it.
     (read_pairs, {"chosen": "Human: q A: a", "rejected": "Human: q A: b"},
      "the field \"prompt\" is missing; found 'chosen', 'rejected'; if both texts begin with the "
@@ -227,30 +181,19 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
      "beginning of the user's, or remove it"),
     (read_demonstrations, {"messages": [{"role": "developer", "content": "x"}]},
      '"messages" has a system message'),
-    (read_demonstrations, {"messages": LONG[:1]}, "\"messages\" has the turns 'user'"),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
      '"messages" begins with another prompt than the row has; keep one of them'),
-    (read_pairs, {**TRL, "prompt": SYSTEM + TRL["prompt"]}, '"prompt" has a system message'),
     (read_pairs, {**TRL, "prompt": LONG[:3]}, '"prompt" has the turns'),
-    (read_pairs, {**TRL, "rejected": conversation("another", "b")},
-     '"rejected" begins with another prompt'),
-    (read_pairs, {**TRL, "chosen": [{"role": "assistant", "content": 3}]},
-     '"chosen" must be text, found the number 3'),
-    (read_pairs, {**TRL, "chosen": [{"role": "assistant", "content": " "}]}, '"chosen" is blank'),
     (read_pairs, {**TRL, "chosen": [{"from": "gpt", "value": "a"}]},
      '"chosen" must be text, found a list')])
 def test_the_message_says_what_to_do(reader, row, reason, tmp_path):
-    """ "KeyError: 'completion'" helps nobody: line, field, what stands there, what should. A 0 or a
-    "false" taken for true; a dialogue cut to its last turn, or a system's message left out, trains
-    on something that nobody wrote."""
-    good = {**PAIR, "completion": "b", "label": False if reader is read_labels else True}
+    """ "KeyError: 'completion'" helps nobody: line, field, what stands there, what should. A
+    dialogue cut to its last turn trains on something that nobody wrote."""
+    good = {**PAIR, "completion": "b", "label": True}
     path = put(tmp_path / "d.jsonl", f"{json.dumps(good)}\n\n{json.dumps(row)}".encode())
     with pytest.raises(InputError) as error:
         reader(path)
     assert str(error.value).startswith(f"{path}:3: {reason}") and "\n" not in str(error.value)
-
-
-LABEL = {"prompt": "q", "completion": "a", "label": True}
 
 
 @pytest.mark.parametrize("reader, rows, expected, printed", [
@@ -271,10 +214,9 @@ LABEL = {"prompt": "q", "completion": "a", "label": True}
     # TRL's messages; a text that nobody wants may be anything.
     *((read_pairs, [row], [("a fox", "a\nkite")], "") for row in (
         TRL, {"chosen": conversation("q", "a fox"), "rejected": conversation("q", "a\nkite")},
-        {**TRL, "prompt": "q", "messages": LONG}, {**PAIR, "messages": None})),
+        {**TRL, "prompt": "q", "messages": LONG})),
     *((read_demonstrations, [row], ["a"], "") for row in (
         {"messages": conversation("q", "a")}, {"prompt": "q", "messages": conversation("q", "a")},
-        {"prompt": conversation("q"), "completion": conversation("q", "a")[1:], "label": True},
         {"prompt": "q", "chosen": "a", "rejected": LONG})),
     (read_labels, [{"prompt": "q", "messages": conversation("q", "a"), "label": True}],
      [("a", True)], ""),
@@ -316,7 +258,7 @@ def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
     expected = prompts(rows)
     random.seed()
     assert prompts(rng.sample(rows, 900)) == expected
-    assert prompts(rows + rows[:7] + [{"prompt": "a new one"}]) - {"a new one"} == expected
+    assert prompts(rows + [{"prompt": "a new one"}]) - {"a new one"} == expected
     assert prompts(rows[:500]) == expected & {row["prompt"] for row in rows[:500]}
     train, held_out = hold_out(rows)
     assert held_out == [row for row in rows if row["prompt"] in expected]   # in the file's order
@@ -329,19 +271,17 @@ def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
 def test_a_tenth_of_the_prompts_but_one_at_least():
     """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to
     train on; trained on and measured on the same prompt."""
-    for count in range(2, 40):
-        for start in range(0, 400, 40):
-            prompts = [f"{start + i}" for i in range(count)]
-            train, held_out = hold_out([{"prompt": prompt} for prompt in prompts])
-            assert train and held_out
-    _, held_out = hold_out([{"prompt": f"{i}"} for i in range(5000)])
+    rows = [{"prompt": f"{i}"} for i in range(5000)]
+    train, held_out = hold_out(rows)
     assert 400 < len(held_out) < 600
-    low = [str(i) for i in range(200) if files.prompt_checksum(str(i)) < 2 ** 32 // 10]
-    train, _ = hold_out([{"prompt": prompt} for prompt in low])
-    assert train == [{"prompt": max(low, key=files.prompt_checksum)}]
-    for count in (1, 3):
-        with pytest.raises(InputError, match="^x: all have the same prompt"):
-            hold_out([{"prompt": "a"}] * count, "x")
+
+    def checksum(row):
+        return files.prompt_checksum(row["prompt"])
+
+    assert hold_out(train[:20])[1] == [min(train[:20], key=checksum)]
+    assert hold_out(held_out[:20])[0] == [max(held_out[:20], key=checksum)]
+    with pytest.raises(InputError, match="^x: all have the same prompt"):
+        hold_out([{"prompt": "a"}] * 3, "x")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,23 +305,6 @@ def test_packed_files(tmp_path, name, module, magic):
         read_text(put(path, whole))
 
 
-PANDAS = """
-import sys
-class Table:
-    def read_pandas(self):
-        return self
-    def to_json(self, path, **how):
-        open(path, "w").write(repr(how))
-def read_parquet(path):
-    assert open(path, "rb")
-    return Table()
-read_feather = read_parquet
-class ipc:
-    def open_stream(file):
-        return Table()
-"""
-
-
 @pytest.mark.parametrize("name, start, command", [
     ("zstd", b"\x28\xb5\x2f\xfd\x04\0", "zstd -dk"), ("zip", b"PK\x03\x04\x14\0", "unzip"),
     ("Parquet", b"PAR1\x15\x04\0", "read_parquet"), ("Arrow", b"ARROW1\0\0", "read_feather"),
@@ -389,29 +312,29 @@ class ipc:
 def test_other_formats_are_named(tmp_path, name, start, command):
     """Parquet's bytes are no wrong UTF-8: "save the file as UTF-8" ruins it. And the command that
     converts it was none in a folder with an apostrophe."""
-    folder = tmp_path / "it's $HOME"
-    folder.mkdir()
-    path = put(folder / "rows.data", start + bytes(100))
+    path = tmp_path / "it's $HOME" / "rows.data"
+    path.parent.mkdir()
+    put(path, start + bytes(100))
     for reader in (read_text, read_pairs):
         with pytest.raises(InputError) as error:
             reader(path)
         message = str(error.value)
-        assert f"{path}: is " in message and name in message and command in message
-        assert "\n" not in message
-    if "pandas" in message:
-        for module in ("pandas", "pyarrow"):
-            (tmp_path / f"{module}.py").write_text(PANDAS)
-        line = message.partition("pyarrow): ")[2].replace("python", sys.executable, 1)
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        subprocess.run(["bash", "-c", line], check=True, env=environment)
-        assert (folder / "rows.jsonl").read_text() == "{'orient': 'records', 'lines': True}"
+        assert message.startswith(f"{path}: is ") and name in message and "\n" not in message
+        words = shlex.split(message.removeprefix(f"{path}: ").partition(": ")[2])
+        if "python" not in words:
+            assert words == [*command.split(), str(path)]
+            continue
+        python, flag, code, *paths = words
+        assert (python, flag) == ("python", "-c") and command in code
+        assert code.endswith(".to_json(sys.argv[2], orient='records', lines=True)")
+        compile(code, "the advice", "exec")
+        assert paths == [str(path), str(path.with_suffix(".jsonl"))]
 
 
-@every_reader
+@pytest.mark.parametrize("reader", [read_text, read_pairs], ids=["text", "rows"])
 def test_files_that_are_none(reader, tmp_path):
     """Missing, a folder, empty, blank: the commonest mistakes of all, each one line that names the
-    file. --text <(...): the first of several readings gets the text, the next one nothing; a pipe
-    that nobody writes to is waited for without end."""
+    file. --text <(...): the first reading gets the text, the next one nothing or waits for ever."""
     os.mkfifo(tmp_path / "pipe")
     cases = [(tmp_path / "missing", "no such file"), (tmp_path, "is a folder"),
              (put(tmp_path / "a", b""), "the file is empty"),
@@ -420,11 +343,9 @@ def test_files_that_are_none(reader, tmp_path):
              (tmp_path / "a/below", "cannot be read: Not a directory"),
              (tmp_path / "pipe", "is a pipe or a device"), (os.devnull, "is a pipe or a device")]
     for path, reason in cases:
-        for given in (path, str(path)):
-            with pytest.raises(InputError) as error:
-                reader(given)
-            assert str(error.value).startswith(f"{path}: {reason}")
-            assert "\n" not in str(error.value)
+        with pytest.raises(InputError) as error:
+            reader(path)
+        assert str(error.value).startswith(f"{path}: {reason}") and "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,44 +356,37 @@ def test_text_is_read_or_refused(tmp_path):
     """Line ends of other systems, separators, NULs, cut characters, a wrong byte far behind: the
     first wrong byte or NUL is named, or the text is what Python decodes."""
     rng = random.Random(7)
-    path = tmp_path / "corpus.txt"
-    pieces = [b"fox ", b"\r\n", b"\r", b"\n", b"\n\r", b"\t", b"\x0b", b"\x0c", b"\x1c", b'"',
-              b"<|end|>", BOM, "\x85\u2028\u2029".encode(), "日本🦊".encode()]
-    broken = [b"\xff", b"\xfe", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"\xf5\x80\x80\x80",
-              "🦊".encode()[:3], b"\0"]
-    refused = 0
-    nuls = 0
+    pieces = [b"fox ", b"\r\n", b"\r", b"\n", b"\t", b"\x0b", b"\x1c", b'"', b"<|end|>", BOM,
+              "\x85\u2028\u2029".encode(), "日本🦊".encode()]
+    broken = [b"\xff", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", "🦊".encode()[:3], b"\0"]
+    found = {"read": 0, "UTF-8": 0, "NUL": 0}
     for n in range(1000):
-        parts = rng.choices(pieces, k=rng.randint(0, 60))
+        parts = [BOM] * (n % 3) + rng.choices(pieces, k=rng.randint(0, 60)) + [b"."]
         if n % 2:
-            parts.insert(rng.randint(0, len(parts)), rng.choice(broken))
-        data = rng.choice([b"", BOM]) + b"".join(parts)
-        put(path, data)
+            parts.insert(rng.randint(1, len(parts)), rng.choice(broken))
+        data = b"".join(parts)
+        path = put(tmp_path / "corpus.txt", data)
         size = rng.choice([rng.randint(1, 20), 2 ** 20])
         try:
             # newline=None: Python's own treatment of line ends.
             good = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
         except UnicodeDecodeError as wrong:
-            refused += 1
-            with pytest.raises(InputError) as error:
-                read_text(path, size)
-            offset = int(str(error.value).split("offset ")[1].split(";")[0])
-            if not data.startswith(BOM):
-                assert offset == wrong.start
-            byte = f"byte 0x{data[offset]:02x} at offset {offset}; save the file as UTF-8"
-            assert str(error.value) == f"{path}: not UTF-8: {byte}"
-            continue
-        if "\0" in good:
-            nuls += 1
-            place = good.index("\0") + 1
-            with pytest.raises(InputError, match=f": holds a NUL at character {place};"):
-                read_text(path, size)
-        elif good.strip():
-            assert read_text(path, size) == good
+            found["UTF-8"] += 1
+            start = wrong.start + 3 * data.startswith(BOM)      # Python counts from behind it
+            message = (f"not UTF-8: byte 0x{data[start]:02x} at offset {start}; save the file as "
+                       "UTF-8")
         else:
-            with pytest.raises(InputError, match="the file is empty"):
-                read_text(path, size)
-    assert refused > 200 and nuls > 20
+            if "\0" not in good:
+                found["read"] += 1
+                assert read_text(path, size) == good
+                continue
+            found["NUL"] += 1
+            message = (f"holds a NUL at character {good.index(chr(0)) + 1}; save the file as UTF-8 "
+                       "text")
+        with pytest.raises(InputError) as error:
+            read_text(path, size)
+        assert str(error.value) == f"{path}: {message}"
+    assert min(found.values()) > 30
 
 
 def test_texts_that_look_like_something_else(tmp_path):
@@ -493,12 +407,12 @@ def test_texts_that_look_like_something_else(tmp_path):
 def test_write_replaces_and_leaves_nothing_behind(tmp_path):
     """Bytes and text go in unchanged (no CRLF on Windows), rows come back, legibly, and a link goes
     on pointing to the file."""
-    path, link = tmp_path / "model.pt", tmp_path / "latest.pt"
+    path = tmp_path / "model.pt"
+    link = tmp_path / "latest.pt"
     for data in (b"\0\xff\r\n", "é\r\n🦊\n", b""):
         write_atomic(path, data)
         assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
-    rng = random.Random(8)
-    rows = [{field: "x" + "".join(rng.choices(PIECES, k=9)) for field in PAIR} for _ in range(90)]
+    rows = [dict.fromkeys(PAIR, ODD), PAIR]
     write_jsonl(path, rows)
     assert read_pairs(path) == rows and "日本" in path.read_text(encoding="utf-8")
     link.symlink_to(path)
@@ -517,8 +431,7 @@ def rows_that_fail():
 
 @pytest.mark.parametrize("step, error, rows", [
     ("fsync", OSError(28, "No space left on device"), [{}]), ("replace", KeyboardInterrupt(), [{}]),
-    ("", RuntimeError(), rows_that_fail()), ("", TypeError(), [{"prompt": object()}]),
-    ("", ValueError(), [{"prompt": "\ud83e"}])])
+    ("", RuntimeError(), rows_that_fail()), ("", ValueError(), [{"prompt": "\ud83e"}])])
 def test_failed_write_leaves_the_old_file(step, error, rows, tmp_path, monkeypatch):
     """A full disk, Ctrl-C in the middle of a save, or data that can't be written must not cost the
     last good checkpoint."""
@@ -537,13 +450,11 @@ def test_failed_write_leaves_the_old_file(step, error, rows, tmp_path, monkeypat
 # --------------------------------------------------------------------------------------------------
 # Locks
 
-NO_PROCESS = 2 ** 30     # larger than a process's number can be
-
 
 @pytest.mark.parametrize("system", ["Unix", "Windows"])
 def test_a_lock_is_held_until_it_is_closed(system, tmp_path, monkeypatch):
-    """Two runs in one folder, also on Windows, which has another lock; a folder that stays locked;
-    what a killed run left half written, there for ever."""
+    """Two runs in one folder, also on Windows, which has another lock; a folder that stays
+    locked."""
     if system == "Windows":
         flock = files.fcntl.flock
 
@@ -553,50 +464,42 @@ def test_a_lock_is_held_until_it_is_closed(system, tmp_path, monkeypatch):
 
         monkeypatch.setattr(files, "fcntl", None)
         monkeypatch.setattr(files, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
-    (tmp_path / "unfinished").mkdir()
-    for name in (f"a.{NO_PROCESS}.tmp", f"unfinished/b.{NO_PROCESS + 1}.tmp"):
-        (tmp_path / name).write_bytes(b"half")
     lock = lock_folder(tmp_path)
-    assert not list(tmp_path.rglob("*.tmp"))
-    (tmp_path / "c.9.tmp").write_bytes(b"the first run is writing this")
     with pytest.raises(InputError, match="another run is using this folder; wait for it") as error:
         lock_folder(tmp_path)
-    assert "\n" not in str(error.value) and (tmp_path / "c.9.tmp").exists()
+    assert "\n" not in str(error.value)
     lock.close()
     lock_folder(tmp_path).close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     """NFS without a lock daemon, Lustre without -o flock: "another run is using this folder" of
     every folder there, and nothing can be trained."""
-    def refuse(*arguments):
-        raise OSError(number, os.strerror(number))
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        def refuse(*arguments):
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    lock_folder(tmp_path).close()
-    printed = capsys.readouterr().out
-    assert printed == (f"{tmp_path}: this file system locks no files; start no second run in this "
-                       "folder\n")
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
+        lock_folder(tmp_path).close()
+        assert capsys.readouterr().out == (f"{tmp_path}: this file system locks no files; start no "
+                                           "second run in this folder\n")
 
 
-def test_what_a_running_process_writes_is_not_removed(tmp_path):
-    """Two runs are started in one folder; the second one has the lock first, and removes the file
-    that the other one is writing: that one dies with a traceback."""
-    body = "from data.files import write_atomic; import sys, time; " \
-           "write_atomic(sys.argv[1], lambda file: (file.write(b'half'), file.flush(), " \
-           "print(flush=True), sys.stdin.read()))"
-    path = tmp_path / "documents.ids"
-    writer = subprocess.Popen([sys.executable, "-c", body, path], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
-    writer.stdout.readline()    # now it is writing
-    (tmp_path / f"state.pt.{NO_PROCESS}.tmp").write_bytes(b"of a killed run")
-    (tmp_path / "mine.tmp").write_bytes(b"somebody else's")
-    with contextlib.closing(lock_folder(tmp_path)):
-        assert sorted(os.listdir(tmp_path)) == [f"documents.ids.{writer.pid}.tmp", "lock",
-                                                "mine.tmp"]
-    writer.communicate()
-    assert writer.returncode == 0 and path.read_bytes() == b"half"
+def test_half_written_files_of_processes_that_have_ended_are_removed(tmp_path):
+    """What a killed run left half written stays for ever; or the second one of two runs removes
+    the file that the first one is writing, which dies with a traceback."""
+    (tmp_path / "unfinished").mkdir()
+    for name in (f"a.{2 ** 30}.tmp", f"unfinished/b.{10 ** 30}.tmp", "mine.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+
+    def write(file):
+        lock_folder(tmp_path).close()
+        found = sorted(path.name for path in tmp_path.rglob("*.tmp"))
+        assert found == ["mine.tmp", f"state.pt.{os.getpid()}.tmp"]
+        file.write(b"whole")
+
+    write_atomic(tmp_path / "state.pt", write)
+    assert (tmp_path / "state.pt").read_bytes() == b"whole"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -609,7 +512,6 @@ def memory(found=""):
 
 
 @pytest.mark.parametrize("error, status, message", [
-    (InputError("pairs.jsonl:3: no"), 1, "pairs.jsonl:3: no"),
     (InputError("two\nlines"), 1, "two lines"),
     (FileNotFoundError(2, "No such file", "/no/such"), 1, "/no/such: No such file"),
     (OSError("disk"), 1, "disk"),
@@ -620,30 +522,23 @@ def memory(found=""):
     (RuntimeError("std::bad_alloc"), 1, memory()),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
                             "capacity of 7.60 GiB\nof which"), 1,
-     memory(" (tried to allocate 2.00 GiB)"))])
+     memory(" (tried to allocate 2.00 GiB)")),
+    (ValueError("a bug"), None, ""), (RuntimeError("shapes (2, 3) and (4, 5)"), None, "")])
 def test_a_script_ends_in_one_line(error, status, message, monkeypatch, capsys):
-    """A user's mistake is a line and a status that a shell script can test, not twenty lines of our
-    code; of memory that runs out, the flags that help: else the last good checkpoint is deleted."""
+    """A user's mistake is a line and a status that a shell script can test; of memory that runs
+    out, the flags that help: else the last good checkpoint is deleted. But a bug of ours, or
+    torch's, must not pass for the user's mistake: it keeps its traceback."""
     def main():
         raise error
 
     monkeypatch.setattr(sys, "argv", ["/x/script.py"])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit if status else type(error)) as stop:
         run_script(main)
-    assert stop.value.code == status and capsys.readouterr().err == f"script.py: {message}\n"
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("shapes (2, 3) and (4, 5)")])
-def test_our_bugs_keep_their_traceback(error, monkeypatch):
-    """InputError is a ValueError, but a ValueError of torch or of ours, or a wrong shape, must not
-    pass for the user's mistake or for a lack of memory."""
-    def main():
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(type(error)) as found:
-        run_script(main)
-    assert found.value is error
+    if status is None:
+        assert stop.value is error
+    else:
+        assert stop.value.code == status
+        assert capsys.readouterr().err == f"script.py: {message}\n"
 
 
 def test_torchs_own_words_for_a_lack_of_memory():
@@ -652,6 +547,16 @@ def test_torchs_own_words_for_a_lack_of_memory():
         torch.empty(2 ** 55)
     assert files.is_out_of_memory(error.value)
     assert "(tried to allocate 144115188075855872 bytes)" in files.memory_advice(error.value)
+
+
+def test_home_in_a_path(monkeypatch):
+    """--out=~/x: the shell replaces ~ only at the beginning of a word, and we made a folder ~."""
+    home = os.path.expanduser("~")
+    flags = ["--out=~/x", "--data", "~/y.jsonl", "--prompt=~/no", "--seed=1", "~"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    run_script(lambda: None)
+    assert sys.argv == ["script.py", f"--out={home}/x", "--data", f"{home}/y.jsonl",
+                        "--prompt=~/no", "--seed=1", "~"]
 
 
 def run(body, tmp_path, shell="{}"):
@@ -667,16 +572,6 @@ run_script(main)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout, done.stderr
-
-
-def test_home_in_a_path(tmp_path):
-    """--out=~/x: the shell replaces ~ only at the beginning of a word, and we made a folder ~."""
-    home = os.path.expanduser("~")
-    shell = "{} --out=~/x --data='~/y.jsonl' --text '~/z' --prompt=~/no --seed=1 '~'"
-    status, printed, _ = run("print(sys.argv[1:])", tmp_path, shell)
-    expected = [f"--out={home}/x", f"--data={home}/y.jsonl", "--text", f"{home}/z",
-                "--prompt=~/no", "--seed=1", "~"]
-    assert status == 0 and printed == f"{expected}\n"
 
 
 def test_closed_pipe(tmp_path):
