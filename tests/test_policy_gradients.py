@@ -31,48 +31,18 @@ CLIPPED = [method for method in WITH_RATIO if method != "ppo_penalty"]
 # Advantages
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
-@pytest.mark.parametrize("junk", [1e6, math.nan])
-def test_returns_to_go(gamma, junk):
-    """A sum that begins at the prompt, runs on into the padding, or discounts from the start of the
-    response."""
-    mask, prompts, lengths = ragged_mask(4, B=7)
-    rewards = torch.where(mask, noise(1, *mask.shape), junk)
-    expected = torch.zeros(mask.shape)
-    for b, (prompt, length) in enumerate(zip(prompts, lengths)):
-        for t in range(prompt - 1, length - 1):
-            expected[b, t] = sum(gamma ** (k - t) * rewards[b, k] for k in range(t, length - 1))
-    torch.testing.assert_close(ppo.returns_to_go(rewards, mask, gamma), expected)
-
-
-@pytest.mark.parametrize("group", [2, 3, 8])
-def test_group_advantages(group):
-    """Mean and deviation of the whole batch, or of rows i, i + G, i + 2G, …, that are of other
-    prompts."""
-    scores = 3 * noise(0, 5 * group) + 7
-    rows = scores.double().numpy().reshape(5, group)
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    expected = (centred / rows.std(axis=1, keepdims=True)).flatten()
-    plain = ppo.group_advantages(scores, group, scale=False)
-    np.testing.assert_allclose(plain, centred.flatten(), rtol=1e-5, atol=1e-5)
-    scaled = ppo.group_advantages(scores, group)
-    np.testing.assert_allclose(scaled, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("value", [0.1, -1e6, 0.0, 1e-30])
 @pytest.mark.parametrize("scale", [True, False])
-def test_a_group_of_equal_scores(value, scale):
+def test_a_group_of_equal_scores(scale):
     """0/0; or 0.1 minus a mean that is rounded, over a deviation of the same rounding: steps of
     full size to nowhere. One response, sampled twice and scored in two micro-batches, has two
     scores that differ in the last bits."""
-    for group in (2, 7, 50):
-        equal = torch.full((2 * group,), value)
-        equal[group:] = torch.arange(float(group))  # another prompt's
-        advantages = ppo.group_advantages(equal, group, scale)
-        assert (advantages[:group] == 0).all() and advantages[group:].abs().max() > 0.4
-    if value == 0.1:
-        nearly = value + 1e-6 * noise(0, 8)
-        assert ppo.group_advantages(nearly, 8, scale).abs().max() < 0.05
+    for value in (0.1, -1e6, 1e-30):
+        equal = torch.full((14,), value)
+        equal[7:] = torch.arange(7.0)  # another prompt's
+        advantages = ppo.group_advantages(equal, 7, scale)
+        assert (advantages[:7] == 0).all() and advantages[7:].abs().max() > 0.4
+    nearly = 0.1 + 1e-6 * noise(0, 8)
+    assert ppo.group_advantages(nearly, 8, scale).abs().max() < 0.05
 
 
 def advantages_of(method, rewards, mask, mean=0.0, **flags):
@@ -82,29 +52,33 @@ def advantages_of(method, rewards, mask, mean=0.0, **flags):
     return ppo.estimate_advantages(rewards, rollouts, mean, config)[0]
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_baselines(gamma):
-    """A baseline that is a mean over padding, over responses instead of tokens, of another prompt's
-    responses, or that holds the response itself; V in what has no value model. GRPO: a response's
-    advantage on its neighbour, a penalty that counts from the token on, a division that a method
-    should have left off."""
-    mask, prompts, _ = ragged_mask(3, B=6)
-    rewards = torch.where(mask, noise(1, *mask.shape), 0.0)
-    G = ppo.returns_to_go(rewards, mask, gamma)
+def test_baselines():
+    """A sum that begins at the prompt, runs on into the padding, or discounts from the start of the
+    response. A baseline that is a mean over padding, over responses instead of tokens, of another
+    prompt's responses, or that holds the response itself; V in what has no value model. GRPO: a
+    response's advantage on its neighbour, a penalty that counts from the token on, a division that
+    a method should have left off."""
+    mask, prompts, lengths = ragged_mask(3, B=6)
+    rewards = torch.where(mask, noise(1, *mask.shape), math.nan)
+    G = torch.zeros(mask.shape)
+    for b, (prompt, length) in enumerate(zip(prompts, lengths)):
+        for t in range(prompt - 1, length - 1):
+            G[b, t] = sum(0.9 ** (k - t) * rewards[b, k] for k in range(t, length - 1))
     first = torch.stack([G[b, prompt - 1] for b, prompt in enumerate(prompts)])  # G_0
+    groups = first.view(2, 3)
     others = []
     for i in range(6):
         group = range(0, 3) if i < 3 else range(3, 6)
         others.append(np.mean([first[j] for j in group if j != i]))
-    baselines = {"reinforce": [0.0] * 6, "reinforce_baseline": [G[mask].mean().item()] * 6,
-                 "reinforce_moving": [2.5] * 6, "rloo": others}
-    expected = {}
-    for method, baseline in baselines.items():
-        expected[method] = G - torch.tensor(baseline)[:, None]
+    expected = {"reinforce": G, "reinforce_baseline": G - G[mask].mean(),
+                "reinforce_moving": G - 2.5, "rloo": G - torch.tensor(others)[:, None]}
+    centred = groups - groups.mean(dim=1, keepdim=True)
     for method in ppo.GRPO:
-        expected[method] = ppo.group_advantages(first, 3, scale=method == "grpo")[:, None]
+        expected[method] = centred.view(6, 1)
+    deviation = groups.std(dim=1, keepdim=True, correction=0)
+    expected["grpo"] = (centred / deviation).view(6, 1)
     for method, advantages in expected.items():
-        found = advantages_of(method, rewards, mask, mean=2.5, group=3, gamma=gamma)
+        found = advantages_of(method, rewards, mask, mean=2.5, group=3, gamma=0.9)
         torch.testing.assert_close(found, advantages * mask, rtol=1e-4, atol=1e-5)
 
 
@@ -162,60 +136,50 @@ def test_the_moving_average(monkeypatch):
     assert baselines == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method, group", [("rloo", 2), ("grpo", 6), ("reinforce", 1)])
-def test_responses_to_one_prompt_stand_together(method, group):
+def test_responses_to_one_prompt_stand_together():
     """Groups drawn as G copies of the batch: rows i·G to (i+1)·G - 1 are then of different prompts,
     and a hard prompt's responses all have negative advantages."""
     seen = []
-    config = ppo.Config(method=method, iterations=1, rollouts=12, group=group, max_new_tokens=LIMIT)
+    config = ppo.Config(method="grpo", iterations=1, rollouts=12, group=3, max_new_tokens=LIMIT)
     optimize(tiny_gpt(0), tiny_gpt(1), None, task(seen.append), config)
     rollout, = seen
     asked = [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.prompt_lengths)]
     expected = []
-    for prompt in draw_prompts(12 // group, random.Random(f"ppo {config.seed} 0")):
-        expected += [prompt] * group
+    for prompt in draw_prompts(4, random.Random(f"ppo {config.seed} 0")):
+        expected += [prompt] * 3
     assert asked == expected
     assert len({response[0] for response in rollout.responses()}) > 1
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses
+# Losses, and the gradient of one minibatch
 
 
-@pytest.mark.parametrize("junk", [1e4, math.nan])
-def test_losses_without_a_clip(junk):
-    """REINFORCE's and the penalty's: a gradient out of the padding (0 · nan is nan, ρ is e^10000),
-    a mean over it, or a sum that grows with the batch; a penalty that rewards the distance, or has
-    no coefficient."""
+def test_losses_without_a_clip():
+    """A gradient out of the padding (0 · nan is nan), a mean over it, or a sum that grows with the
+    batch: REINFORCE's and the penalty's loss of ragged rows is that of their tokens alone."""
     mask, _, _ = ragged_mask(5)
     logprobs, old, A, kl = (noise(seed, *mask.shape).double() for seed in range(4))
     for x in (logprobs, old, A, kl):
-        x[~mask] = junk
-    for x in (logprobs, kl):
-        x.requires_grad_()
-    n = mask.sum().item()
-    ratio = (logprobs - old).detach().exp()
-    plain = ppo.policy_gradient_loss(logprobs, A, mask)
-    penalized = ppo.penalty_policy_loss(logprobs, old, A, kl, mask, coefficient=0.7)
-    for loss, terms, slope in ((plain, A * logprobs, A),
-                               (penalized, ratio * A - 0.7 * kl, ratio * A)):
-        gradient, = torch.autograd.grad(loss, logprobs, retain_graph=True)
-        assert loss.item() == pytest.approx(-terms[mask].sum().item() / n, rel=1e-12)
-        torch.testing.assert_close(gradient, torch.where(mask, -slope / n, 0.0), rtol=1e-12, atol=0)
-    gradient, = torch.autograd.grad(penalized, kl)
-    torch.testing.assert_close(gradient, 0.7 / n * mask.double(), rtol=1e-12, atol=0)
+        x[~mask] = math.nan
+    logprobs.requires_grad_()
+    found = ppo.policy_gradient_loss(logprobs, A, mask)
+    found = found + ppo.penalty_policy_loss(logprobs, old, A, kl, mask, coefficient=0.7)
+    ratio = (logprobs - old)[mask].exp()
+    expected = -((logprobs[mask] + ratio) * A[mask] - 0.7 * kl[mask]).mean()
+    torch.testing.assert_close(found, expected)
+    gradient, = torch.autograd.grad(found, logprobs)
+    correct, = torch.autograd.grad(expected, logprobs)
+    torch.testing.assert_close(gradient[mask], correct[mask])
+    assert (gradient[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("kl, expected", [
-    (0.0, 0.5), (0.0066, 0.5), (0.01 / 1.5, 1.0), (0.015, 1.0), (0.0151, 2.0), (9.0, 2.0)])
+    (0.0066, 0.5), (0.01 / 1.5, 1.0), (0.015, 1.0), (0.0151, 2.0)])
 def test_adapt_penalty(kl, expected):
     """A coefficient that grows where the policy does not move, or changes within the band of 1.5
     around the target."""
     assert ppo.adapt_penalty(3.0, kl, target=0.01) == 3 * expected
-
-
-# --------------------------------------------------------------------------------------------------
-# One minibatch
 
 
 def with_advantages(rollouts, config):
@@ -268,13 +232,13 @@ def step_by_hand(policy, value_model, rollouts, config, rows):
     objective = torch.cat(responses).mean()
     if config.method in ppo.GRPO and config.method != "grpo_token_mean":
         objective = torch.stack([terms.mean() for terms in responses]).mean()
-    value_loss = 0.5 * torch.stack(squares).mean()
     gradients = {policy: torch.autograd.grad(-objective, double.parameters())}
     figures = {"approx_kl": torch.stack(moved).mean().item()}
     if stopped:
         figures["clip_fraction"] = sum(stopped) / len(stopped)
         assert 0 < figures["clip_fraction"] < 1
     if config.method in ppo.WITH_VALUES:
+        value_loss = 0.5 * torch.stack(squares).mean()
         gradients[value_model] = torch.autograd.grad(value_loss, double_values.parameters())
         figures["value_loss"] = value_loss.item()
     return gradients, figures
@@ -284,8 +248,8 @@ def step_by_hand(policy, value_model, rollouts, config, rows):
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [4, 0, 2]], ids=str)
 def test_the_gradient_of_every_loss(method, rows, monkeypatch):
     """The mean of the micro-batches' means: a token of a short response would weigh more (TRL,
-    transformers 2024). A mean per response taken over its micro-batch; real tokens cut off with the
-    padding; a weight on the ratio, on the value loss or not on the penalty; k3 of π_ref/π_θ turned
+    transformers 2024). A mean per response taken over its micro-batch; rows mixed up, or real
+    tokens cut off with the padding; a clip or a weight on the wrong side; k3 of π_ref/π_θ turned
     over, detached, without β, or counted in the rewards and the loss; an advantage or a return that
     has a gradient."""
     policy = tiny_gpt(0)
@@ -306,15 +270,14 @@ def test_the_gradient_of_every_loss(method, rows, monkeypatch):
             assert row[name] == pytest.approx(x, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 64])
-def test_pretraining_gradient(micro_batch):
+def test_pretraining_gradient():
     """γ times a mean over the documents' tokens, for a sum over the divisor of the policy's own
     loss: then γ means another price for every length of document; a document's first tokens masked
     like a prompt; padding that is learnt; the loss of another temperature than the policy's."""
     policy = tiny_gpt(0)
     rng = random.Random(0)
     documents = [rng.choices(range(V), k=length) for length in (5, 2, 11, 3, 3, 7)]
-    config = ppo.Config(ptx=0.3, micro_batch=micro_batch, temperature=0.8)
+    config = ppo.Config(ptx=0.3, micro_batch=4, temperature=0.8)
     ppo.ptx_backward(policy, documents, torch.tensor(47), config)
     double = copy.deepcopy(policy).double()
     surprise = 0.0
@@ -373,14 +336,12 @@ def test_steps_and_figures_of_every_method(method, beta, monkeypatch):
     assert abs(row["kl"]) > 1e-3
 
 
-@pytest.mark.parametrize("epochs, minibatch", [(1, 8), (3, 4)])
-def test_the_penalty_adapts_to_the_whole_update(epochs, minibatch):
+def test_the_penalty_adapts_to_the_whole_update():
     """A mean over the minibatches as they are trained on: it begins at 0, with one step a batch it
     is 0, and c halves until nothing is left of the penalty. The oracle: both policies, all
     logits."""
-    config = ppo.Config(method="ppo_penalty", iterations=4, rollouts=8, minibatch=minibatch,
-                        epochs=epochs, lr=1e-2, penalty=2.0, penalty_target=0.02,
-                        max_new_tokens=LIMIT)
+    config = ppo.Config(method="ppo_penalty", iterations=4, rollouts=8, minibatch=4, epochs=3,
+                        lr=1e-2, penalty=2.0, penalty_target=0.02, max_new_tokens=LIMIT)
     policy = tiny_gpt(0)
     rollouts = []
     policies = []
@@ -408,32 +369,25 @@ def test_the_penalty_adapts_to_the_whole_update(epochs, minibatch):
 # The script, on models that nobody trained
 
 
-def parsed(monkeypatch, *flags):
-    """The Config that a command line makes."""
-    seen = []
-    monkeypatch.setattr(ppo, "train", seen.append)
-    ppo.main(["--size", "gpu", *flags])
-    return seen[0]
-
-
 def test_a_method_changes_only_its_group(monkeypatch):
     """A method that silently brings other settings than PPO's, so that a comparison compares those;
     a flag that a preset overrules. (What goes with no method is in test_ppo.py.)"""
-    plain = parsed(monkeypatch)
+    configs = []
+    monkeypatch.setattr(ppo, "train", configs.append)
+    ppo.main(["--size", "gpu"])
     for method in METHODS:
-        config = parsed(monkeypatch, "--method", method)
-        assert config.method == method
-        assert config.group == (4 if method == "rloo" else 8 if method in ppo.GRPO else 1)
-        config.method = "ppo"
-        config.group = 1
-        assert config == plain
-    config = parsed(monkeypatch, *"--method grpo --group 4 --epochs 3 --beta 0".split())
-    assert (config.group, config.epochs, config.beta) == (4, 3, 0.0)
+        ppo.main(["--size", "gpu", "--method", method])
+        plain, *_, config = map(vars, configs)
+        assert config["group"] == (4 if method == "rloo" else 8 if method in ppo.GRPO else 1)
+        changed = {name for name, value in config.items() if value != plain[name]}
+        batch = {"iterations", "rollouts"} if method in ppo.ONE_STEP else set()  # see below
+        assert changed - {"given", "method", "group"} == batch
+    ppo.main("--size gpu --method grpo --group 4 --epochs 3 --beta 0".split())
+    assert (configs[-1].group, configs[-1].epochs, configs[-1].beta) == (4, 3, 0.0)
 
 
-TINY = ["--size", "cpu", "--iterations", "4", "--rollouts", "8", "--max_new_tokens", "8",
-        "--save", "2", "--lr", "1e-2"]
-PASSES = ["--minibatch", "4", "--epochs", "2"]
+TINY = ("--size cpu --iterations 4 --rollouts 8 --max_new_tokens 8 --save 2 --lr 1e-2 "
+        "--minibatch 4 --epochs 2").split()
 
 
 def write_checkpoints(out, context, width=16):
@@ -454,16 +408,6 @@ def write_checkpoints(out, context, width=16):
         save_checkpoint(path, stage, "cpu", model, tokenizer, **extra)
 
 
-@pytest.fixture
-def untrained(tmp_path, monkeypatch):
-    """A folder with checkpoints whose context holds every story of the little world. Ten documents
-    are held out."""
-    documents = corpus.held_out_documents()[:10]
-    monkeypatch.setattr(corpus, "held_out_documents", lambda: documents)
-    write_checkpoints(tmp_path / "out", 480)
-    return tmp_path / "out"
-
-
 def weights_of(out, name):
     """The tensors in a checkpoint."""
     return read_torch(out / "cpu" / name / "checkpoint.pt")["model"]
@@ -477,15 +421,11 @@ def killed(*args, **more):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method, flags, changed", [
-    ("ppo", "--ptx 0.5 --kl_target 3", ("beta", 0.2)),
-    ("ppo_penalty", "--penalty_target 1e-3", ("penalty", 1.0)),
-    ("reinforce_moving", "--beta 0", ("mean", 0.0)), ("grpo", "--group 4", None)])
-def test_every_kind_of_method_resumes_bit_for_bit(method, flags, changed, untrained, monkeypatch):
-    """A coefficient, an average or the drawing of documents that starts from the beginning where
-    the run continues. changed: what a state must hold, and its first value."""
-    passes = PASSES if method in WITH_RATIO else []
-    argv = ["--out", str(untrained), "--method", method, *TINY, *passes, *flags.split()]
+def test_a_method_with_values_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """A coefficient, the value model or its optimizer that starts from the beginning where the run
+    continues. (PPO and a method without values are in test_resume.py.)"""
+    write_checkpoints(tmp_path, 128)
+    argv = ["--out", str(tmp_path), *TINY, *"--method ppo_penalty --penalty_target 1e-3".split()]
     ppo.main([*argv, "--name", "ppo-whole"])
     calls = itertools.count(1)
     generate = ppo.generate
@@ -493,65 +433,31 @@ def test_every_kind_of_method_resumes_bit_for_bit(method, flags, changed, untrai
     def killed_in_the_fourth(*args, **more):
         return killed() if next(calls) == 4 else generate(*args, **more)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ppo, "generate", killed_in_the_fourth)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.main([*argv, "--name", "ppo-killed"])
-    state = read_torch(untrained / "cpu/ppo-killed/unfinished/state.pt")
-    assert state["step"] == 2
-    if changed:
-        name, first = changed
-        assert state["state"]["adaptive"][name] != first
+        ppo.main([*argv, "--name", "ppo-killed"])
+    state = read_torch(tmp_path / "cpu/ppo-killed/unfinished/state.pt")
+    assert state["step"] == 2 and state["state"]["adaptive"]["penalty"] != 1
     ppo.main([*argv, "--name", "ppo-killed", "--resume"])
 
-    whole = read_torch(untrained / "cpu/ppo-whole/checkpoint.pt")
-    resumed = read_torch(untrained / "cpu/ppo-killed/checkpoint.pt")
-    assert not same_weights(weights_of(untrained, "sft"), whole["model"])
-    for name in {"model", "value_model"} & whole.keys():
+    whole = read_torch(tmp_path / "cpu/ppo-whole/checkpoint.pt")
+    resumed = read_torch(tmp_path / "cpu/ppo-killed/checkpoint.pt")
+    for name in ("model", "value_model"):
         assert same_weights(resumed.pop(name), whole.pop(name))
     assert resumed == whole
-    assert untimed(metrics(untrained / "cpu/ppo-killed/metrics.jsonl")) == whole["metrics"]
-
-
-class Seen(Exception):
-    """A spy has seen enough."""
+    assert untimed(metrics(tmp_path / "cpu/ppo-killed/metrics.jsonl")) == whole["metrics"]
 
 
 @pytest.mark.parametrize("flags, held", [
-    ("--method ppo", "policy, reference, reward_model, value_model"),
-    ("--method a2c --beta 0", "policy, reference, reward_model, value_model"),
-    ("--method reinforce --beta 0", "policy, reference, reward_model")])
+    (["--method", "ppo", *TINY], "policy, reference, reward_model, value_model"),
+    (["--method", "reinforce", "--beta", "0", *TINY[:-4]], "policy, reference, reward_model")])
 def test_the_models_in_memory(flags, held, tmp_path, capsys, monkeypatch):
-    """The lecture's four models held by a method that uses three; a line that counts what does not
+    """The lecture's four models held by a method that uses three; a reference, or a reward model,
+    that shares its weights with the model that learns from it; a line that counts what does not
     exist. A model that learns takes four times its weights: themselves, their gradients and Adam's
     two moments."""
     write_checkpoints(tmp_path, 128, width=128)
-    seen = {}
-
-    def spy(policy, reference, value_model, task, config, run):
-        seen.update(policy=policy, reference=reference, value_model=value_model)
-        raise Seen
-
-    monkeypatch.setattr(ppo, "ppo", spy)
-    monkeypatch.setattr(ppo, "policy_gradients", spy)
-    with pytest.raises(Seen):
-        ppo.main(["--size", "cpu", "--out", str(tmp_path), "--max_new_tokens", "8", *flags.split()])
-    names = held.split(", ")
-    assert (seen["value_model"] is not None) == ("value_model" in names)
-    assert same_weights(seen["reference"].state_dict(), seen["policy"].state_dict())
-    total = 0
-    for name in names:
-        stage = "reward_model" if name in ("reward_model", "value_model") else "sft"
-        size = sum(4 * x.numel() for x in weights_of(tmp_path, stage).values())
-        total += size * (4 if name in ("policy", "value_model") else 1)
-    assert (f"models in memory: {len(names)} ({held}), {total / 2 ** 20:.0f} MB with gradients and "
-            "optimizer\n") in capsys.readouterr().out
-
-
-def test_no_update_reaches_the_frozen_models(untrained, monkeypatch):
-    """A reference, or a reward model, that shares its weights with the model that learns from it,
-    and learns with it."""
-    loop = ppo.ppo
+    loop = ppo.ppo if "ppo" in flags else ppo.policy_gradients
     make_reward = ppo.make_reward
     models = {}
 
@@ -563,14 +469,19 @@ def test_no_update_reaches_the_frozen_models(untrained, monkeypatch):
         models["reward_model"] = model
         return make_reward(name, model, *others)
 
-    monkeypatch.setattr(ppo, "ppo", spy)
+    monkeypatch.setattr(ppo, loop.__name__, spy)
     monkeypatch.setattr(ppo, "make_reward", make)
-    ppo.main(["--out", str(untrained), *TINY, *PASSES])
-    for name, stage, frozen in (("policy", "sft", False), ("reference", "sft", True),
-                                ("value_model", "reward_model", False),
-                                ("reward_model", "reward_model", True)):
-        weights = weights_of(untrained, stage)
-        assert same_weights(models[name].state_dict(), weights) == frozen
+    ppo.main(["--out", str(tmp_path), *flags])
+    names = held.split(", ")
+    assert (models["value_model"] is not None) == ("value_model" in names)
+    total = 0
+    for name in names:
+        weights = weights_of(tmp_path, "sft" if name in ("policy", "reference") else "reward_model")
+        learns = name in ("policy", "value_model")
+        assert same_weights(models[name].state_dict(), weights) != learns
+        total += sum(4 * x.numel() for x in weights.values()) * (4 if learns else 1)
+    assert (f"models in memory: {len(names)} ({held}), {total / 2 ** 20:.0f} MB with gradients and "
+            "optimizer\n") in capsys.readouterr().out
 
 
 def pretraining_line(printed):
@@ -580,21 +491,20 @@ def pretraining_line(printed):
     return [float(word) for word in line.split() if word[0].isdigit()]
 
 
-def test_pretraining_text_of_the_little_world(untrained, capsys):
-    """--ptx on another text than the base model's, or whose loss nobody tells; a line about it
-    without --ptx."""
-    losses = {}
-    for ptx in ("0", "20"):
-        ppo.main(["--out", str(untrained), *TINY, *PASSES, "--beta", "0", "--ptx", ptx])
-        printed = capsys.readouterr().out
-        assert ("pretraining loss" in printed) == (ptx == "20")
-        policy, tokenizer, _ = load_checkpoint(untrained / "cpu/ppo/checkpoint.pt", "ppo", "cpu")
-        documents = corpus.encode_documents(corpus.held_out_documents(), tokenizer)
-        losses[ptx] = gpt.held_out_loss(policy, documents, 1)
-    sft_model, _, _ = load_checkpoint(untrained / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    before = gpt.held_out_loss(sft_model, documents, 1)
-    assert pretraining_line(printed) == pytest.approx([before, losses["20"]], abs=6e-4)
-    assert losses["20"] < losses["0"] - 0.2
+def test_pretraining_text_of_the_little_world(tmp_path, capsys, monkeypatch):
+    """--ptx that does not train, or whose loss nobody tells."""
+    documents = corpus.held_out_documents()[:10]
+    monkeypatch.setattr(corpus, "held_out_documents", lambda: documents)
+    write_checkpoints(tmp_path, 480)  # holds every story of the little world
+    ppo.main(["--out", str(tmp_path), *TINY, "--epochs", "1", "--beta", "0", "--ptx", "20"])
+    losses = []
+    for stage in ("sft", "ppo"):
+        path = tmp_path / "cpu" / stage / "checkpoint.pt"
+        model, tokenizer, _ = load_checkpoint(path, stage, "cpu")
+        ids = corpus.encode_documents(documents, tokenizer)
+        losses.append(gpt.held_out_loss(model, ids, 1))
+    assert pretraining_line(capsys.readouterr().out) == pytest.approx(losses, abs=6e-4)
+    assert losses[1] < losses[0] - 0.2
 
 
 def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
@@ -618,7 +528,7 @@ def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
         drawn.append(documents)
         return backward(policy, documents, *others)
 
-    argv = ["--out", str(out), *TINY, *PASSES, "--data", str(rows), "--ptx", "20"]
+    argv = ["--out", str(out), *TINY, "--data", str(rows), "--ptx", "20"]
     with monkeypatch.context() as patch:
         patch.setattr(ppo, "ptx_backward", spy)
         ppo.main(argv)
@@ -629,18 +539,16 @@ def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
     assert len(windows) > 1
     assert all(len(window) == 64 and "ba " not in window for window in windows)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ppo, "save_checkpoint", killed)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.main(argv)
+        ppo.main(argv)
     text.write_text("abd " * 3000)
     with pytest.raises(InputError, match="the run began with another .*text.txt; start again"):
         ppo.main([*argv, "--resume"])
     text.unlink()
     found = snapshot(out)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^{text}: no such file$"):
         ppo.main([*argv, "--resume"])
-    assert str(error.value) == f"{text}: no such file"
     assert snapshot(out) == found
 
 
