@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ppo
 from data import stories
@@ -76,6 +77,17 @@ def made_up_rollouts(policy, value_model):
         old_logprobs=inside(logprobs + 0.3 * noise(1, *mask.shape)),
         ref_logprobs=inside(logprobs + noise(5, *mask.shape)),
         old_values=inside(values + noise(2, *mask.shape)))
+
+
+def token_losses(model, sequences, prompt_lengths):
+    """-log π(y_t | x, y_<t) of all response tokens, one sequence at a time: cross_entropy, no
+    padding."""
+    losses = []
+    for ids, prompt_length in zip(sequences, prompt_lengths):
+        logits = model(torch.tensor([ids]))[0, prompt_length - 1:-1]
+        labels = torch.tensor(ids[prompt_length:])
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+    return torch.cat(losses)
 
 
 def draw_prompts(count, rng):
