@@ -75,6 +75,15 @@ RULES = {"": "the outcome model", ", sum": "the steps' sum", ", smallest": "the 
 GRID = {"DPO": ("dpo", ("5e-5", "2e-4", "8e-4", "3.2e-3")),
         "PPO": ("ppo", ("7.5e-5", "3e-4", "1.2e-3", "4.8e-3"))}
 BETAS = ("0.05", "0.2", "0.8")
+# PPO with K passes over its rollouts, on 1,280, 2,560 and 6,400 responses; None: not measured.
+PASSES = {
+    "K = 1": ("ppo-passes-1-1280", "ppo-passes-1-2560", "ppo"),
+    "K = 2": ("ppo-passes-2-1280", "ppo-passes-2-2560", "ppo-passes-2-6400"),
+    "K = 4": ("ppo-passes-4-1280", "ppo-passes-4-2560", "ppo-passes-4-6400"),
+    "K = 8": ("ppo-passes-8-1280", "ppo-passes-8-2560", "ppo-passes-8-6400"),
+    "K = 8, no clip": ("ppo-noclip-8-1280", "ppo-noclip-8-2560", "ppo-noclip-8-6400"),
+}
+RESPONSES = (1280, 2560, 6400)
 LAWS = {"": "10,240 comparisons, 4 layers", "4096": "4,096 comparisons",  # of the reward models in
         "1024": "1,024 comparisons", "256": "256 comparisons",            # OUT/laws/NAME
         "2-layers": "2 layers", "1-layer": "1 layer"}
@@ -127,7 +136,7 @@ def collect(folders):
     """All that is drawn and printed, from one output folder a seed:
     {name: {figure: {seed: number}}}, and the curves."""
     data = {"seeds": len(folders), "stages": {}, "policies": {}, "frontier": {}, "runs": {},
-            "curves": {}, "laws": {}, "variance": [], "peers": {}}
+            "curves": {}, "laws": {}, "variance": [], "peers": {}, "claims": {}}
     for seed, folder in enumerate(folders, start=1):
         folder = Path(folder)
         cpu = folder / "cpu"
@@ -137,6 +146,7 @@ def collect(folders):
         collect_training(data, seed, cpu)
         collect_curves(data, seed, cpu)
         collect_laws(data, folder)
+        collect_claims(data, seed, cpu)
     return data
 
 
@@ -233,7 +243,8 @@ def collect_peers(data, seed, cpu):
 
 def collect_training(data, seed, cpu):
     """What the runs themselves say: seconds, memory, entropy; and every batch of two PPO runs."""
-    for name in [*METHODS, *DIRECT]:
+    passes_of_ppo = [name for names in PASSES.values() for name in names]
+    for name in [*METHODS, *DIRECT, *passes_of_ppo]:
         figures = data["policies"].setdefault(name, {})
         rows = read_rows(cpu / name / "metrics.jsonl")
         put(figures, "held_out_accuracy", seed, last(rows, "held_out_accuracy"))
@@ -242,6 +253,9 @@ def collect_training(data, seed, cpu):
             put(figures, f"kept_{key}", seed, last(rows, key))
         if rows and "entropy" in rows[-1]:
             put(figures, "entropy", seed, statistics.mean(row["entropy"] for row in rows[-10:]))
+        clipped = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
+        if clipped:
+            put(figures, "clip_fraction", seed, statistics.mean(clipped))
 
         printed = text_of(cpu / f"{name}.txt")
         models = re.search(r"models in memory: (\d) .*, (\d+) MB", printed)
@@ -285,6 +299,16 @@ def collect_laws(data, folder):
     for what, variance, bias in re.findall(
             r"^(\S.*?) {2,}([\d.]+) +([\d.]+)%", printed, re.MULTILINE):
         data["variance"].append([what, float(variance), float(bias) / 100])
+
+
+def collect_claims(data, seed, cpu):
+    """What the scripts in assets/claims/ measured: {"writers SFT gold": {seed: number}}."""
+    for path in sorted(cpu.glob("claim-*/metrics.jsonl")):
+        claim = path.parent.name.removeprefix("claim-")
+        for row in read_rows(path):
+            for key, x in row.items():
+                if isinstance(x, (int, float)):
+                    put(data["claims"], f"{claim} {row['what']} {key}", seed, x)
 
 
 def pairs_of(rows):
@@ -355,6 +379,7 @@ def tables(data):
         "stages": stages(data),
         "policies": policies(data),
         "methods": methods(data),
+        "passes": passes(data),
         "direct": direct(data),
         "judges": judges(data),
         "steps": steps(data),
@@ -424,6 +449,16 @@ def methods(data):
             rows.append(row + ["yes" if collapsed else "no"])
     head = ["`ppo.py`", "J's share, reward model", "J's share, gold", "KL, nats", "entropy",
             "distinct-2", "seconds", "models", "MB", "collapsed"]
+    return table(head, rows)
+
+
+def passes(data):
+    """PPO's share under the reward model by responses, for K passes over each batch of them."""
+    rows = []
+    for label, names in PASSES.items():
+        rows.append([label, *[spread(values(data, name, "share_reward"), ".1%") for name in names],
+                     *[spread(values(data, name, "clip_fraction"), ".1%") for name in names[1:2]]])
+    head = ["passes", *[f"{count:,} responses" for count in RESPONSES], "clip fraction at 2,560"]
     return table(head, rows)
 
 
@@ -1041,6 +1076,59 @@ def draw_learning_curves(plt, data):
     save(figure, "learning_curves")
 
 
+def draw_passes(plt, data):
+    """What passes over a batch save: the share that PPO reaches, by the number of responses."""
+    figure, (ax,) = axes(plt)
+    colors = (GRAY, BLUE, GREEN, ORANGE, ORANGE)
+    for (label, names), color in zip(PASSES.items(), colors):
+        curve = []
+        for count, name in zip(RESPONSES, names):
+            shares = [100 * x for x in values(data, name, "share_reward")]
+            if shares:
+                curve.append((count, statistics.mean(shares)))
+        if curve:
+            counts, means = zip(*curve)
+            ax.plot(counts, means, color=color, marker="o", markersize=4, label=label,
+                    linestyle=":" if "no clip" in label else "-")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(RESPONSES, [f"{count:,}" for count in RESPONSES])
+    ax.minorticks_off()
+    ax.set_xlabel("responses sampled")
+    ax.set_ylabel("J's share under the reward model, %")
+    ax.legend(frameon=False)
+    save(figure, "passes")
+
+
+def draw_hacked(plt, data):
+    """Who loses gold first: gold and the reward model's score against the KL that was spent, over
+    β, for PPO and DPO."""
+    figure, (ax,) = axes(plt)
+    for label, color in (("PPO", BLUE), ("DPO", ORANGE)):
+        kind, rates = GRID[label]
+        runs = []
+        for beta in BETAS:
+            name = kind if beta == "0.2" else f"{kind}-grid-{beta}-{rates[1]}"
+            found = data["policies"].get(name, {})
+            if "1" in found.get("kl", {}):
+                runs.append((found["kl"]["1"], found["gold"]["1"], found["reward"]["1"], beta))
+        if not runs:
+            continue
+        kls, golds, rewards, _ = zip(*sorted(runs))
+        ax.plot(kls, golds, color=color, marker="o", markersize=5, label=f"{label}, gold")
+        ax.plot(kls, rewards, color=color, marker="o", markersize=4, linestyle=":",
+                label=f"{label}, reward model's score")
+        side, place = ("right", (-5, 5)) if label == "PPO" else ("left", (5, -13))
+        for kl, gold, _, beta in runs:
+            ax.annotate(f"β = {beta}", (kl, gold), color=color, fontsize=9, ha=side,
+                        xytext=place, textcoords="offset points")
+    ax.set_xlim(0, 8)
+    ax.set_ylim(0, 5)
+    ax.set_xlabel("KL to the SFT model, nats")
+    ax.set_ylabel("score")
+    ax.legend(frameon=False, loc="lower right")
+    save(figure, "hacked")
+
+
 def draw_variance(plt, data):
     """What a baseline, a value model and λ do to the variance of the gradient, and the bias that a
     wrong V costs."""
@@ -1084,6 +1172,8 @@ def draw(data):
     draw_how_close(plt, data)
     draw_one_run(plt, data)
     draw_learning_curves(plt, data)
+    draw_passes(plt, data)
+    draw_hacked(plt, data)
     draw_variance(plt, data)
 
 
