@@ -1,4 +1,4 @@
-"""best_of_n.py against the lecture's matrix and numbers, enumeration and brute force."""
+"""best_of_n.py against enumeration and brute force: the yardstick, rejection sampling."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ import ppo
 import reward_model
 import sft
 from best_of_n import (Policy, Samples, best_of_n_kl, forgetting, select, sequence_logprobs,
-                       top_k_overall, top_per_prompt)
+                       top_k_overall)
 from data import stories
 from data.answer_key import best_of_n_win_rate, cell, optimality_gap, subset_weights, win_rate
 from data.corpus import held_out_documents
@@ -32,34 +32,6 @@ from data.tokenizer import Tokenizer, encode_demonstrations
 from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt
 from reward_model import RewardModel
-
-MATRIX = torch.tensor([[0.7, 0.3, 0.5, 0.2],        # ECE 7115, "Rejection Sampling"
-                       [0.4, 0.8, 0.6, 0.5],        # 5 prompts, 4 completions
-                       [0.9, 0.3, 0.4, 0.7],
-                       [0.2, 0.5, 0.8, 0.6],
-                       [0.5, 0.4, 0.3, 0.6]])
-
-
-def test_selections_of_the_lecture():
-    """The best over the wrong axis, worst for best, or row and column swapped: the slide has S(R) =
-    [1, 2, 1, 3, 4], counted from 1; "Prompt 3 gets two completions (0.9 and 0.7), while prompt 5
-    gets none". Of equals the first."""
-    assert (top_per_prompt(MATRIX) + 1).tolist() == [1, 2, 1, 3, 4]
-    assert top_k_overall(MATRIX, 5).tolist() == [[2, 0], [1, 1], [3, 2], [0, 0], [2, 3]]
-    assert len({tuple(pair) for pair in top_k_overall(MATRIX, 20).tolist()}) == 20
-    assert top_k_overall(torch.zeros(40, 50), 2).tolist() == [[0, 0], [0, 1]]
-
-
-def test_best_of_n_kl_is_a_bound_and_tight():
-    """log n alone, or log n - 1 + n: the figure is in the yardstick's tables as best-of-N's KL. Of
-    many equally likely responses it is the exact one's limit, from above."""
-    assert best_of_n_kl(4) == pytest.approx(math.log(4) - 0.75)
-    rank = torch.arange(100_001, dtype=torch.float64) / 100_000
-    for n in (1, 2, 4, 16, 64):
-        law = (rank ** n).diff()  # P(best is the k-th) = F(k)^n - F(k-1)^n
-        exact = (law * (law * 100_000).log()).sum().item()
-        assert best_of_n_kl(n) - 0.01 < exact <= best_of_n_kl(n) + 1e-9
-
 
 # --------------------------------------------------------------------------------------------------
 # The yardstick
@@ -142,57 +114,49 @@ def test_sequence_logprobs_keep_the_order_of_the_samples():
     model.wte.weight.data *= 10  # so that a temperature matters
     rng = random.Random(0)
     rollouts = []
-    expected = []
-    for size in (150, 7):
+    expected = {1.0: [], 0.5: []}
+    for size in (11, 7):
         rows = [[rng.randrange(11) for _ in range(rng.randint(4, 32))] for _ in range(size)]
         starts = [rng.randint(1, 3) for _ in rows]
         tokens, lengths = pad(rows)
         rollouts.append(Rollout(tokens, torch.tensor(starts), lengths))
-        for row, start in zip(rows, starts):
-            tokens = torch.tensor([row])
-            logprobs = [token_logprobs(model(tokens).detach(), tokens, temperature)
-                        for temperature in (1.0, 0.5)]
-            expected.append([x[0, start - 1:].sum().item() for x in logprobs])
-    expected = torch.tensor(expected)
-    assert ((expected[:, 0] - expected[:, 1]).abs() > 0.01).float().mean() > 0.95
-    for column, temperature in enumerate((1.0, 0.5)):
-        found = sequence_logprobs(Policy(model, temperature), rollouts)
-        assert torch.allclose(found, expected[:, column], rtol=1e-4)
+        for temperature, sums in expected.items():
+            for row, start in zip(rows, starts):
+                tokens = torch.tensor([row])
+                logprobs = token_logprobs(model(tokens).detach(), tokens, temperature)
+                sums.append(logprobs[0, start - 1:].sum())
+    for temperature, sums in expected.items():
+        found = sequence_logprobs(Policy(model, temperature), rollouts, micro_batch=4)
+        assert torch.allclose(found, torch.stack(sums), rtol=1e-4)
+    assert (torch.stack(expected[1.0]) - torch.stack(expected[0.5])).abs().min() > 0.01
 
 
 def test_prompt_prints_candidates_and_the_winner(trained):
     """A winner that isn't the best candidate, or an annotator asked for a prompt that it cannot
-    judge."""
+    judge. Finished responses that score less than unfinished ones: never ending pays, in
+    silence."""
     line = r"^ *([+-]\d+\.\d{3})(  gold +[+-]\d+\.\d{3})?  (.*)$"
-    for prompt, gold in (("Tell me a story about a shy fox and a kite.", True),
-                         ("Who are you?", False)):
-        printed = run(trained, "--prompt", prompt, "--n", "6")
+    for prompt, gold, fine in (("Tell me a story about a shy fox and a kite.", True, "-5"),
+                               ("Who are you?", False, "99")):
+        printed = run(trained, "--prompt", prompt, "--n", "6", "--missing_end_score", fine)
         candidates = re.findall(line, printed, re.M)
         rewards = [float(reward) for reward, _, _ in candidates]
         assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
         assert all(bool(found) == gold for _, found, _ in candidates)
         assert f"winner of 6: {candidates[0][2]}\n" in printed
+        told = "note    sft: finished responses score less" in printed
+        assert told == (fine == "99")
 
 
 def test_found_before_the_sampling(trained, tmp_path, monkeypatch):
     """A folder that cannot be written to, found after minutes of sampling, whose tables are lost; a
-    blank in a list of policies; β = 0, which gave tables of nan."""
+    blank in a list of policies."""
     out = shutil.copytree(trained, tmp_path / "out")
     shutil.rmtree(out / "cpu/best_of_n", ignore_errors=True)
     (out / "cpu/best_of_n").write_text("a file")
     monkeypatch.setattr(best_of_n, "draw", None)
-    flags = ["--size", "cpu", "--out", str(out), "--policies"]
     with pytest.raises(FileExistsError):
-        best_of_n.main([*flags, "ppo, dpo"])
-    with pytest.raises(InputError, match="--beta 0.0: must be positive"):
-        best_of_n.main([*flags, "ppo", "--beta", "0"])
-
-
-def test_a_score_below_the_fine_is_told(trained, capsys):
-    """Finished responses that score less than unfinished ones: never ending pays, in silence."""
-    best_of_n.main(["--size", "cpu", "--out", str(trained), "--prompt", "Why?", "--n", "6",
-                    "--missing_end_score", "99"])
-    assert "note    sft: finished responses score less" in capsys.readouterr().out
+        run(out, "--policies", "ppo, dpo")
 
 
 @cpu_only
@@ -203,19 +167,14 @@ def test_figures_of_the_yardstick(yard, trained):
     assert all(map(stories.is_held_out, yard.prompts[0])) and yard.prompts == yard.prompts[:1] * 3
     assert "the little world: 3 held-out prompts; 16 samples each, 32 of SFT" in yard.printed
     figures = {"reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"}
-    names = ["sft", "best of 4", "best of 16", "ppo", "dpo"]
-    assert [name for under, name in yard.rows if under is None] == names
-    for name in names:
+    for name in ("sft", "best of 4", "best of 16", "ppo", "dpo"):
         row = yard.rows[None, name]
         assert set(row) == {"policy"} | figures | {f"{figure}_error" for figure in figures}
-        assert row["distinct_2_error"] is None
-        assert all(row[f"{figure}_error"] >= 0 for figure in figures - {"distinct_2"})
         assert 0 <= row["ended"] <= 1 <= row["length"] <= 16
 
     reward = yard.samples[0].figures["reward"]
     gold = yard.samples[0].figures["gold"]
     assert [x.figures["gold"].shape for x in yard.samples] == [(3, 32), (3, 16), (3, 16)]
-    assert gold.std() > 0.5
     for name, n in (("sft", 1), ("best of 4", 4), ("best of 16", 16)):
         row = yard.rows[None, name]
         expected = best_of_n_win_rate(reward, gold, n).mean().item()
@@ -252,7 +211,6 @@ def test_what_the_yardstick_prints(yard, trained, monkeypatch):
     for (under, name), row in yard.rows.items():
         if under == "reward model":
             assert row["reward_model_J"] == pytest.approx(row["J_star"], abs=1e-5)
-            assert row["J_error"] >= 0 and row["J_star_error"] >= 0
         elif under == "gold":
             assert sum(row[figure] for figure in shares) == pytest.approx(1, abs=1e-4)
             assert row["lost_to_reward_model"] > -1e-6 and 1 <= row["effective_samples"] <= 64
@@ -263,9 +221,6 @@ def test_what_the_yardstick_prints(yard, trained, monkeypatch):
 
     tables = yard.printed[yard.printed.index("sampled dpo"):yard.printed.index("\nsaved ")]
     assert max(map(len, tables.splitlines())) <= 100 and "How close to the best" in tables
-    for line in ("sampled sft: 96", "sampled ppo: 48", "log-probabilities under every policy: 9"):
-        assert f"\n{line}\n" in yard.printed
-
     loss = {name: row["loss"] for (under, name), row in yard.rows.items() if under == "pretraining"}
     assert list(loss) == ["base", "sft", "ppo", "dpo"]
     assert ", ".join(f"{name} {x:.3f}" for name, x in loss.items()) in yard.printed
@@ -279,11 +234,9 @@ def test_what_the_yardstick_prints(yard, trained, monkeypatch):
 
 def test_the_same_yardstick_again(yard, trained, tmp_path, monkeypatch):
     """A table that changes from run to run, or with what an interrupted run left in a stage's
-    metrics.jsonl; prompts that change with the seed; a run that is over, but was killed before its
-    files were moved to their places: the yardstick compares the policy of the run before it, or
-    trains a finished stage again."""
+    metrics.jsonl; a run that is over, but was killed before its files were moved to their places:
+    the yardstick compares the policy of the run before it, or trains a finished stage again."""
     monkeypatch.setattr(best_of_n, "gold_rewards", taste)
-    drawn = watch_draw(monkeypatch)
     out = shutil.copytree(trained, tmp_path / "out")
     (out / "cpu/gpt/metrics.jsonl").write_bytes(b'{"held_out": \xff')  # it is not read
     before = snapshot(out)
@@ -295,13 +248,10 @@ def test_the_same_yardstick_again(yard, trained, tmp_path, monkeypatch):
             if path.is_file() and path.name != "lock":
                 path.rename(folder / "finished" / path.name)
         (folder / "finished/state.pt").write_bytes(b"")
-    path = out / "cpu/dpo/checkpoint.pt"
-    save_checkpoint(path, "dpo", "cpu", model, tokenizer)  # the run before
+    save_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu", model, tokenizer)  # run before
     printed = run(out, *YARDSTICK)
     assert printed.replace(str(out), "OUT") == yard.printed.replace(str(trained), "OUT")
     assert snapshot(out) == before
-    run(out, *"--prompts 3 --samples 1 --policies , --seed 2".split())
-    assert drawn[-1][0][4] == yard.prompts[0]
 
 
 def test_who_is_right_how_often(trained, monkeypatch):
@@ -375,9 +325,8 @@ def test_best_of_n_by_the_process_model(trained, tmp_path, monkeypatch):
 def test_a_wrong_file_is_found_before_anything_is_trained(stage, tmp_path):
     """A typing error in the file's name that comes out after the minutes which the missing stages
     took."""
-    for argv in (["--data", str(tmp_path / "none.jsonl")], ["--data", str(tmp_path)]):
-        with pytest.raises(InputError, match=str(tmp_path)):
-            stage.main(["--out", str(tmp_path / "out"), "--size", "cpu", *argv])
+    with pytest.raises(InputError, match=f"{tmp_path}.*no such file"):
+        stage.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path / "none.jsonl")])
     assert not (tmp_path / "out").exists()
 
 
@@ -418,7 +367,7 @@ def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, monkeypatch):
     spy(ppo, "generate", 1)
     sft.main(common)
     reward_model.main(common)
-    ppo.main(common + "--iterations 1 --rollouts 400 --minibatch 400 --micro_batch 400 "
+    ppo.main(common + "--iterations 1 --rollouts 240 --minibatch 240 --micro_batch 240 "
                       "--epochs 1".split())
     dpo.main(common)
     expected = {row["prompt"] for row in hold_out(rows)[1]}
@@ -435,11 +384,11 @@ def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, monkeypatch):
     assert {under for under, _ in found_rows(out)} == {None, "reward model", "best of N"}
 
 
-def test_draws_and_temperatures_are_each_policys_own(trained, tmp_path, monkeypatch):
+def test_draws_and_temperatures_are_each_policys_own(trained, yard, tmp_path, monkeypatch):
     """One seed for every batch, or for every policy: the samples are then copies, and their errors
-    hidden. A policy that was trained at one temperature, sampled or scored at another: its J is
-    that of a policy that was never trained. And shares that were reached under another price or
-    penalty, with no word about it. A policy that is named twice is one."""
+    hidden; prompts that change with --seed. A policy that was trained at one temperature, sampled
+    or scored at another: its J is that of a policy that was never trained. Shares that were reached
+    under another price or penalty, with no word about it. A policy that is named twice is one."""
     out = shutil.copytree(trained, tmp_path / "out")
     model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     for name, settings in (("ppo", {}),
@@ -456,8 +405,9 @@ def test_draws_and_temperatures_are_each_policys_own(trained, tmp_path, monkeypa
 
     monkeypatch.setattr(best_of_n, "generate", watched)
     drawn = watch_draw(monkeypatch)
-    printed = run(out, *"--prompts 4 --samples 16 --sample_batch 64".split(), "--policies",
+    printed = run(out, *"--prompts 3 --samples 16 --sample_batch 48 --seed 2".split(), "--policies",
                   "ppo,ppo-hot,ppo,ppo-hot")
+    assert drawn[0][0][4] == yard.prompts[0]
     assert [temperature for temperature, _ in calls] == [1.0, 1.0, 1.0, 1.5]
     assert len({seed for _, seed in calls}) == 4
     texts = [samples.texts for _, samples in drawn]
@@ -471,42 +421,35 @@ def test_draws_and_temperatures_are_each_policys_own(trained, tmp_path, monkeypa
         "-5.0"]
 
 
-def test_a_policy_of_another_vocabulary(trained, tmp_path):
-    """Log-ratios of two policies whose ids mean different words."""
+def test_what_the_yardstick_finds_wrong_costs_nothing(trained, tmp_path):
+    """Log-ratios of two policies whose ids mean different words; a checkpoint that was cut off, and
+    ends the yardstick after its minutes of sampling; one that SFT did not begin with. A base model
+    that was removed, a text of one's own, whose entropy is unknown, or a single prompt, whose
+    figures have no errors, ends nothing."""
     out = shutil.copytree(trained, tmp_path / "out")
+    base = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
+    whole = base.read_bytes()
+    other = read_torch(base)
+    del other["metrics"]
+    write_torch(tmp_path / "other.pt", other)
     path = out / "cpu/ppo/checkpoint.pt"
     model, tokenizer, _ = load_checkpoint(path, "ppo", "cpu")
     strings = [token.decode("latin-1") for token in tokenizer.vocabulary]
     strings[-2:] = strings[:-3:-1]
     save_checkpoint(path, "ppo", "cpu", model, Tokenizer.from_strings(strings))
-    before = snapshot(out)
-    with pytest.raises(InputError, match="ppo.checkpoint.pt: its vocabulary"):
-        run(out, "--prompts", "2", "--samples", "4")
-    assert snapshot(out) == before
-
-
-def test_figures_of_a_stage_that_are_missing_or_damaged(trained, tmp_path):
-    """A stage whose checkpoint was removed, a text of one's own, whose entropy is unknown, or a
-    single prompt, whose figures have no errors, ends the yardstick; a checkpoint that was cut off
-    ends it after its minutes of sampling, with nothing saved; one that SFT did not begin with."""
-    out = shutil.copytree(trained, tmp_path / "out")
-    path = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
-    data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2])
-    other = read_torch(trained / "cpu/gpt/checkpoint.pt")
-    del other["metrics"]
-    for reason in ("gpt.checkpoint.pt: .*train the stage again",
-                   "sft.checkpoint.pt: was made from another .*gpt.checkpoint.pt; train sft again"):
+    for content, policies, reason in (
+            (whole, "ppo", "ppo.checkpoint.pt: its vocabulary"),
+            (whole[:-100], "dpo", "gpt.checkpoint.pt: .*train the stage again"),
+            ((tmp_path / "other.pt").read_bytes(), "dpo",
+             "sft.checkpoint.pt: was made from another .*gpt.checkpoint.pt; train sft again")):
+        base.write_bytes(content)
         before = snapshot(out)
         with pytest.raises(InputError, match=reason) as error:
-            run(out, "--prompts", "2", "--samples", "4")
+            run(out, "--prompts", "2", "--samples", "4", "--policies", policies)
         assert "\n" not in str(error.value) and snapshot(out) == before
-        write_torch(path, other)    # whole, but another one
 
-    shutil.rmtree(path.parent)
-    rows = read_torch(out / "cpu/sft/checkpoint.pt")["metrics"]
-    assert not any("entropy" in row for row in rows)
-    printed = run(out, *"--prompts 1 --samples 4 --policies ppo".split())
+    shutil.rmtree(base.parent)
+    printed = run(out, *"--prompts 1 --samples 4 --policies dpo".split())
     assert re.search(r"How close to the best\n +measured .*\nreward model, accuracy ", printed)
 
 
@@ -531,13 +474,8 @@ def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, monkey
 # Rejection-sampling fine-tuning
 
 
-def samples_of(rewards, ended=None, texts=None):
-    """Samples with these rewards (M, N); the text of (i, j) is "i j"."""
-    M, N = rewards.shape
-    if texts is None:
-        texts = [f"{i} {j}" for i in range(M) for j in range(N)]
-    if ended is None:
-        ended = torch.ones(M, N)
+def samples_of(rewards, ended, texts):
+    """Samples with these rewards, ends (M, N) and texts."""
     return Samples([], texts, {"reward": rewards, "ended": ended})
 
 
@@ -548,28 +486,26 @@ def tokenizer():
 
 def test_the_best_overall_favour_easy_prompts(tokenizer, capsys):
     """Both selections the same, or of another size; the lecture: the best overall are better, but
-    "can bias toward easy prompts"."""
+    "can bias toward easy prompts". Of equals the first."""
     easy = torch.tensor([3.0] * 3 + [0.0] * 9)[:, None]  # all responses to three prompts are better
     rewards = easy + 0.5 * noise(0, 12, 8).clamp(-2, 2)
     prompts = [f"prompt {i}" for i in range(12)]
-    per_prompt, figures = select(prompts, samples_of(rewards), "per_prompt", tokenizer, 128)
-    best = [max(range(8), key=row.__getitem__) for row in rewards.tolist()]
-    assert per_prompt == [{"prompt": f"prompt {i}", "completion": f"{i} {j}"}
-                          for i, j in enumerate(best)]
-
-    overall, overall_figures = select(prompts, samples_of(rewards), "overall", tokenizer, 128)
-    assert len({row["completion"] for row in overall}) == len(overall) == 12  # none twice
+    texts = [f"{i} {j}" for i in range(12) for j in range(8)]
+    samples = samples_of(rewards, torch.ones(12, 8), texts)
+    per_prompt, figures = select(prompts, samples, "per_prompt", tokenizer, 128)
+    overall, overall_figures = select(prompts, samples, "overall", tokenizer, 128)
+    assert {row["prompt"] for row in per_prompt} == set(prompts)
     assert {row["prompt"] for row in overall} == set(prompts[:3])
-    assert all(row["prompt"] == f"prompt {row['completion'].split()[0]}" for row in overall)
-    assert figures["prompts_reward"] == pytest.approx(figures["all_reward"], abs=1e-5)
-    assert overall_figures["prompts_reward"] > overall_figures["all_reward"] + 2
+    assert len({row["completion"] for row in overall}) == 12    # none twice
     assert overall_figures["reward"] > figures["reward"] + 1
-    assert overall_figures["spread"] < figures["spread"] and 4 <= overall_figures["most"] <= 8
+    assert overall_figures["prompts_reward"] > overall_figures["all_reward"] + 2
+    assert figures["prompts_reward"] == pytest.approx(figures["all_reward"], abs=1e-5)
     printed = capsys.readouterr().out
     assert ("kept    12 of 96 responses, for 12 of 12 prompts, at most 1 for one\n"
             "        dropped 0 without") in printed
     assert ("kept    12 of 96 responses, for 3 of 12 prompts, at most "
             f"{overall_figures['most']} for one\n") in printed
+    assert top_k_overall(torch.zeros(40, 50), 2).tolist() == [[0, 0], [0, 1]]
 
 
 def test_what_cannot_be_learnt_from_is_counted(tokenizer, capsys):
@@ -621,19 +557,34 @@ def watch(monkeypatch):
     return rounds
 
 
-@pytest.mark.parametrize("how", ["per_prompt", "overall"])
-def test_rounds_of_finetuning(how, out, monkeypatch):
-    """Every round on samples of the SFT model; the worst of N, or all; held-out requests; another
-    stage written over; a policy that learns from other responses than those beside its checkpoint;
-    after for before on the screen."""
+@pytest.fixture(scope="module")
+def tuned(trained, tmp_path_factory):
+    """A folder in which both selections were fine-tuned on for two rounds of best-of-3, and what
+    the two runs did and printed."""
+    out = shutil.copytree(trained, tmp_path_factory.mktemp("tuned") / "out")
     before = snapshot(out)
-    rounds = watch(monkeypatch)
-    shown = []
-    monkeypatch.setattr(best_of_n, "show_before_and_after", lambda *x: shown.extend(x))
-    printed = rsft(out, "--rounds", "2", "--finetune", how)
+    runs = {}
+    for how in ("per_prompt", "overall"):
+        with pytest.MonkeyPatch.context() as patch:
+            shown = []
+            patch.setattr(best_of_n, "show_before_and_after", lambda *x: shown.extend(x))
+            rounds = watch(patch)
+            printed = rsft(out, "--rounds", "2", "--n", "3", "--finetune", how)
+        runs[how] = SimpleNamespace(rounds=rounds, shown=shown, printed=printed)
+    after = snapshot(out)
+    assert {path: after[path] for path in before} == before     # no stage was written over
+    return out, runs
+
+
+@pytest.mark.parametrize("how", ["per_prompt", "overall"])
+def test_rounds_of_finetuning(how, tuned):
+    """Every round on samples of the SFT model; the worst of N, or all; held-out requests; a policy
+    that learns from other responses than those beside its checkpoint; after for before on the
+    screen."""
+    out, runs = tuned
+    rounds = runs[how].rounds
+    shown = runs[how].shown
     folder = out / "cpu" / f"rsft-{how}"
-    after = {path: data for path, data in snapshot(out).items() if folder not in path.parents}
-    assert after == before
     reference, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     assert len(rounds) == 2 and equal(reference.state_dict(), rounds[0][2])
     assert not equal(rounds[0][2], rounds[1][2])
@@ -643,19 +594,19 @@ def test_rounds_of_finetuning(how, out, monkeypatch):
     rows = metrics(folder / "metrics.jsonl")
     for number, (prompts, samples, _, learnt) in enumerate(rounds, start=1):
         rewards = samples.figures["reward"]
-        assert rewards.shape == (12, 4) and not any(map(stories.is_held_out, prompts))
+        assert rewards.shape == (12, 3) and not any(map(stories.is_held_out, prompts))
         kept = read_demonstrations(folder / f"kept-{number}.jsonl")
         demonstrations, _ = encode_demonstrations(kept, tokenizer, 128)
         sequences = [tuple(one.ids) for one in demonstrations]
         assert sorted(learnt) == sorted(2 * sequences)  # two epochs
         steps += 2 * math.ceil(len(sequences) / 4)
 
-        flat = sorted(((rewards[i, j].item(), i, j) for i in range(12) for j in range(4)),
+        flat = sorted(((rewards[i, j].item(), i, j) for i in range(12) for j in range(3)),
                       reverse=True)
         best = flat[:12]
         if how == "per_prompt":
             best = [max(row for row in flat if row[1] == i) for i in range(12)]
-        expected = [(prompts[i], samples.texts[4 * i + j]) for _, i, j in best
+        expected = [(prompts[i], samples.texts[3 * i + j]) for _, i, j in best
                     if samples.figures["ended"][i, j]]
         assert sorted((row["prompt"], row["completion"]) for row in kept) == sorted(expected)
         assert len(expected) > 6
@@ -664,12 +615,10 @@ def test_rounds_of_finetuning(how, out, monkeypatch):
         assert found["reward"] == pytest.approx(mean, abs=1e-5)
 
     assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
-    assert ("fresh requests of the little world; 2 rounds of 4 responses to each of 12\n"
-            in printed)
+    assert ("fresh requests of the little world; 2 rounds of 3 responses to each of 12\n"
+            in runs[how].printed)
     policy, _, checkpoint = load_checkpoint(folder / "checkpoint.pt", "rsft", "cpu")
-    assert checkpoint["distils"] == 16 and not equal(policy.state_dict(), rounds[1][2])
+    assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), rounds[1][2])
     assert equal(shown[1].state_dict(), rounds[0][2])
     assert equal(shown[2].state_dict(), checkpoint["model"])
 
@@ -708,13 +657,12 @@ YARDSTICK_ONLY = ("policies ppo", "prompts 8", "samples 8", "beta 0.2")
     *((f"--finetune overall --{flag}", f"--{flag}: goes with --finetune no only$")
       for flag in YARDSTICK_ONLY),
     ("--policies ppo,foo", "--policies foo: must be ppo or dpo, or the --name"),
-    ("--policies dpo,sft", "--policies sft: must be ppo or dpo, or the --name"),
+    ("--beta 0", "--beta 0.0: must be positive"),
     ("--n 4 --data found-wrong-later.jsonl", "--n 4: goes with --prompt or --finetune only"),
     ("--process --data x.jsonl", "--process True: cannot be used with --data"),
     ("--process", "process_model/checkpoint.pt: no such checkpoint"),
     ("--finetune overall --verify", "--finetune overall: cannot be used with --process or"),
     ("--finetune overall --rounds 0", "--rounds 0: must be positive"),
-    ("--finetune overall --name rsft/../sft", "--name .*: must be rsft"),
     ("--finetune overall --name best_of_n", "--name best_of_n: must be rsft"),
     ("--finetune overall --data none.jsonl", "none.jsonl: no such file"),
     ("--finetune overall --prompt Why?",
@@ -727,21 +675,18 @@ def test_what_a_run_would_ignore_is_refused(argv, message, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_finetuned_policy_in_the_yardstick(trained, tmp_path, monkeypatch):
+def test_a_finetuned_policy_in_the_yardstick(tuned, monkeypatch):
     """A policy that the yardstick does not find, or takes for another stage's; the best-of-N that
     it distils, which the table leaves out unless N is 4, 16 or 64; --prompt that asks the SFT model
     whatever was fine-tuned."""
-    out = shutil.copytree(trained, tmp_path / "out")
-    rsft(out, "--n", "3")
-    rsft(out, *"--rounds 2 --n 3 --name rsft-2 --finetune overall".split())
-    printed = run(out, *"--prompts 3 --samples 8 --policies rsft-2,ppo,rsft-per_prompt".split())
+    out, _ = tuned
+    run(out, *"--prompts 3 --samples 9 --policies rsft-overall,ppo,rsft-per_prompt".split())
     rows = found_rows(out)
-    names = ["sft", "best of 3", "best of 4", "rsft-2", "ppo", "rsft-per_prompt"]  # 9 is above 8
+    names = ["sft", "best of 4", "best of 9", "rsft-overall", "ppo", "rsft-per_prompt"]
     for judge in (None, "reward model", "gold"):
         assert [name for under, name in rows if under == judge] == names
     assert rows[None, "rsft-per_prompt"]["kl"] != 0
-    assert rows[None, "best of 3"]["kl"] == pytest.approx(best_of_n_kl(3))
-    assert "rsft-per_prompt, J under gold" in printed
+    assert rows[None, "best of 9"]["kl"] == pytest.approx(best_of_n_kl(9))
 
     drawn = watch_draw(monkeypatch)
     printed = run(out, "--finetune", "per_prompt", "--prompt", "Who are you?", "--n", "2")
@@ -750,4 +695,4 @@ def test_a_finetuned_policy_in_the_yardstick(trained, tmp_path, monkeypatch):
     learnt = read_torch(out / "cpu/rsft-per_prompt/checkpoint.pt")["model"]
     assert equal(policy.model.state_dict(), learnt)
     with pytest.raises(InputError, match="a prompt of .* exceed the context of 128"):
-        run(trained, "--prompt", "long " * 200)
+        run(out, "--prompt", "long " * 200)
