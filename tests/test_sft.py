@@ -1,13 +1,11 @@
 """Supervised fine-tuning: the masked token mean, the <|end|> token, demonstrations, and the whole
 stage."""
 
-import json
 import math
 import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import gpt
 import sft
@@ -17,7 +15,7 @@ from data.corpus import draw_demonstrations
 from data.files import InputError, write_jsonl
 from data.run import SilentRun, write_torch
 from data.tokenizer import Demonstration, encode_demonstrations
-from helpers import metrics, snapshot, tiny_gpt
+from helpers import metrics, snapshot, tiny_gpt, token_losses
 
 V = 11
 DEMONSTRATIONS = [("Name a color.", "Red."),
@@ -35,42 +33,23 @@ def random_demonstrations(seed=0):
     return demonstrations
 
 
-def token_losses(model, demonstrations):
-    """-log π(y_t | x, y_<t) of all response tokens, one sequence at a time: cross_entropy, no
-    padding."""
-    logits = []
-    labels = []
-    for ids, prompt_length in demonstrations:
-        logits.append(model(torch.tensor([ids]))[0, prompt_length - 1:-1])
-        labels.append(torch.tensor(ids[prompt_length:]))
-    return F.cross_entropy(torch.cat(logits), torch.cat(labels), reduction="none")
-
-
-@pytest.mark.parametrize("batch, micro_batch, epochs", [
-    (7, 1, 1), (7, 2, 1), (7, 3, 1), (7, 64, 1), (2, 2, 1), (3, 2, 3)])
+@pytest.mark.parametrize("batch, micro_batch, epochs", [(7, 3, 1), (7, 64, 1), (3, 2, 3)])
 def test_every_response_token_counts_equally(batch, micro_batch, epochs, monkeypatch):
     """A mean of micro-batches' or batches' means weighs a token of a short answer more (Hugging
     Face's Trainer until October 2024); a model whose <|end|> is masked out never learns to stop
     (TRL #1623, #3091). Here nothing is learnt: the gradients of all steps add up."""
-    steps = []
-
-    def no_step(optimizer, model, lr):
-        steps.append(lr)
-        return 0.0
-
-    monkeypatch.setattr(sft, "optimizer_step", no_step)
-    demonstrations = random_demonstrations()
+    monkeypatch.setattr(sft, "optimizer_step", lambda optimizer, model, lr: 0.0)
     model = tiny_gpt(0, V, 64)
     twin = tiny_gpt(0, V, 64)
     run = SilentRun()
     config = sft.Config(batch=batch, micro_batch=micro_batch, epochs=epochs)
-    sft.fine_tune(model, demonstrations, [], None, config, random.Random(1), run)
-    oracle = token_losses(twin, demonstrations).mean()
+    sft.fine_tune(model, random_demonstrations(), [], None, config, random.Random(1), run)
+    oracle = token_losses(twin, *zip(*random_demonstrations())).mean()
     oracle.backward()
     assert run.rows[0]["loss"] == pytest.approx(oracle.item(), rel=1e-5)
-    assert len(steps) == math.ceil(7 / batch) * epochs  # the last batch is smaller
+    steps = math.ceil(7 / batch) * epochs  # the last batch is smaller
     for ours, theirs in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(ours.grad / len(steps), theirs.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.grad / steps, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_rates_and_figures_of_fine_tuning(monkeypatch):
@@ -92,7 +71,7 @@ def test_rates_and_figures_of_fine_tuning(monkeypatch):
     assert rates == [gpt.learning_rate(i, 12, 1e-2, 2) for i in range(12)]
     assert [row["step"] for row in run.rows] == [5, 10, 12]
     last = run.rows[-1]
-    assert last["held_out"] == pytest.approx(token_losses(model, held_out).mean().item())
+    assert last["held_out"] == pytest.approx(token_losses(model, *zip(*held_out)).mean().item())
     assert last["entropy"] == 0.5 and last["excess"] == pytest.approx(last["held_out"] / 0.5 - 1)
 
 
@@ -105,13 +84,12 @@ def test_answers_are_stories_that_ended():
     opening, wish, *rest = stories.split_sentences(told)
     unknown = "The end is nigh."
     cases = [(told, True, 1, 1), (told, False, 0, 0), ("", True, 0, 0), (asked, True, 0, 0),
-             (stories.page(rng).text, True, 0, 0), (f"{told} {unknown}", True, 1, 0),
-             (told[:-5], True, 1, 0), (opening, True, 0, 0), (f"{opening} {wish}", True, 1, 1),
-             (" ".join([wish, *rest]), True, 1, 0), (f"{opening} {wish} {unknown}", True, 1, 0),
+             (stories.page(rng).text, True, 0, 0), (told[:-5], True, 1, 0),
+             (opening, True, 0, 0), (f"{opening} {wish}", True, 1, 1),
+             (" ".join([wish, *rest]), True, 1, 0),
              (f"{opening} {unknown} {wish} {unknown}", True, 0, 0)]
     for text, ended, story, flawless in cases:
         assert answers([text], [ended]) == (story, flawless)
-    assert answers([told, told, asked, told[:-5]], [True, False, True, True]) == (0.5, 0.25)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,7 +120,7 @@ def fine_tune(folder, *flags):
 def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     """A file of demonstrations that trains nothing, is trained on in full without anything held
     out, or not to the end; a model that does not stop after its answer. A prompt that fits, but
-    leaves no room for the longest sample."""
+    leaves no room for the longest sample. An entropy, which is not known."""
     rows = []
     for prompt, answer in DEMONSTRATIONS:
         rows += [{"prompt": f"{prompt} {i}", "completion": answer} for i in range(10)]
@@ -164,65 +142,39 @@ def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     fine_tune(base, *data)
     printed = capsys.readouterr().out
     assert "7 demonstrations, 1 held out; dropped 0 longer" in printed and "\nprompt" not in printed
+    fine_tune(base, *data, "--learning_curve")
+    *_, header, row = capsys.readouterr().out.splitlines()
+    assert header == "demonstrations  held out, nats a token" and len(row.split()) == 2
 
 
-ROW = '{"prompt": "a", "completion": "b"}\n'
-LONG_ROW = json.dumps({"prompt": "a " * 100, "completion": "b"}) + "\n"
-
-
-@pytest.mark.parametrize("content, reason", [
-    (None, ": no such file"), ("", ": .*empty"), (ROW.replace('"b"', "3"), ":1: .*completion"),
-    (ROW + ROW[:9], ":2: "), (ROW * 3, "same prompt"),
-    ("".join(LONG_ROW.replace("a", letter) for letter in "xyz"), "is left to train on"),
-    (ROW + LONG_ROW, "no demonstration is left"),
-    ("the little world", "too short for the little world")])
-def test_a_wrong_file_is_one_line_and_costs_nothing(base, tmp_path, content, reason):
-    """A typing error in the file that costs the checkpoint of last night; the world's stories in a
-    vocabulary that was made for another text, all of them cut."""
-    path = tmp_path / "rows.jsonl"
-    write_jsonl(path, [{"prompt": prompt, "completion": "b"} for prompt in "abcd"])
-    flags = ["--data", str(path)]
-    fine_tune(base, *flags)
-    before = snapshot(base)
-    path.unlink()
-    if content == "the little world":
-        flags = ["--demonstrations", "4"]
-    elif content is not None:
-        path.write_text(content)
-    with pytest.raises(InputError, match=reason) as error:
-        fine_tune(base, *flags)
-    message = str(error.value)
-    assert "\n" not in message and (flags[0] != "--data" or str(path) in message)
-    assert snapshot(base) == before
-
-
-def test_a_base_model_that_is_stale_is_refused(base):
-    """SFT after mid-training, from the curated text's model of a base model that is gone."""
-    name = "gpt-curated"
-    (base / "cpu" / name).mkdir()
+def test_what_is_refused_costs_nothing(base):
+    """The world's stories in a vocabulary that was made for another text, all of them cut; a base
+    model after mid-training on another one that is gone; the world's requests, put to a model of
+    somebody's own text. (Wrong files: tests/test_edges.py.)"""
+    (base / "cpu/gpt-curated").mkdir()
     made_from = {"gpt/checkpoint.pt": 1}
-    write_torch(base / "cpu" / name / "checkpoint.pt", {"made_from": made_from})
-    with pytest.raises(InputError, match=f"gpt/checkpoint.pt; train {name} again"):
-        fine_tune(base, "--base", name)
+    write_torch(base / "cpu/gpt-curated/checkpoint.pt", {"made_from": made_from})
+    before = snapshot(base)
+    for flags, message in (("--demonstrations 4", "too short for the little world"),
+                           ("--data none.jsonl", "^none.jsonl: no such file"),
+                           ("--base gpt-curated", "gpt/checkpoint.pt; train gpt-curated again")):
+        with pytest.raises(InputError, match=message):
+            fine_tune(base, *flags.split())
+    assert snapshot(base) == before
+    sft.refuse_own_text(base, {"own_text": ""})
+    with pytest.raises(InputError, match=f"^{base}: comes from mine.txt, .* --data"):
+        sft.refuse_own_text(base, {"own_text": "mine.txt"})
 
 
-WORLD = "--demonstrations 24 --questions 3 --lr 0.01 --warmup 1 --max_new_tokens 90".split()
-
-
-@pytest.fixture(scope="module")
-def in_the_world(tmp_path_factory):
-    """A folder with a base model and one of these demonstrations."""
-    folder = tmp_path_factory.mktemp("world")
-    pretrain(folder, "--steps", "4")
-    fine_tune(folder, *WORLD)
-    return folder
-
-
-def test_fine_tuning_on_the_world(in_the_world):
+def test_the_world_and_its_learning_curve(tmp_path, monkeypatch, capsys):
     """An entropy over other tokens than the loss's; figures in the log that aren't those of the
-    saved model."""
-    *_, last, told = metrics(in_the_world / "cpu/sft/metrics.jsonl")
-    model, tokenizer, _ = gpt.load_checkpoint(in_the_world / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    saved model. Points of a curve that go on from one another, or whose last one is not the stage's
+    own model, or costs its checkpoint."""
+    world = "--demonstrations 24 --questions 3 --lr 0.01 --warmup 1 --max_new_tokens 90".split()
+    pretrain(tmp_path, "--steps", "4")
+    fine_tune(tmp_path, *world)
+    *_, last, told = metrics(tmp_path / "cpu/sft/metrics.jsonl")
+    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu")
     rng = random.Random("held-out demonstrations")
     rows, logprobs = draw_demonstrations(rng, 500, held_out=True)
     held_out, _ = encode_demonstrations(rows, tokenizer, 128)
@@ -230,42 +182,17 @@ def test_fine_tuning_on_the_world(in_the_world):
     assert last["entropy"] == pytest.approx(-sum(logprobs) / count)
     assert last["excess"] == pytest.approx(last["held_out"] / last["entropy"] - 1)
     with torch.no_grad():
-        estimate = token_losses(model, held_out[:40]).mean().item()
+        estimate = token_losses(model, *zip(*held_out[:40])).mean().item()
     assert last["held_out"] == pytest.approx(estimate, rel=0.05)
     assert 0 <= told["answers"] <= 1 and told["flawless"] == 0  # after so few steps
 
-
-def test_the_learning_curve_ends_at_the_stage_itself(in_the_world, base, tmp_path, monkeypatch,
-                                                     capsys):
-    """Points that go on from one another, or that answer other questions; a curve whose last point
-    is not the stage's own model, or that costs its checkpoint."""
-    *_, last, told = metrics(in_the_world / "cpu/sft/metrics.jsonl")
-    before = snapshot(in_the_world)
-
-    def doublings(first, total):
-        assert first == 512
-        return [8, 24, total]
-
-    monkeypatch.setattr(sft, "doublings", doublings)
-    fine_tune(in_the_world, *WORLD, "--learning_curve")
-    *_, header, first, second, third = capsys.readouterr().out.splitlines()
-    assert "excess" in header and first.split()[0] == "8" and second == third
-    held_out = f"{last['held_out']:.3f}"
-    assert first.split()[1] != held_out
-    assert second.split()[:3] == ["24", held_out, f"{last['excess']:.1%}"]
-    assert f"  {100 * told['answers']:.1f} ± " in second and snapshot(in_the_world) == before
-
-    # The entropy of a user's own demonstrations is not known.
-    rows = [{"prompt": f"Name color {i}.", "completion": f"Red {i}."} for i in range(20)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    fine_tune(base, "--data", str(tmp_path / "rows.jsonl"), "--learning_curve")
-    *_, header, first, second, third = capsys.readouterr().out.splitlines()
-    assert header == "demonstrations  held out, nats a token" and len(third.split()) == 2
-
-
-def test_the_worlds_requests_are_not_put_to_a_model_of_other_text(tmp_path):
-    """reward_model.py, ppo.py and best_of_n.py without --data ask a model of somebody's own text
-    for stories, and print gold."""
-    sft.refuse_own_text(tmp_path / "checkpoint.pt", {"own_text": ""})
-    with pytest.raises(InputError, match="checkpoint.pt: comes from mine.txt, .* --data"):
-        sft.refuse_own_text(tmp_path / "checkpoint.pt", {"own_text": "mine.txt"})
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(sft, "doublings", lambda first, total: [8, total])
+    fine_tune(tmp_path, *world, "--learning_curve")
+    *_, header, first, second = capsys.readouterr().out.splitlines()
+    assert "excess" in header and first.split()[0] == "8"
+    figure = f"{last['held_out']:.3f}"
+    assert first.split()[1] != figure
+    assert second.split()[:3] == ["24", figure, f"{last['excess']:.1%}"]
+    assert f"  {100 * told['answers']:.1f} ± " in second and snapshot(tmp_path) == before
