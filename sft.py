@@ -423,7 +423,8 @@ def explain(config):
          Column("after", after[0].tolist(), ".3f"),
          Column("gained", (before - after)[0].tolist(), ".3f", signed=True)],
         ["-log π_θ(y_t | x, y_<t) of the base model and after SFT, nats; it counts where the mask",
-         "is 1: CS 224R, Lecture 9, ch. 4 (response_mask, masked_logprobs)."])
+         "is 1: CS 224R, Lecture 9, ch. 4 (response_mask, masked_logprobs). Nothing trains the",
+         "prompt's tokens, which may get less likely."])
 
     n = int(mask.sum())
     print(f"Σ over the mask: {before[mask].sum():.3f} → {after[mask].sum():.3f} nats over {n} "
