@@ -1,5 +1,5 @@
-"""dpo.py against the lecture's numbers, its gradient, and token-by-token loops. Every test says
-which bug it is for."""
+"""dpo.py against its gradient and token-by-token loops. Every test says which bug it is for. (The
+lecture's numbers are in test_lecture.py.)"""
 
 import math
 import random
@@ -18,7 +18,7 @@ from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.judges import annotator_judge, constitution_judge
 from data.run import SilentRun, read_torch, write_torch
 from data.tokenizer import Pair, Tokenizer, encode_pairs, labels_of, train as train_vocabulary
-from dpo import dpo_loss, ipo_loss, kto_baseline, kto_loss, orpo_loss, simpo_loss
+from dpo import dpo_loss, kto_baseline, kto_loss, orpo_loss
 from gpt import batches_by_length, load_checkpoint, make_optimizer, pad, response_logprobs
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt, untimed
 
@@ -29,10 +29,6 @@ PAIRS = [Pair([2, 0, 1, 3, 3, END], [2, 0, END], 2),
          Pair([0, END], [0, 3, END], 1),
          Pair([2, 2, 2, 2, 3, 1, 0, 1, 0, END], [2, 2, 2, 2, 1, END], 4)]
 LABELS = labels_of(PAIRS)
-
-
-def numbers(*values):
-    return [torch.tensor([value], dtype=torch.float64) for value in values]
 
 
 def logprob_by_hand(model, sequence, prompt_length):
@@ -50,16 +46,7 @@ def log_ratio_by_hand(policy, reference, sequence, prompt_length):
 
 
 # --------------------------------------------------------------------------------------------------
-# The losses
-
-
-def test_worked_number_of_the_lecture():
-    """A wrong sign, or the reference left out (0.750 and 0.713 instead of 0.640); chosen and
-    rejected mixed up on one side only: swapped, the margin then doesn't change its sign."""
-    a, b, c, d = numbers(-15.2, -14.8, -16.0, -14.5)
-    loss = dpo_loss(a, b, c, d, beta=0.1)
-    assert loss.item() == pytest.approx(0.640, abs=5e-4)
-    assert (dpo_loss(b, a, d, c, 0.1) - loss).item() == pytest.approx(0.11)     # the margin
+# The formulas
 
 
 def test_gradient_of_the_lecture():
@@ -75,62 +62,10 @@ def test_gradient_of_the_lecture():
             torch.testing.assert_close(x.grad, sign * expected)
 
 
-def test_ipo_is_a_square_around_its_target():
-    """β in the place of 1/(2β), a target of 1/β, or a logistic loss: h = 1.1 of the lecture's pair,
-    by hand."""
-    for beta, target in ((0.5, 1.0), (0.1, 5.0)):
-        loss = ipo_loss(*numbers(-15.2, -14.8, -16.0, -14.5), beta)
-        assert loss.item() == pytest.approx((1.1 - target) ** 2, abs=1e-12)
-    a, b, c, d = [(9 * noise(seed, 50)).double() for seed in range(4)]
-    h = (a - c).numpy() - (b - d).numpy()
-    assert ipo_loss(a, b, c, d, 0.3).item() == pytest.approx(np.mean((h - 1 / 0.6) ** 2))
-
-
-def test_kto_label_by_label():
-    """A weight on the wrong side, good and bad mixed up, a baseline that is added, or a mean over
-    one side only."""
-    policy = noise(0, 40).double() * 5
-    ref = noise(1, 40).double() * 5
-    desirable = noise(2, 40) > 0.3
-    for z0, beta, good, bad in ((0.0, 0.2, 1.0, 1.0), (1.7, 0.2, 1.0, 1.0), (0.9, 1.0, 1.5, 0.75)):
-        expected = 0.0
-        for r, d in zip((policy - ref).tolist(), desirable.tolist()):
-            z = beta * (r - z0)
-            expected += (good / (1 + math.exp(z)) if d else bad / (1 + math.exp(-z))) / 40
-        loss = kto_loss(policy, ref, desirable, z0, beta, good, bad)
-        assert loss.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_simpos_gamma_is_a_margin():
-    """CS 224R adds γ to the rewards of both responses, where it cancels: the loss then doesn't know
-    it."""
-    a = noise(0, 30).double()
-    b = noise(1, 30).double()
-    for beta, gamma in ((2.0, 0.5), (2.5, 1.4), (1.0, 0.0)):
-        z = beta * a.numpy() - beta * b.numpy() - gamma
-        expected = np.log1p(np.exp(-z)).mean()
-        assert simpo_loss(a, b, beta, gamma).item() == pytest.approx(expected)
-
-
-def test_orpo_of_odds_by_hand():
-    """A ratio of probabilities for one of odds, λ on the SFT loss, the rejected response's loss, or
-    a sign. log(1 - exp(m)) of float32 is -inf long before m is 0."""
-    p = np.linspace(0.02, 0.9, 12)
-    q = np.linspace(0.95, 0.1, 12)
-    for lam in (0.0, 0.5, 2.0):
-        ratio = (p / (1 - p)) / (q / (1 - q))
-        expected = (-np.log(p) + lam * np.log1p(1 / ratio)).mean()
-        loss = orpo_loss(torch.tensor(np.log(p)), torch.tensor(np.log(q)), lam)
-        assert loss.item() == pytest.approx(expected)
-    loss = orpo_loss(torch.tensor([-1e-5]), torch.tensor([-1.0]), lam=0.5)
-    ratio = (1 / math.expm1(1e-5)) * math.expm1(1.0)
-    assert loss.item() == pytest.approx(1e-5 + 0.5 * math.log1p(1 / ratio), rel=1e-4)
-
-
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
 def test_large_values_stay_finite(loss):
-    """log(sigmoid(z)) is -inf at z = -1000, its gradient nan; a value that saturates is a number
-    all the same; at 0, for a text known by heart, ORPO's odds are infinite."""
+    """log(sigmoid(z)) is -inf at z = -1000, its gradient nan; at 0, for a text known by heart,
+    ORPO's odds are infinite."""
     for values in ((-2000.0, 0.0), (0.0, -2000.0), (-2000.0, -2000.0), (0.0, 0.0), (-80.0, 0.0)):
         a, b = [torch.tensor([value], requires_grad=True) for value in values]
         if loss == "kto":
@@ -146,8 +81,11 @@ def test_large_values_stay_finite(loss):
         assert all(x.grad.isfinite().all() for x in (a, b))
 
 
-# --------------------------------------------------------------------------------------------------
-# Summed log-probabilities
+def test_odds_of_a_text_known_by_heart():
+    """log(1 - exp(m)) of float32 is -inf long before m is 0."""
+    loss = orpo_loss(torch.tensor([-1e-5]), torch.tensor([-1.0]), lam=0.5)
+    ratio = (1 / math.expm1(1e-5)) * math.expm1(1.0)
+    assert loss.item() == pytest.approx(1e-5 + 0.5 * math.log1p(1 / ratio), rel=1e-4)
 
 
 @torch.no_grad()
@@ -163,10 +101,9 @@ def test_logprobs_are_sums_token_by_token():
     by_hand = [logprob_by_hand(model, label.ids, label.prompt_length).item() for label in LABELS]
     tokens, lengths = pad([label.ids for label in LABELS])
     prompt_lengths = torch.tensor([label.prompt_length for label in LABELS])
-    for padding in (0, END):
-        padded = torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens, padding)
-        found = response_logprobs(model, padded, prompt_lengths, lengths)
-        assert found.tolist() == pytest.approx(by_hand, abs=1e-4)
+    padded = torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens, END)
+    found = response_logprobs(model, padded, prompt_lengths, lengths)
+    assert found.tolist() == pytest.approx(by_hand, abs=1e-4)
     assert dpo.label_logprobs(model, LABELS).tolist() == pytest.approx(by_hand, abs=1e-4)
     chosen, rejected = dpo.pair_logprobs(model, PAIRS)
     assert chosen.tolist() + rejected.tolist() == pytest.approx(by_hand, abs=1e-4)
@@ -194,13 +131,12 @@ def test_ktos_baseline_couple_by_couple(block_size, count):
     fitting = [label for label in LABELS if len(label.ids) <= block_size]
     mean, found = baseline_by_hand(*models, fitting)
     assert found == count and abs(mean) > 0.1
-    for rows in (1, 4, 64):
-        there = kto_baseline(*models, fitting, rows)
-        back = kto_baseline(*reversed(models), fitting, rows)
-        assert [there, back] == pytest.approx([max(0.0, mean), max(0.0, -mean)], abs=1e-4)
+    there = kto_baseline(*models, fitting, rows=4)
+    back = kto_baseline(*reversed(models), fitting, rows=4)
+    assert [there, back] == pytest.approx([max(0.0, mean), max(0.0, -mean)], abs=1e-4)
 
     # The next label may answer the same prompt, or be the only one: no estimate of the KL.
-    for labels in (LABELS[3:4], labels_of(PAIRS[3:4]), 2 * labels_of(PAIRS[3:4])):
+    for labels in (LABELS[3:4], 2 * labels_of(PAIRS[3:4])):
         assert kto_baseline(*models, labels) == 0 == kto_baseline(*reversed(models), labels)
 
 
@@ -258,9 +194,10 @@ def pair_by_hand(loss, policy, reference, pair):
 @pytest.mark.parametrize("loop, loss", [("dpo", "dpo"), ("fit_pairs", "dpo"), ("fit_pairs", "ipo"),
                                         ("fit_pairs", "simpo"), ("fit_pairs", "orpo")])
 def test_a_step_pair_by_pair(loop, loss, monkeypatch):
-    """A sum for a mean or a mean for a sum, arguments in the wrong order; the last, smaller
-    micro-batch weighing as much as the others; a reference that learns along; a figure of another
-    loss, or from another column; held-out pairs that are trained on."""
+    """Of each loss: β in the place of 1/(2β), SimPO's γ in both rewards, where it cancels (CS
+    224R), a ratio of probabilities for ORPO's odds. A sum for a mean or a mean for a sum, arguments
+    in the wrong order; the last, smaller micro-batch weighing as much as the others; a reference
+    that learns along; a figure of another loss; held-out pairs that are trained on."""
     config = dpo.Config(loss=loss, beta=0.3, gamma=0.4, lam=0.7, batch=5, micro_batch=2)
     policy = tiny_gpt(0)
     reference = tiny_gpt(1) if loss in ("dpo", "ipo") else None
@@ -280,19 +217,12 @@ def test_a_step_pair_by_pair(loop, loss, monkeypatch):
             expected[f"{name}_log_ratio"] = mean(ratios).item()
     assert 0 < accuracy < 1 and row == pytest.approx(expected, abs=1e-4)
 
-    if loss == "dpo":   # whoever changes dpo_loss trains on it and reads it too
-        monkeypatch.setattr(dpo, "dpo_loss", ipo_loss)
-        gradients, row = learn(loop, policy, reference, PAIRS, PAIRS, config, monkeypatch)
-        value = mean([pair_by_hand("ipo", policy, reference, pair)[0] for pair in PAIRS])
-        check_gradients(gradients, value, policy)
-        assert row["loss"] == pytest.approx(value.item(), rel=1e-4) == row["held_out_loss"]
-
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_step_label_by_label(paired, monkeypatch):
-    """A micro-batch with a weight or a baseline of its own; a gradient through the baseline; the
-    good labels' weight on the bad ones; an accuracy of pairs beside that of labels, or of responses
-    to different prompts."""
+    """Good and bad mixed up, or a weight on the wrong side; a micro-batch with a weight or a
+    baseline of its own; a gradient through the baseline; an accuracy of pairs beside that of
+    labels, or of responses to different prompts."""
     labels = random.Random(3).sample(LABELS, len(LABELS))
     held_out = LABELS if paired else labels
     [order] = batches_by_length([len(label.ids) for label in labels], 10, random.Random(0))
@@ -331,18 +261,11 @@ def test_a_step_label_by_label(paired, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # The script
 
-
 FLAGS = "--size cpu --batch 16 --report 2 --max_new_tokens 8".split()
-LOG_RATIOS = {"chosen_log_ratio", "rejected_log_ratio"}
-FIGURES = {"step", "loss", "accuracy", "margin", "held_out_loss", "held_out_accuracy"}
 
 
 def run_dpo(out, *flags):
     dpo.main(["--out", str(out), *FLAGS, *flags])
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 def load(folder, stage="dpo"):
@@ -364,12 +287,10 @@ def record(monkeypatch, name):
     return calls
 
 
-def own_pairs(path, count=40, chosen="Yes."):
+def own_pairs(path, count=40):
     """Write pairs that are not of the little world; the flags that name the file."""
-    rows = []
-    for i in range(count):
-        rows.append({"prompt": f"Say {i}.", "chosen": chosen, "rejected": "No, no."})
-    write_jsonl(path, rows)
+    write_jsonl(path, [{"prompt": f"Say {i}.", "chosen": "Yes.", "rejected": "No, no."}
+                       for i in range(count)])
     return ["--data", str(path)]
 
 
@@ -381,8 +302,7 @@ def test_main_on_the_collected_pairs(out, capsys):
     run_dpo(out, "--micro_batch", "3")
     rows = untimed(metrics(out / "cpu/dpo/metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4]  # 64 pairs, 16 in a step
-    after = snapshot(out)
-    assert {path: after[path] for path in before} == before
+    assert before.items() <= snapshot(out).items()
     printed = capsys.readouterr().out
     assert "64 pairs" in printed and "16 held out" in printed
     assert "next: python best_of_n.py" in printed
@@ -419,8 +339,8 @@ def test_main_on_somebodys_own_pairs(out, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loss, before, after", [
-    ("ipo", ["sft", "sft"], ["reward_model"]), ("kto", ["sft", "sft"], ["reward_model"]),
-    ("simpo", ["sft"], ["reward_model", "sft"]), ("orpo", ["gpt"], ["reward_model", "sft"])])
+    ("kto", ["sft", "sft"], ["reward_model"]), ("simpo", ["sft"], ["reward_model", "sft"]),
+    ("orpo", ["gpt"], ["reward_model", "sft"])])
 def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     """A reference that the loss doesn't need; ORPO on top of SFT, two stages. Texts on the screen
     need SFT afterwards. SimPO's β taken for a price of KL by whoever reads the checkpoint."""
@@ -434,10 +354,8 @@ def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "save_checkpoint", recorded)
     run_dpo(out, "--loss", loss)
     assert [event[1] for event in events] == [*before, "saved", *after]
-    _, _, checkpoint = load_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu")
-    assert ("beta" in checkpoint) == (loss == "kto")
+    assert ("beta" in read_torch(out / "cpu/dpo/checkpoint.pt")) == (loss == "kto")
     rows = untimed(metrics(out / "cpu/dpo/metrics.jsonl"))
-    assert set(rows[0]) == (FIGURES | LOG_RATIOS if loss == "ipo" else FIGURES)
     assert rows[-1]["step"] == (8 if loss == "kto" else 4)  # 64 pairs, or 128 labels
     printed = capsys.readouterr().out
     assert "before and after on 33 held-out prompts: reward " in printed
@@ -448,7 +366,6 @@ FILES = {
     "equal.jsonl": [{"prompt": x, "chosen": "No.", "rejected": "No."} for x in "abcd"],
     "same.jsonl": [{"prompt": "Why?", "chosen": f"So {i}.", "rejected": "No."} for i in range(9)],
     "long.jsonl": [{"prompt": x, "completion": "b " * 999, "label": True} for x in "ab"],
-    "one.jsonl": [{"prompt": "a", "completion": "b", "label": 1}],
     "data.jsonl": [{"prompt": f"Say {x}.", "chosen": "Yes.", "rejected": "No."} for x in "abcd"]}
 
 
@@ -461,18 +378,14 @@ FILES = {
     ("--judge annotator", "--judge annotator: goes with --online only"),
     ("--loss ipo --beta 0", "--beta 0.0: must be positive"),
     ("--online 2 --loss orpo", "--online 2: a base model cannot answer"),
-    ("--online 2 --start gpt", "--online 2: a base model cannot answer"),
     ("--online 2 --data data.jsonl --judge annotator",
      "--judge annotator: knows the little world only, not .*data.jsonl"),
     ("--online 2 --max_new_tokens 124 --data data.jsonl", ".*no prompt leaves room for .* 124"),
-    ("--name sft", "--name sft: must be dpo"),
     ("--name dpo/../sft", "--name dpo/../sft: must be dpo"),
     ("--data equal.jsonl", ".*equal.jsonl: no pair is left"),
     ("--data same.jsonl", ".*same.jsonl.*same prompt"),
     ("--loss kto --data long.jsonl",
-     ".*long.jsonl: no label is left to train on; dropped 2 longer than the context"),
-    ("--loss kto --data one.jsonl",
-     '.*one.jsonl:1: "label" must be true or false, found the number 1')])
+     ".*long.jsonl: no label is left to train on; dropped 2 longer than the context")])
 def test_what_is_refused_costs_nothing(argv, message, out, tmp_path):
     """A sweep over a flag that changes nothing; the policy in the place of the reference that it
     was trained against; an empty batch that ends in nan weights, saved over the last good
@@ -511,16 +424,16 @@ def test_a_loss_brings_its_defaults(monkeypatch, capsys):
     assert "(default: 0.2; ipo: 0.05; simpo: 10.0)" in text
 
 
-def test_labels_of_one_kind_are_told(capsys):
+@pytest.mark.parametrize("good, bad, weight, said", [
+    (9, 1, 1.0, True), (9, 0, 1.0, True), (9, 1, 9.0, False), (1, 1, 1.0, False)])
+def test_labels_of_one_kind_are_told(good, bad, weight, said, capsys):
     """Nine good labels to a bad one, or none: KTO learns little, and nothing says why."""
     tokenizer = Tokenizer(train_vocabulary("Say yes or no.", 265))
-    good = {"prompt": "a", "completion": "yes", "label": True}
-    bad = {"prompt": "b", "completion": "no", "label": False}
-    for rows, weight, said in (([good] * 9 + [bad], 1.0, True), ([good] * 9, 1.0, True),
-                               ([good] * 9 + [bad], 9.0, False), ([good, bad], 1.0, False)):
-        config = dpo.Config(loss="kto", data="labels.jsonl", undesirable_weight=weight)
-        dpo.read_data(config, (rows, [good, bad]), "labels.jsonl", tokenizer, 64)
-        assert ("KTO wants about as much of both" in capsys.readouterr().out) == said
+    rows = [{"prompt": "a", "completion": "yes", "label": True}] * good
+    rows += [{"prompt": "b", "completion": "no", "label": False}] * bad
+    config = dpo.Config(loss="kto", data="labels.jsonl", undesirable_weight=weight)
+    dpo.read_data(config, (rows, rows), "labels.jsonl", tokenizer, 64)
+    assert ("KTO wants about as much of both" in capsys.readouterr().out) == said
 
 
 def test_labels_of_somebodys_own(out, tmp_path, capsys):
@@ -534,7 +447,7 @@ def test_labels_of_somebodys_own(out, tmp_path, capsys):
     rows.append({"prompt": "Say 1.", "completion": "So. " * 200, "label": True})
     write_jsonl(tmp_path / "labels.jsonl", rows)
     (out / "cpu/reward_model/checkpoint.pt").unlink()
-    flags = "--loss kto --lr 1e-2 --warmup 1 --epochs 3 --batch 8"
+    flags = "--loss kto --lr 1e-2 --warmup 1 --epochs 2 --batch 8"
     run_dpo(out, "--data", str(tmp_path / "labels.jsonl"), *flags.split())
     found = re.search(r"labels.jsonl: (\d+) labels, (\d+) held out; dropped (\d) longer",
                       capsys.readouterr().out)
@@ -568,45 +481,46 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, cap
     learnt = record(monkeypatch, "kto" if loss == "kto" else "fit_pairs")
     steps = record(monkeypatch, "optimizer_step")
     collect_pairs = dpo.collect_pairs
-    asked = []      # a policy and its judge at each round
+    judges = []
     sampled = []    # the policy's weights
 
     def recorded_collect(policy, *rest):
         sampled.append({name: x.clone() for name, x in policy.state_dict().items()})
-        asked.append((policy, rest[3]))
+        judges.append(rest[3])
         return collect_pairs(policy, *rest)
+
+    def is_start(weights):
+        return all(torch.equal(x, weights[name]) for name, x in start.state_dict().items())
 
     monkeypatch.setattr(dpo, "collect_pairs", recorded_collect)
     run_dpo(out, "--loss", loss, "--judge", judge, *ONLINE)
-    printed = capsys.readouterr().out
-    assert f"2 rounds of 12 pairs, by the {judge}; held out: " in printed
+    assert f"2 rounds of 12 pairs, by the {judge}; held out: " in capsys.readouterr().out
     models = 1 + (loss != "simpo") + (judge == "reward_model")
     stages = [arguments[1] for arguments in loaded]
     assert ("reward_model" in stages[:models]) == (judge == "reward_model")
     others = {"annotator": annotator_judge, "constitution": constitution_judge}
-    assert asked[0] == asked[1] and (judge not in others or asked[0][1] is others[judge])
+    assert judges[0] == judges[1] and (judge not in others or judges[0] is others[judge])
 
     count = 12 if loss == "kto" else 6
     assert len(steps) == count and len({id(optimizer) for optimizer, _, _ in steps}) == 1
     rates = [lr for _, _, lr in steps]
     peak = rates.index(max(rates))
     assert peak < count // 2 and rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert all(torch.equal(x, sampled[0][name]) for name, x in start.state_dict().items())
-    assert not all(torch.equal(x, sampled[1][name]) for name, x in start.state_dict().items())
+    assert is_start(sampled[0]) and not is_start(sampled[1])
 
     prompts = []
-    for rows, (policy, reference, items, *_) in zip(rounds_of(out), learnt, strict=True):
-        assert policy is asked[0][0] and len(rows) == 12
-        assert reference is None if loss == "simpo" else same_weights(reference, start)
+    for rows, (_, reference, items, *_) in zip(rounds_of(out), learnt, strict=True):
+        assert reference is None if loss == "simpo" else is_start(reference.state_dict())
         prompts.append([row["prompt"] for row in rows])
-        assert all(map(stories.parse_request, prompts[-1]))
+        assert len(rows) == 12 and all(map(stories.parse_request, prompts[-1]))
         pairs, _, _ = encode_pairs(rows, tokenizer, 128)
         assert items == (labels_of(pairs) if loss == "kto" else pairs)
     assert prompts[0] != prompts[1]
     rows = metrics(out / "cpu/dpo/metrics.jsonl")
     assert {row["step"] for row in rows} == {*range(2, count + 1, 2), count // 2}
-    run_dpo(out, "--epochs", "1")
-    assert not list((out / "cpu/dpo").glob("pairs-*.jsonl"))
+    if loss == "simpo":
+        run_dpo(out, "--epochs", "1")
+        assert not list((out / "cpu/dpo").glob("pairs-*.jsonl"))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model"])
@@ -656,9 +570,8 @@ def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
     assert sentence in capsys.readouterr().out and not list(out.glob("cpu/dpo/labels*"))
 
     reward_model.main(["--out", str(out), *data, *FLAGS])
-    for judge in ("annotator", "reward_model"):
-        with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; --online"):
-            run_dpo(out, *ONLINE, "--judge", judge)
+    with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; --online"):
+        run_dpo(out, *ONLINE)
 
 
 def test_it_goes_on_from_another_policy(out, capsys):
