@@ -96,19 +96,15 @@ def test_answers_are_stories_that_ended():
 # The stage
 
 
-def pretrain(folder, *flags):
-    small = "--size cpu --n_layer 1 --n_head 2 --n_embd 32 --batch 8".split()
-    gpt.main([*small, "--out", str(folder), *flags])
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny base model of a text about colors."""
     folder = tmp_path_factory.mktemp("base")
     text = "\n".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS) + "\n"
     (folder / "corpus.txt").write_text(text * 60)
-    pretrain(folder, "--text", str(folder / "corpus.txt"),
-             *"--vocab_size 290 --block_size 64 --steps 10 --report 10".split())
+    flags = ("--size cpu --n_layer 1 --n_head 2 --n_embd 32 --batch 8 --vocab_size 290 "
+             "--block_size 64 --steps 10 --report 10")
+    gpt.main([*flags.split(), "--out", str(folder), "--text", str(folder / "corpus.txt")])
     return folder
 
 
@@ -166,15 +162,14 @@ def test_what_is_refused_costs_nothing(base):
         sft.refuse_own_text(base, {"own_text": "mine.txt"})
 
 
-def test_the_world_and_its_learning_curve(tmp_path, monkeypatch, capsys):
+def test_the_world_and_its_learning_curve(out, monkeypatch, capsys):
     """An entropy over other tokens than the loss's; figures in the log that aren't those of the
     saved model. Points of a curve that go on from one another, or whose last one is not the stage's
     own model, or costs its checkpoint."""
     world = "--demonstrations 24 --questions 3 --lr 0.01 --warmup 1 --max_new_tokens 90".split()
-    pretrain(tmp_path, "--steps", "4")
-    fine_tune(tmp_path, *world)
-    *_, last, told = metrics(tmp_path / "cpu/sft/metrics.jsonl")
-    model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    fine_tune(out, *world)
+    *_, last, told = metrics(out / "cpu/sft/metrics.jsonl")
+    model, tokenizer, _ = gpt.load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     rng = random.Random("held-out demonstrations")
     rows, logprobs = draw_demonstrations(rng, 500, held_out=True)
     held_out, _ = encode_demonstrations(rows, tokenizer, 128)
@@ -186,13 +181,13 @@ def test_the_world_and_its_learning_curve(tmp_path, monkeypatch, capsys):
     assert last["held_out"] == pytest.approx(estimate, rel=0.05)
     assert 0 <= told["answers"] <= 1 and told["flawless"] == 0  # after so few steps
 
-    before = snapshot(tmp_path)
+    before = snapshot(out)
     capsys.readouterr()
     monkeypatch.setattr(sft, "doublings", lambda first, total: [8, total])
-    fine_tune(tmp_path, *world, "--learning_curve")
+    fine_tune(out, *world, "--learning_curve")
     *_, header, first, second = capsys.readouterr().out.splitlines()
     assert "excess" in header and first.split()[0] == "8"
     figure = f"{last['held_out']:.3f}"
     assert first.split()[1] != figure
     assert second.split()[:3] == ["24", figure, f"{last['excess']:.1%}"]
-    assert f"  {100 * told['answers']:.1f} ± " in second and snapshot(tmp_path) == before
+    assert f"  {100 * told['answers']:.1f} ± " in second and snapshot(out) == before
