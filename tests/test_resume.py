@@ -2,8 +2,7 @@
 bit.
 
 data/run.py saves and continues for every stage. So one cheap stage is killed wherever it can be, in
-processes forked from a server that has imported torch already; of every other stage one test asks
-that all it needs is in its state.
+processes of its own; of every other stage one test asks that all it needs is in its state.
 """
 
 import contextlib
@@ -25,8 +24,6 @@ import signal
 import sys
 import time
 import types
-import zipfile
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_cpu():
-    """Bit for bit is promised on the CPU only."""
+    """Bit for bit is promised on the CPU only; and waiting for the disk proves nothing here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(os, "fsync", lambda file: None)
         yield
 
 
@@ -82,11 +80,8 @@ OLD = b"of an earlier run"
 def left_behind(folder):
     """The files of a finished run: not its lock, and not the tokens of a text, which every run of
     these settings may read."""
-    names = []
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith(("lock", "documents-", "text-")):
-            names.append(path.name)
-    return names
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return [name for name in names if not name.startswith(("lock", "documents-", "text-"))]
 
 
 def an_earlier_run(folder, reference):
@@ -129,8 +124,7 @@ def check_unfinished(folder, reference):
 SHORT = "--batch 4 --max_new_tokens 8 --report 3"
 PAIRS = ("sft/checkpoint.pt", "reward_model/pairs.jsonl", "reward_model/held_out.jsonl")
 MODELS = ("sft/checkpoint.pt", "reward_model/checkpoint.pt")
-PPO = ("--iterations 4 --rollouts 8 --max_new_tokens 8 --lr 1e-3 "
-       "--save 2")
+PPO = "--iterations 4 --rollouts 8 --max_new_tokens 8 --lr 1e-3 --save 2"
 
 # Its script, its flags, and what it builds on: its state keeps the checksums of these.
 STAGES = {
@@ -258,38 +252,17 @@ def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(finished, given, tm
 LARGE = {".2f": 1234.56, ".1%": 9.99, ".0%": 1.0, ".1e": 1.5e-5, ".0f": 1024.0}
 
 
-def words(line):
-    """{where a word ends: the word}."""
-    return {match.end(): match.group() for match in re.finditer(r"\S+", line)}
-
-
-def test_every_row_fits_the_screen(finished, tmp_path, capsys):
-    """A row that a terminal breaks in two, or a figure below the name of another one."""
+def test_every_row_fits_the_screen(finished):
+    """A row that a terminal breaks in two, or a figure below the name of another one: every column
+    ends where its name does (test_run.py), so long as large figures fit it."""
     lines = finished.screen.splitlines()
     rows = [line for line in lines if re.match(r" *\d+/\d+ ", line)]
-    first = lines.index(rows[0])
-    heading = lines[first - 2:first]
-    upper, names = map(words, heading)
-    for end, beginning in upper.items():
-        names[end] = f"{beginning}_{names[end]}"
-    step, *figures, left = names.values()
-    assert (step, left) == ("step", "left") and figures and len(rows) > 1
-    logged = set().union(*metrics(finished.folder / "metrics.jsonl"))
-    assert set(figures) <= logged
-
-    with Run("gpt", tmp_path, gpt.Config(), 999) as one:    # the same row with large figures
-        for step in one.steps(1000):
-            if one.due(step):
-                one.log(step, **{name: LARGE.get(FORMATS.get(name), 99.999) for name in figures})
-            if step == 999:
-                break
-    *large_heading, large = capsys.readouterr().out.splitlines()
-    assert large_heading == heading
-    for row in [*heading, *rows, large]:
-        assert len(row) <= 100
-    for row in [*rows, large]:
-        found = list(words(row))
-        assert found[1:] == list(names)[1:] and found[0] <= list(names)[0]
+    names = lines[lines.index(rows[0]) - 1]
+    assert len(rows) > 1 and names.startswith("     step ") and names.endswith("   left")
+    for row in rows:
+        assert len(row) == len(names) <= 100
+    for form in FORMATS.values():
+        assert len(f"{LARGE[form]:{form}}") <= 7
 
 
 def test_what_changes_nothing_may_change(given, tmp_path):
@@ -313,7 +286,8 @@ def test_what_changes_nothing_may_change(given, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # One stage as small as can be, killed anywhere
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# A forked process has torch already.
+PROCESSES = multiprocessing.get_context("fork")
 CALLS = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "replace": (os, "replace"),
          "rename": (os, "rename"), "unlink": (Path, "unlink"), "rmdir": (Path, "rmdir")}
 
@@ -397,11 +371,11 @@ def without_privileges():
 
 
 def slowly():
-    """Every step takes 50 ms longer, so that it can be stopped from outside."""
+    """Every step takes 20 ms longer, so that it can be stopped from outside."""
     step = torch.optim.AdamW.step
 
     def slow_step(*arguments):
-        time.sleep(0.05)
+        time.sleep(0.02)
         return step(*arguments)
 
     torch.optim.AdamW.step = slow_step
@@ -415,31 +389,16 @@ def script(argv):
 
 def child(logs, setup, values, function, arguments):
     """What a process does: setup(*values), then function(*arguments)."""
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout = open(logs / "stdout", "w")
+    sys.stderr = open(logs / "stderr", "w")
     # A shell's background jobs inherit that it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(1)
     setup(*values)
     function(*arguments)
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The server finds this module, and torch with it, by PYTHONPATH: before Python 3.14 it looks
-    nowhere else. A process that has seen a GPU could not be forked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        CONTEXT.set_forkserver_preload([__name__])
-        forkserver.ensure_running()
-        process = CONTEXT.Process(target=int)
-        process.start()
-        process.join()
-
-
 def start(logs, setup, values, function, *arguments):
-    process = CONTEXT.Process(target=child, args=(logs, setup, values, function, arguments))
+    process = PROCESSES.Process(target=child, args=(logs, setup, values, function, arguments))
     process.start()
     return process
 
@@ -463,7 +422,7 @@ def check_over(folder, reference):
     check_finished(folder, reference)
 
 
-def test_killed_at_every_step_and_write(server, small, tmp_path):
+def test_killed_at_every_step_and_write(small, tmp_path):
     """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays
     for ever, a checkpoint beside the figures of another run; round 2's optimizer with the moments
     of round 1's; a round that is skipped, done twice or sampled again from another policy. The same
@@ -536,7 +495,7 @@ def tiny(given, tmp_path_factory):
     return folder, argv
 
 
-def test_stopped_from_outside(server, tiny, tmp_path):
+def test_stopped_from_outside(tiny, tmp_path):
     """kill -9, the out-of-memory killer, a power cut, Ctrl-C: they come at a moment that no test
     has thought of. Of Ctrl-C, a traceback, or a user who isn't told how to continue."""
     reference, argv = tiny
@@ -565,7 +524,7 @@ def test_stopped_from_outside(server, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["a full disk", "read-only", "read-only, a new folder"])
-def test_where_nothing_can_be_written(case, server, tiny, tmp_path):
+def test_where_nothing_can_be_written(case, tiny, tmp_path):
     """The disk is full: the old checkpoint is gone, half of the new one is there, and Python prints
     forty lines. A folder of somebody else's: a traceback, or a run that notices after hours that it
     cannot save."""
@@ -685,73 +644,42 @@ def torch_bytes(values, **options):
 
 
 def damaged(whole, values, marker):
-    """(what was done, content) of some 300 files that are damaged, or run code where a pickle is
-    loaded without care."""
+    """(what was done, content) of files that are damaged, or run code where a pickle is loaded
+    without care."""
     rng = random.Random("damage")
-    directory = whole.index(b"PK\x01\x02")
     size = len(whole)
-    places = [*rng.sample(range(size), 40), *rng.sample(range(directory, size), 40),
+    directory = whole.index(b"PK\x01\x02")
+    # Anywhere; what the archive says of its first record; how it ends.
+    places = [*rng.sample(range(size), 30), *range(directory, directory + 46),
               *range(size - 98, size, 2)]
-    flips = [(place, rng.randrange(8)) for place in places]
-    start = directory
-    for _ in range(5):  # how each of the first records is packed, and where
-        flips.append((start + 10, 3))
-        flips += [(start + offset, rng.randrange(8)) for offset in (8, 10, 20, 24, 28, 30, 42)]
-        start = whole.index(b"PK\x01\x02", start + 4)
+    flips = [(directory + 10, 3)]   # packed in another way
+    flips += [(place, rng.randrange(8)) for place in places]
     for place, bit in flips:
         content = bytearray(whole)
         content[place] ^= 1 << bit
         yield f"bit {bit} of byte {place} flipped", bytes(content)
-
-    for length in [0, 1, size - 1] + rng.sample(range(size), 20):
+    for length in (0, 1, directory, size - 1, *rng.sample(range(size), 5)):
         yield f"cut to {length} bytes", whole[:length]
-    for _ in range(20):
-        start = rng.randrange(size)
-        length = rng.choice([1, 2, 4, 16, 256, 4096])
-        for name, new in (("random", rng.randbytes(length)), ("zero", bytes(length)), ("no", b"")):
-            content = whole[:start] + new + whole[start + length:]
-            yield f"{name} bytes for {length} at {start}", content
-    for length in (1, 100, 50000):
-        yield f"{length} random bytes", rng.randbytes(length)
-        yield f"{length} bytes added", whole + rng.randbytes(length)
-        yield f"{length} bytes before", rng.randbytes(length) + whole
     yield "twice", whole + whole
-
     evil = Evil(marker)
     yield "a pickle", pickle.dumps(evil)
     yield "an old torch file", torch_bytes(evil, _use_new_zipfile_serialization=False)
-    for name in values:
-        yield f"a torch file's {name}", torch_bytes({**values, name: evil})
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
-        for record in old.infolist():
-            code = record.filename.endswith("data.pkl")
-            new.writestr(record, pickle.dumps(evil, 2) if code else old.read(record))
-    yield "another pickle in the archive", buffer.getvalue()
+    yield "code in a torch file", torch_bytes({**values, "model": evil})
 
 
-JUNK = [None, -1, math.nan, "3", b"x", [], [[1, 2]], {"x": 1}, torch.zeros(2)]
-HOLDS_MORE = ("settings", "config", "model", "optimizer", "vocabulary")
+def wrong_types(values, where):
+    """(what was done, values with something else, or nothing, in one place)."""
+    for name, value in values.items():
+        yield f"{where} without {name}", {key: x for key, x in values.items() if key != name}
+        for junk in (None, "3", {"x": 1}):
+            if type(junk) is not type(value):
+                yield f"{where}, {name} = {junk}", {**values, name: junk}
 
 
-def wrong_types(values):
-    """(what was done, values with something else in one place)."""
-    for name in values:
-        yield f"without {name}", {key: x for key, x in values.items() if key != name}
-        for junk in JUNK:
-            numbers = isinstance(junk, (int, float)) and isinstance(values[name], float)
-            if not numbers and (type(junk) is not type(values[name]) or name in HOLDS_MORE):
-                yield f"{name} = {junk!r:.30}", {**values, name: junk}
-    for junk in JUNK:
-        yield f"just {junk!r:.30}", junk
-
-
-def check_refused(path, cases, load, expected, least):
+def check_refused(path, cases, load, expected):
     """Damaged files are refused in one line that names them, or loaded as they were."""
     wrong = {}
-    count = 0
     for damage, content in cases:
-        count += 1
         path.write_bytes(content if isinstance(content, bytes) else torch_bytes(content))
         try:
             if not same(load(), expected):
@@ -761,16 +689,13 @@ def check_refused(path, cases, load, expected, least):
                 wrong[damage] = str(error)
         except BaseException as error:
             wrong[damage] = repr(error)
-    assert wrong == {} and count > least
+    assert wrong == {}
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple")
-def test_a_damaged_state_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_state_is_refused(tmp_path):
     """A bad disk, a copy that broke off, a stranger's file: a traceback, other weights than those
-    saved, code run. A state of an older version, or one that somebody wrote by hand: a traceback
-    out of the loop, a beta that is not a number, or a state from beyond the last step: over at
-    once, untrained."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)     # waiting for the disk is left out
+    saved, code run. A state of an older version: a traceback out of the loop, a beta that is not a
+    number, or a state from beyond the last step: over at once, untrained."""
     small_stage(tmp_path, 4)
     path = tmp_path / "unfinished/state.pt"
     whole = path.read_bytes()
@@ -778,44 +703,33 @@ def test_a_damaged_state_is_refused(tmp_path, monkeypatch):
     assert values["step"] == 4 and len(values["rows"]) == 3 and len(values["pending"]["loss"]) == 1
     assert same(small_stage(tmp_path, 4, resume=True), values)
 
-    changes = list(wrong_types(values))
+    cases = [*damaged(whole, values, tmp_path / "marker"), *wrong_types(values, "the state")]
+    parts = [("adaptive", "nan", {"beta": math.nan})]
     for name, part in values["state"].items():
-        for label, content in [*wrong_types(part), ("beta = nan", {"beta": math.nan})]:
-            changed = {**values["state"], name: content}
-            changes.append((f"{name}: {label}", {**values, "state": changed}))
-    for name, junk in (("step", -1), ("step", 7), ("state", {}), ("state", {"x": 1}), ("rows", [1]),
+        parts += [(name, label, content) for label, content in wrong_types(part, name)]
+    for name, label, content in parts:
+        cases.append((label, {**values, "state": {**values["state"], name: content}}))
+    for name, junk in (("step", -1), ("step", 7), ("state", {}), ("rows", [1]),
                        ("rows", [{"loss": "3"}]), ("pending", {"loss": 1}),
                        ("pending", {"loss": [1]}), ("pending", {"loss": [(1.0, None)]})):
-        changes.append((f"{name} = {junk}", {**values, name: junk}))
-    cases = [*damaged(whole, values, tmp_path / "marker"), *changes]
-    check_refused(path, cases, lambda: small_stage(tmp_path, 4, resume=True), values, 380)
+        cases.append((f"{name} = {junk}", {**values, name: junk}))
+    check_refused(path, cases, lambda: small_stage(tmp_path, 4, resume=True), values)
     assert not (tmp_path / "marker").exists()
     pickle.loads(pickle.dumps(Evil(tmp_path / "marker")))  # it does run, where it is let
     assert (tmp_path / "marker").exists()
 
 
-def small_checkpoint(path, stage="sft", text="the fox and the kite and the fox"):
-    tokenizer = Tokenizer(train_vocabulary(text, 262))
-    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 4, 1, 1, 4))
-    gpt.save_checkpoint(path, stage, "cpu", model, tokenizer)
-    return read_torch(path)
-
-
-@pytest.mark.filterwarnings("ignore:Using a non-tuple")
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     """The same of a checkpoint: the next stage trains for hours on weights that were never
     saved."""
     path = tmp_path / "checkpoint.pt"
-    values = small_checkpoint(path)
-    cases = [*damaged(path.read_bytes(), values, tmp_path / "marker"), *wrong_types(values),
-             ("another size", {**values, "size": "gpu"})]
-    for label, content in wrong_types(values["config"]):
-        cases.append((f"config: {label}", {**values, "config": content}))
-    for stage, text in (("gpt", "the fox"), ("ppo", "the fox"), ("sft", "a hen, a drum, a hen")):
-        other = small_checkpoint(tmp_path / "other.pt", stage, text)
-        if stage != "sft":
-            cases.append((f"of {stage}", other))
-        vocabulary = {**values, "vocabulary": other["vocabulary"][:-1]}
-        cases.append(("another vocabulary", vocabulary))
-    check_refused(path, cases, lambda: gpt.load_checkpoint(path, "sft", "cpu")[2], values, 330)
+    tokenizer = Tokenizer(train_vocabulary("the fox and the kite and the fox", 262))
+    model = gpt.GPT(gpt.GPTConfig(tokenizer.n_vocab, 4, 1, 1, 4))
+    gpt.save_checkpoint(path, "sft", "cpu", model, tokenizer)
+    values = read_torch(path)
+    cases = [*damaged(path.read_bytes(), values, tmp_path / "marker"),
+             *wrong_types(values, "the checkpoint")]
+    for label, content in wrong_types(values["config"], "config"):
+        cases.append((label, {**values, "config": content}))
+    check_refused(path, cases, lambda: gpt.load_checkpoint(path, "sft", "cpu")[2], values)
     assert not (tmp_path / "marker").exists()
