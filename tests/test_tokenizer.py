@@ -55,19 +55,12 @@ def tokenizer():
     return Tokenizer(train(TEXT, 400))
 
 
-def test_merge_takes_overlaps_from_left_to_right():
-    """Counting or merging "aaa" as two merges of the same byte would lose or double a byte."""
-    assert merge([1, 1, 1], (1, 1), 2) == [2, 1]
-    assert merge([3, 1, 2, 1, 2], (1, 2), 4) == [3, 4, 4]
-    assert merge([], (1, 2), 3) == [] and merge([1], (1, 1), 3) == [1]
-
-
 def test_training_equals_recounting_every_round():
     """Incremental counts drift when a pair overlaps itself or its neighbours (aaaa, lalala);
     recounting can't. vocab_size includes bytes and specials."""
     rng = random.Random(0)
     texts = [TEXT, "a" * 37, "ab" * 20 + " " + "aab" * 9, random_text(rng, 150), ""]
-    texts += ["".join(rng.choices("aab c", k=rng.randint(0, 200))) for _ in range(40)]
+    texts += ["".join(rng.choices("aab c", k=rng.randint(0, 200))) for _ in range(30)]
     for text in texts:
         vocabulary = list(BYTES)
         pairs = []
@@ -76,7 +69,7 @@ def test_training_equals_recounting_every_round():
             vocabulary.append(vocabulary[left] + vocabulary[right])
         assert train(text, 400) == vocabulary
         assert Tokenizer(vocabulary).merges() == pairs  # what other libraries want
-        for vocab_size in (259, 260, 300):
+        for vocab_size in (259, 260):
             assert train(text, vocab_size) == vocabulary[:vocab_size - 3]
     with pytest.raises(ValueError, match="259"):
         train(TEXT, 258)
@@ -95,8 +88,6 @@ def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
         seconds.append(time.process_time() - began)
     assert seconds[1] < 10 * seconds[0] + 0.5   # there are 30 times as many merges
     assert capsys.readouterr().out == ""
-    train(27 * text, 264)
-    assert capsys.readouterr().out.count("merges learnt: 5 in") == 1
     train("a" * 300_000, 300)   # which runs out of pairs
     assert "merges learnt: 41 in" in capsys.readouterr().out
 
@@ -108,7 +99,7 @@ def test_encoding_equals_merges_in_order(tokenizer):
     rng = random.Random(1)
     merges = brute_force_train(TEXT, 400)
     texts = [TEXT, "a" * 100, "ananana bananas", "", " "]
-    texts += [random_text(rng, rng.randint(0, 20)) for _ in range(500)]
+    texts += [random_text(rng, rng.randint(0, 20)) for _ in range(300)]
     texts += ["".join(rng.choices("aanl fox", k=50)) for _ in range(100)]
     for text, ids in zip(texts, tokenizer.encode_batch(texts)):
         assert tokenizer.decode(ids) == text and tokenizer.encode(text) == ids
@@ -129,9 +120,7 @@ def test_half_characters_and_long_runs(tokenizer):
     GPT-2's pattern overflows tiktoken's regex stack: a Rust panic that no except catches."""
     assert tokenizer.decode(tokenizer.encode("fox\ud83e kite")) == "fox\ufffd kite"
     assert tokenizer.decode(list("🦊".encode())[:2]) == "\ufffd"
-    with pytest.raises(ValueError):
-        train("fox\ud83e kite", 300)
-    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000, "🦊" * 100_000):
+    for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -194,38 +183,31 @@ def test_rows_are_encoded_whole(tokenizer):
         assert found == ([(chosen, len(prompt))] * len(kept), reasons[0] - 1)
 
 
-def test_answers_that_repeat_their_prompt_are_counted(tokenizer):
-    """HH and others: chosen and rejected hold the whole dialogue. The model reads every prompt
-    twice, learns to write prompts, and nothing says so."""
-    rows = []
-    for i in range(6):
-        prompt = f"Human: {i}\n\nAssistant:"
-        rows.append({"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"})
-    rows.append({"prompt": "Human: 7", "chosen": "Human: 7? Yes.", "rejected": "No."})
-    said = "6 of 7 rows repeat their prompt at the beginning of the answers"
-    description = encode_comparisons((rows[:4], rows[4:]), "rows", tokenizer, 99).description
-    assert description.count(said) == 1 and "answer.removeprefix(prompt)" in description
+def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_path):
+    """HH and others: chosen and rejected hold the whole dialogue, and the model learns to write
+    prompts. Texts whose end is spelled "<|endoftext|>": every answer ends in that, or half of
+    it."""
+    rows = [{"prompt": "A kite?", "chosen": "A kite? <|end|>", "rejected": "A kite? No."},
+            {"prompt": "<|user|>A fox?", "chosen": "<|user|>A fox? Yes.", "rejected": "No."},
+            {"prompt": "A <|hen|>?", "chosen": "Yes.", "rejected": "No."}]
+    spelled = ("\n        2 of 3 rows spell <|end|>, <|user|>: that stays ordinary text, which the "
+               "model learns to write; better remove it")
+    repeated = ("\n        1 of 3 rows repeat their prompt at the beginning of the answers, so it "
+                "is read twice;\n        cut it off: answer.removeprefix(prompt)")
+    split = (rows[:2], rows[2:])
+    assert remarks(rows) == spelled + repeated and remarks(rows[2:]) == ""
+    assert encode_comparisons(split, "rows", tokenizer, 99).description.endswith(remarks(rows))
+
     labels = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
-    _, _, description = encode_labels((labels[:4], labels[4:]), "rows", tokenizer, 99)
-    assert description.count(said.replace("6 of 7", "7 of 7")) == 1
-    assert remarks(rows[6:]) == ""
-
-
-def test_spelled_special_tokens_are_counted(tokenizer, tmp_path):
-    """Texts whose end is spelled "<|endoftext|>": the model learns to write that, or half of it,
-    and every answer ends in rubbish."""
-    rows = [{"prompt": "A kite?", "completion": "A toy.<|endoftext|>"},
-            {"prompt": "<|user|>A fox?<|assistant|>", "completion": "Red.<|endoftext|>"},
-            {"prompt": "A <|hen|>?", "completion": "<end>"}]
-    assert remarks(rows) == ("\n        2 of 3 rows spell <|assistant|>, <|endoftext|>, <|user|>: "
-                             "that stays ordinary text, which the model learns to write; better "
-                             "remove it")
-    data = sft.read_data(sft.Config(data="rows"), (rows[:2], rows[2:]), tokenizer, 99)
-    assert data.description.endswith(remarks(rows)) and remarks(rows[2:]) == ""
+    split = (labels[:2], labels[2:])
+    said = spelled + repeated.replace("1 of 3", "2 of 3")
+    assert encode_labels(split, "rows", tokenizer, 99)[2].endswith(said)
+    data = sft.read_data(sft.Config(data="rows"), split, tokenizer, 99)
+    assert data.description.endswith(said)
 
     path = tmp_path / "text.txt"
-    path.write_text("A story.\n<|endoftext|>\n" * 100_000 + "<|end|>", encoding="utf-8")
-    said = "spells <|endoftext|> 100,000 times, <|end|> 1 times: that stays ordinary text"
+    path.write_text("A story.\n<|endoftext|>\n" * 3000 + "<|end|>", encoding="utf-8")
+    said = "spells <|endoftext|> 3,000 times, <|end|> 1 times: that stays ordinary text"
     assert said in text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path).description
     path.write_text(TEXT, encoding="utf-8")
     assert remark_on_file(path) == ""
@@ -233,16 +215,14 @@ def test_spelled_special_tokens_are_counted(tokenizer, tmp_path):
 
 def test_vocabularies_come_back_or_are_refused(tokenizer):
     """Every checkpoint stores the vocabulary; one that doesn't come back byte for byte loads
-    another language. A damaged one must say so, in one line, before a byte that has no id is met
-    in a text."""
+    another language. A damaged one says so before a byte that has no id is met in a text."""
     again = Tokenizer.from_strings(json.loads(json.dumps(tokenizer.to_strings())))
     assert again.vocabulary == tokenizer.vocabulary
-    for more in (BYTES[:1], [b""], ["ab"], [None], [7], [[1]]):
+    for more in (BYTES[:1], [b""], [None]):
         with pytest.raises(ValueError, match="^the vocabulary holds .*$"):
             Tokenizer(BYTES + more)
-    for vocabulary in (BYTES[1:], BYTES[:255], []):
-        with pytest.raises(ValueError, match="^the vocabulary lacks .*$"):
-            Tokenizer(vocabulary)
-    for strings in (None, 3, ["a", 3], ["日"], [], "abc", {"a": 1}, [None]):
+    with pytest.raises(ValueError, match="^the vocabulary lacks .*$"):
+        Tokenizer(BYTES[1:])
+    for strings in (None, ["a", 3], ["日"], []):
         with pytest.raises(ValueError, match="vocabulary"):
             Tokenizer.from_strings(strings)
