@@ -270,3 +270,26 @@ def all_pairs(rewards, copies):
         pairs += [Pair(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
         pairs += [Pair(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
     return pairs
+
+
+# --explain, of test_explain.py, test_explain_ppo.py and test_explain_policies.py.
+
+
+def explained(script, out, monkeypatch, *flags):
+    """What a script prints by print_columns: its tables, [{name: column}], a repeated name with "'"
+    behind it; and the lines below them."""
+    tables = []
+    lines = []
+
+    def keep_columns(columns, legend=()):
+        assert len({len(column.values) for column in columns}) == 1
+        tables.append({})
+        for column in columns:
+            name = column.name + "'" * (column.name in tables[-1])
+            tables[-1][name] = column.values
+        lines.extend(legend)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "print_columns", keep_columns)
+        script.main(["--out", str(out), "--size", "cpu", *flags])
+    return tables, lines

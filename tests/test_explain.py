@@ -7,14 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dpo
 import gpt
+import ppo
 import reward_model
 import sft
 from data.annotator import gold_reward, mark, rubric
 from data.corpus import draw_demonstrations, encode_documents, held_out_documents
 from data.files import InputError, hold_out, read_comparisons, read_demonstrations
 from data.tokenizer import encode_demonstrations
-from helpers import snapshot
+from helpers import explained, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +27,6 @@ def trained(stages, tmp_path_factory):
     return out
 
 
-def explained(script, out, monkeypatch, *flags):
-    """What it prints: {name: column} of each of its tables."""
-    tables = []
-
-    def keep_columns(columns, legend=()):
-        assert len({len(column.values) for column in columns}) == 1
-        tables.append({column.name: column.values for column in columns})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "print_columns", keep_columns)
-        script.main(["--out", str(out), "--size", "cpu", *flags])
-    return tables
-
-
 def load(out, stage, cls=gpt.GPT):
     return gpt.load_checkpoint(out / f"cpu/{stage}/checkpoint.pt", stage, "cpu", model_class=cls)
 
@@ -47,7 +35,7 @@ def load(out, stage, cls=gpt.GPT):
 def test_a_document_beside_its_source(trained, monkeypatch, capsys):
     """A row beside the prediction of the next token or the last one; a probability of the text
     without its <|end|> beside that of the source, which has it, or one for the first words only."""
-    table, = explained(gpt, trained, monkeypatch, "--explain")
+    (table,), _ = explained(gpt, trained, monkeypatch, "--explain")
     model, tokenizer, _ = load(trained, "gpt")
     document = random.Random("document 1").choice(held_out_documents())
     ids, = encode_documents([document], tokenizer)
@@ -66,7 +54,7 @@ def test_a_document_beside_its_source(trained, monkeypatch, capsys):
     assert f" nats over {len(ids) - 1} tokens, {loss:.4f} a token\n" in printed
     assert f"-log p(x)  = {-document.logprob:.3f} nats, the source's own, " in printed
 
-    table, = explained(gpt, trained, monkeypatch, "--explain", "Once there")
+    (table,), _ = explained(gpt, trained, monkeypatch, "--explain", "Once there")
     assert table["x_t"] == ["<|end|>", "Once", "·there", "(next)"]
     assert table["rank"][0] is table["rank"][3] is None and table["likeliest"][3]
     assert "source" not in capsys.readouterr().out
@@ -84,7 +72,7 @@ def test_a_demonstrations_mask(world, out, monkeypatch, capsys):
         rows, _ = draw_demonstrations(random.Random("demonstrations 1"), 40)
         rng = random.Random("held-out demonstrations")
         held_out, logprobs = draw_demonstrations(rng, 500, held_out=True)
-    table, = explained(sft, out, monkeypatch, "--explain")
+    (table,), _ = explained(sft, out, monkeypatch, "--explain")
     policy, tokenizer, checkpoint = load(out, "sft")
     demonstrations, _ = encode_demonstrations(held_out, tokenizer, 128)
     ids, start = random.Random("demonstration 1").choice(demonstrations)
@@ -109,7 +97,7 @@ def test_a_demonstrations_mask(world, out, monkeypatch, capsys):
 
 def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
     """r_φ one token beside the sentence's end; the rejected response in the place of the chosen."""
-    *tables, parts = explained(reward_model, trained, monkeypatch, "--explain")
+    (*tables, parts), _ = explained(reward_model, trained, monkeypatch, "--explain")
     model, tokenizer, _ = load(trained, "reward_model", reward_model.RewardModel)
     rng = random.Random("pair 1")
     row = rng.choice(read_comparisons(trained / "cpu/reward_model")[1])
@@ -129,10 +117,7 @@ def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
     expected = f"σ(Δr_φ) = {margin.sigmoid():.3f}, -log σ(Δr_φ) = {-F.logsigmoid(margin):.3f}: "
     assert expected in capsys.readouterr().out
 
-    tables = explained(reward_model, trained, monkeypatch, "--explain", "--process")
-    for kind, table in zip(("chosen", "rejected"), tables):
-        gold = gold_reward(row["prompt"], row[kind])
-        assert sum(table["Δgold"]) == pytest.approx(gold + 0.5, abs=1e-5)  # no text: no ending
+    tables, _ = explained(reward_model, trained, monkeypatch, "--explain", "--process")
     model, tokenizer, _ = load(trained, "process_model", reward_model.RewardModel)
     marked = mark([row], tokenizer, rng)
     with torch.no_grad():
@@ -142,16 +127,18 @@ def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
     loss = F.binary_cross_entropy_with_logits(r, good).item()
     assert sum(found["-log P"]) / len(good) == pytest.approx(loss, abs=1e-5)
     assert found["Δgold"] == marked[0].steps + marked[1].steps
+    gold = gold_reward(row["prompt"], row["chosen"])
+    assert sum(tables[0]["Δgold"]) == pytest.approx(gold + 0.5, abs=1e-5)  # no text: no ending
 
 
 def test_any_text_gets_a_number(trained, monkeypatch, capsys):
     """The rubric for a prompt that is no request: a traceback."""
     flags = ("--prompt", "Who are you?", "--response", "A fox.\nWho\nelse?")
-    score, parts = explained(reward_model, trained, monkeypatch, *flags)
+    (score, parts), _ = explained(reward_model, trained, monkeypatch, *flags)
     assert list(parts) == ["", "response"] and parts[""] == ["r_φ"] and "gold" not in score
     assert score["response"] == ["A fox.", "Who else?", "<|end|>"]
     assert "no gold: the prompt is not one of" in capsys.readouterr().out
-    step, = explained(reward_model, trained, monkeypatch, "--process", *flags)
+    (step,), _ = explained(reward_model, trained, monkeypatch, "--process", *flags)
     assert list(step) == ["response", "r_φ", "σ(r_φ)"]
 
 
@@ -166,11 +153,13 @@ LONG = "word " * 200
     (sft, "--explain --prompt x", "--prompt x: cannot be used with --explain"),
     (sft, "--explain --out none", "no such checkpoint; python sft.py makes one"),
     (reward_model, "--prompt x", "--prompt x: goes with --response only"),
-    (reward_model, ["--prompt", "", "--response", "x"], "--prompt: is empty"),
     (reward_model, ["--prompt", "x", "--response", LONG], "exceed the context"),
     (reward_model, "--explain --judge both", "--judge both: cannot be used with --explain"),
     (reward_model, "--explain --process --out none", "python reward_model.py --process makes"),
-], ids=str)
+    (ppo, "--explain --lr 1", "--lr 1.0: cannot be used with --explain"),
+    (ppo, "--explain --name ppo-none", "ppo-none/checkpoint.pt: no such checkpoint"),
+    (dpo, "--explain --lr 1", "--lr 1.0: cannot be used with --explain"),
+    (dpo, "--explain --name dpo-none", "dpo-none/checkpoint.pt: no such checkpoint")], ids=str)
 def test_what_cannot_be_explained(script, flags, words, trained, monkeypatch):
     """--explain trained a missing stage, ignored a flag, or left a file."""
     before = snapshot(trained)

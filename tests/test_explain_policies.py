@@ -16,7 +16,7 @@ import ppo
 from data import answer_key
 from data.annotator import gold_reward
 from data.files import InputError, read_pairs, write_jsonl
-from helpers import noise, snapshot
+from helpers import explained, noise
 from reward_model import RewardModel, score_all
 
 
@@ -33,24 +33,13 @@ def trained(stages, tmp_path_factory):
     return out
 
 
-def printed(script, module, out, monkeypatch, *flags):
-    """What a command prints: (its tables, [{name: column}], a repeated name with "'" behind it; its
-    texts, {label: text}, and the lines below the tables, "legend")."""
-    tables = []
-    texts = {"legend": ""}
-
-    def keep_columns(columns, legend=()):
-        tables.append({})
-        for column in columns:
-            name = column.name + "'" * (column.name in tables[-1])
-            tables[-1][name] = column.values
-        texts["legend"] += "\n".join([*legend, ""])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "print_columns", keep_columns)
-        patch.setattr(dpo, "show", lambda *lines: texts.update(lines))
-        script.main(["--out", str(out), "--size", "cpu", *flags])
-    return tables, texts
+def explained_pair(loss, out, monkeypatch, *flags):
+    """What dpo.py --explain prints of a loss's policy: its tables; its texts, {label: text}; the
+    lines below the tables, one text."""
+    texts = {}
+    monkeypatch.setattr(dpo, "show", lambda *lines: texts.update(lines))
+    tables, lines = explained(dpo, out, monkeypatch, "--explain", "--name", f"dpo-{loss}", *flags)
+    return tables, texts, "\n".join(lines)
 
 
 def load(out, name, stage, model_class=gpt.GPT):
@@ -58,14 +47,19 @@ def load(out, name, stage, model_class=gpt.GPT):
     return gpt.load_checkpoint(path, stage, "cpu", model_class=model_class)
 
 
+@torch.no_grad()
+def response_logprobs(model, ids, prompt):
+    """log π of each token of a response, (n,)."""
+    x = torch.tensor([ids])
+    return gpt.token_logprobs(model(x), x)[0, len(prompt) - 1:]
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
 def test_a_pairs_numbers(loss, trained, monkeypatch):
     """A column of another response or model; a β, γ or λ that is the default's and not the one that
     the policy was trained with; a gradient with the sign of the other response."""
-    name = f"dpo-{loss}"
-    (tokens, sums, rewards), texts = printed(dpo, dpo, trained, monkeypatch, "--explain", "--name",
-                                             name)
-    policy, tokenizer, _ = load(trained, name, "dpo")
+    (tokens, sums, rewards), texts, legend = explained_pair(loss, trained, monkeypatch)
+    policy, tokenizer, _ = load(trained, f"dpo-{loss}", "dpo")
     reference, _, _ = load(trained, "sft", "sft")
     reward_model, _, _ = load(trained, "reward_model", "reward_model", RewardModel)
     rows = read_pairs(trained / "cpu/reward_model/held_out.jsonl")
@@ -73,14 +67,12 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
 
     prompt = tokenizer.prompt(texts["prompt"])
     logprobs = []
-    ratios = []
+    refs = []
     lengths = []
-    for label, mark in (("y_w", ""), ("y_l", "'")):
+    for i, (label, mark) in enumerate((("y_w", ""), ("y_l", "'"))):
         ids = prompt + tokenizer.response(texts[label])
-        x = torch.tensor([ids])
-        with torch.no_grad():
-            found = gpt.token_logprobs(policy(x), x)[0, len(prompt) - 1:]
-            ref = gpt.token_logprobs(reference(x), x)[0, len(prompt) - 1:]
+        found = response_logprobs(policy, ids, prompt)
+        ref = response_logprobs(reference, ids, prompt)
         n = len(found)
         assert tokens[label][:n] == tokenizer.shown(ids[len(prompt):])
         assert tokens[f"log π_θ{mark}"][:n] == pytest.approx(found.tolist(), abs=1e-5)
@@ -89,15 +81,14 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
             ratio = tokens[f"log ratio{mark}"][:n]
             assert ratio == pytest.approx((found - ref).tolist(), abs=1e-5)
         logprobs.append(found.sum())
-        ratios.append(found.sum() - ref.sum())
+        refs.append(ref.sum())
         lengths.append(n)
-        i = len(logprobs) - 1
         gold = gold_reward(texts["prompt"], texts[label])
         score = score_all(reward_model, [ids]).item()
         assert rewards[label][-2:] == pytest.approx([score, gold], abs=1e-5)
         assert sums["log π_θ(y|x)"][i] == pytest.approx(found.sum().item(), abs=1e-4)
     w, l = torch.stack(logprobs).requires_grad_()
-    h = w - l - (logprobs[0] - ratios[0]) + (logprobs[1] - ratios[1])
+    h = (w - refs[0]) - (l - refs[1])
     mean_w = w / lengths[0]
     mean_l = l / lengths[1]
     if loss == "dpo":
@@ -111,13 +102,13 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
         expected = -mean_w - 1.5 * F.logsigmoid((odds[0] / odds[1]).log())
     else:
         z0 = sums["r̂ = log ratio"][0] - sums["r̂ - z0"][0]
-        assert f"z0 = {z0:.3f} nats" in texts["legend"]
-        good = 1 - torch.sigmoid(0.2 * (w - w.detach() + ratios[0] - z0))
-        bad = 0.5 - 0.5 * torch.sigmoid(0.2 * (z0 - l + l.detach() - ratios[1]))
+        assert f"z0 = {z0:.3f} nats" in legend
+        good = 1 - torch.sigmoid(0.2 * (w - refs[0] - z0))
+        bad = 0.5 - 0.5 * torch.sigmoid(0.2 * (z0 - l + refs[1]))
         assert sums["loss λ_y - v"] == pytest.approx([good.item(), bad.item()], abs=1e-4)
         expected = good + bad
     if loss != "kto":
-        found = float(re.search(r"loss.* (\d+\.\d{3})(;|$)", texts["legend"], re.M)[1])
+        found = float(re.search(r"loss.* (\d+\.\d{3})(;|$)", legend, re.M)[1])
         assert found == pytest.approx(expected.item(), abs=2e-3)
     gradient = torch.autograd.grad(expected, (w, l))
     assert sums["∂L/∂log π_θ(y|x)"] == pytest.approx([x.item() for x in gradient], rel=1e-2)
@@ -127,34 +118,28 @@ def test_a_label_of_somebodys_own(trained, tmp_path, monkeypatch):
     """KTO's single label taken for half of a pair; gold of a prompt that is not the world's."""
     rows = [{"prompt": f"Say {i}.", "completion": "Yes.", "label": i % 2 == 0} for i in range(40)]
     write_jsonl(tmp_path / "labels.jsonl", rows)
-    (tokens, sums, rewards), texts = printed(
-        dpo, dpo, trained, monkeypatch, "--explain", "--name", "dpo-kto", "--data",
-        str(tmp_path / "labels.jsonl"))
+    (tokens, sums, rewards), texts, _ = explained_pair(
+        "kto", trained, monkeypatch, "--data", str(tmp_path / "labels.jsonl"))
     good = int(texts["prompt"][4:-1]) % 2 == 0
     assert texts["y"] == "Yes." and sums["label"] == ["good" if good else "bad"]
     assert sum(tokens["log ratio"]) == pytest.approx(sums["r̂ = log ratio"][0], abs=1e-5)
     assert list(rewards) == ["", "y"] and len(rewards["y"]) == 1  # r_φ alone
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--name dpo-none", "dpo-none/checkpoint.pt: no such checkpoint"),
-    ("--name dpo-ipo --loss dpo", "--loss dpo: .*dpo-ipo/checkpoint.pt was trained with ipo"),
-    ("--name dpo-dpo --beta 0.1", "--beta 0.1: .*dpo-dpo/checkpoint.pt was trained with 0.3"),
-    ("--name dpo-dpo --lr 1", "--lr 1.0: cannot be used with --explain"),
-    ("--name dpo-dpo --prompt Why?", "--prompt Why.: cannot be used with --explain")])
-def test_what_cannot_be_explained(flags, words, trained, monkeypatch):
-    """--explain trained a missing stage, took another loss for the policy's, or left a file."""
-    before = snapshot(trained)
-    with pytest.raises(InputError, match=words) as error:
-        printed(dpo, dpo, trained, monkeypatch, "--explain", *flags.split())
-    assert "\n" not in str(error.value) and snapshot(trained) == before
+@pytest.mark.parametrize("loss, flag, words", [
+    ("ipo", "--loss dpo", "--loss dpo: .*dpo-ipo/checkpoint.pt was trained with ipo$"),
+    ("dpo", "--beta 0.1", "--beta 0.1: .*dpo-dpo/checkpoint.pt was trained with 0.3$")])
+def test_settings_are_the_policys_own(loss, flag, words, trained, monkeypatch):
+    """Another loss, or another β, taken for the one that the policy was trained with."""
+    with pytest.raises(InputError, match=words):
+        explained_pair(loss, trained, monkeypatch, *flag.split())
 
 
 def test_candidates_weights(trained, monkeypatch):
     """Weights beside another candidate, β and 1/β confused, PPO's ratio upside down."""
-    (rows, means), texts = printed(
-        best_of_n, best_of_n, trained, monkeypatch, "--max_new_tokens", "16", "--beta", "0.4",
-        "--n", "6", "--prompt", "Tell me a story about a shy fox and a kite.")
+    question = "Tell me a story about a shy fox and a kite."
+    flags = "--max_new_tokens 16 --beta 0.4 --n 6 --prompt".split()
+    (rows, means), _ = explained(best_of_n, trained, monkeypatch, *flags, question)
     policy, tokenizer, _ = load(trained, "ppo", "ppo")
     reference, _, _ = load(trained, "sft", "sft")
     r = torch.tensor(rows["r"])
@@ -168,16 +153,14 @@ def test_candidates_weights(trained, monkeypatch):
         assert means["E[gold]"][i] == pytest.approx((weights * torch.tensor(rows["gold"])).sum())
         assert means["β log Z"][i] == pytest.approx(means["E[r]"][i] - beta * kl, abs=1e-4)
 
-    prompt = tokenizer.prompt("Tell me a story about a shy fox and a kite.")
+    prompt = tokenizer.prompt(question)
     for text, found in zip(rows["candidate"], rows["log π_PPO/π_ref"]):
-        for end in ([tokenizer.end_token], []):  # it may have hit the limit
-            x = torch.tensor([prompt + tokenizer.encode(text) + end])
-            with torch.no_grad():
-                ratio = gpt.token_logprobs(policy(x), x) - gpt.token_logprobs(reference(x), x)
-            if ratio[0, len(prompt) - 1:].sum().item() == pytest.approx(found, abs=1e-3):
-                break
-        else:
-            raise AssertionError(text)
+        ids = prompt + tokenizer.encode(text)
+        ratios = []
+        for x in (ids, ids + [tokenizer.end_token]):  # it may have hit the limit
+            ratio = response_logprobs(policy, x, prompt) - response_logprobs(reference, x, prompt)
+            ratios.append(ratio.sum().item())
+        assert any(ratio == pytest.approx(found, abs=1e-3) for ratio in ratios), text
 
 
 def test_the_frontier_that_is_printed(monkeypatch):
@@ -190,9 +173,8 @@ def test_the_frontier_that_is_printed(monkeypatch):
     found = []
     monkeypatch.setattr(answer_key, "print_columns", found.append)
     answer_key.print_frontier(rows)
-    assert [column.name for column in found[0]] == [
-        "β", *("reward model:", "kl", "reward", "gold", "n_eff"),
-        *("gold:", "kl", "reward", "gold", "n_eff")]
+    names = ["kl", "reward", "gold", "n_eff"]
+    assert [column.name for column in found[0]] == ["β", "reward model:", *names, "gold:", *names]
     values = [column.values for column in found[0]]
     assert values[0] == pytest.approx([0.05 * 2 ** k for k in range(8)])
     for start, part in ((2, rows[:15]), (7, rows[15:])):
