@@ -21,16 +21,16 @@ import gpt
 import ppo
 import reward_model
 import sft
-from best_of_n import (Policy, Samples, best_of_n_kl, forgetting, select, sequence_logprobs,
-                       top_k_overall)
+from best_of_n import Policy, Samples, best_of_n_kl, forgetting, select, top_k_overall
 from data import stories
-from data.answer_key import best_of_n_win_rate, cell, optimality_gap, subset_weights, win_rate
+from data.answer_key import (best_of_n_win_rate, cell, optimality_gap, pass_at_k, subset_weights,
+                             win_rate)
 from data.corpus import held_out_documents
 from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
 from data.run import read_torch, write_torch
 from data.tokenizer import Tokenizer, encode_demonstrations
-from gpt import Rollout, load_checkpoint, pad, save_checkpoint, token_logprobs
-from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt
+from gpt import load_checkpoint, save_checkpoint, token_logprobs
+from helpers import cpu_only, metrics, noise, snapshot
 from reward_model import RewardModel
 
 # --------------------------------------------------------------------------------------------------
@@ -45,6 +45,18 @@ def trained(stages, tmp_path_factory):
     ppo.main(common + "--iterations 2 --rollouts 8 --minibatch 4 --lr 1e-3".split())
     dpo.main(common + "--batch 16".split())
     return out
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    """A copy of it, to write to."""
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+def load(folder, name):
+    """(model, tokenizer, checkpoint) of a policy."""
+    path = folder / "cpu" / name / "checkpoint.pt"
+    return load_checkpoint(path, name.partition("-")[0], "cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -107,30 +119,6 @@ def yard(trained):
                            samples=[samples for _, samples in drawn])
 
 
-def test_sequence_logprobs_keep_the_order_of_the_samples():
-    """Rows sorted by length and not put back, or a temperature left out: log π of another response
-    or policy."""
-    model = tiny_gpt(0, vocab=11)
-    model.wte.weight.data *= 10  # so that a temperature matters
-    rng = random.Random(0)
-    rollouts = []
-    expected = {1.0: [], 0.5: []}
-    for size in (11, 7):
-        rows = [[rng.randrange(11) for _ in range(rng.randint(4, 32))] for _ in range(size)]
-        starts = [rng.randint(1, 3) for _ in rows]
-        tokens, lengths = pad(rows)
-        rollouts.append(Rollout(tokens, torch.tensor(starts), lengths))
-        for temperature, sums in expected.items():
-            for row, start in zip(rows, starts):
-                tokens = torch.tensor([row])
-                logprobs = token_logprobs(model(tokens).detach(), tokens, temperature)
-                sums.append(logprobs[0, start - 1:].sum())
-    for temperature, sums in expected.items():
-        found = sequence_logprobs(Policy(model, temperature), rollouts, micro_batch=4)
-        assert torch.allclose(found, torch.stack(sums), rtol=1e-4)
-    assert (torch.stack(expected[1.0]) - torch.stack(expected[0.5])).abs().min() > 0.01
-
-
 def test_prompt_prints_candidates_and_the_winner(trained):
     """A winner that isn't the best candidate, or an annotator asked for a prompt that it cannot
     judge. Finished responses that score less than unfinished ones: never ending pays, in
@@ -148,22 +136,23 @@ def test_prompt_prints_candidates_and_the_winner(trained):
         assert told == (fine == "99")
 
 
-def test_found_before_the_sampling(trained, tmp_path, monkeypatch):
-    """A folder that cannot be written to, found after minutes of sampling, whose tables are lost; a
-    blank in a list of policies."""
-    out = shutil.copytree(trained, tmp_path / "out")
-    shutil.rmtree(out / "cpu/best_of_n", ignore_errors=True)
-    (out / "cpu/best_of_n").write_text("a file")
-    monkeypatch.setattr(best_of_n, "draw", None)
-    with pytest.raises(FileExistsError):
-        run(out, "--policies", "ppo, dpo")
+@torch.no_grad()
+def response_by_response(folder, name, rollouts):
+    """log π(y|x) of all responses under a policy, without padding."""
+    model, _, _ = load(folder, name)
+    logprobs = []
+    for rollout in rollouts:
+        for row, start, length in zip(*rollout):
+            tokens = row[None, :length]
+            logprobs.append(token_logprobs(model(tokens), tokens)[0, start - 1:].sum())
+    return torch.stack(logprobs)
 
 
 @cpu_only
 def test_figures_of_the_yardstick(yard, trained):
     """A policy left out, nan in the figures, one policy's gold beside another's, ours and theirs
-    swapped in the win rate, all rows of best-of-N with the same N, or an own J* with the log-ratios
-    of another policy."""
+    swapped in the win rate, all rows of best-of-N with the same N; log-ratios of another policy, or
+    of rows that were sorted by length and not put back."""
     assert all(map(stories.is_held_out, yard.prompts[0])) and yard.prompts == yard.prompts[:1] * 3
     assert "the little world: 3 held-out prompts; 16 samples each, 32 of SFT" in yard.printed
     figures = {"reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"}
@@ -184,17 +173,15 @@ def test_figures_of_the_yardstick(yard, trained):
         assert yard.rows["gold", name]["J"] == pytest.approx(J)
         for figure in ("reward", "gold", "kl", "length"):
             assert yard.rows["best of N", f"best of {n}"][figure] == row[figure]
-    assert [name for under, name in yard.rows if under == "best of N"] == [
-        f"best of {n}" for n in (1, 2, 4, 8, 16)]
+    powers = [name for under, name in yard.rows if under == "best of N"]
+    assert powers == [f"best of {n}" for n in (1, 2, 4, 8, 16)]
 
-    models = []
-    for name in ("sft", "ppo", "dpo"):
-        models.append(load_checkpoint(trained / "cpu" / name / "checkpoint.pt", name, "cpu")[0])
-    for name, model, other in zip(("ppo", "dpo"), models[1:], yard.samples[1:]):
+    for name, other in zip(("ppo", "dpo"), yard.samples[1:]):
         wins = win_rate(other.figures["gold"], gold).mean().item()
         assert yard.rows[None, name]["win_rate"] == pytest.approx(wins)
-        log_ratios = sequence_logprobs(Policy(model), other.rollouts)
-        log_ratios = log_ratios - sequence_logprobs(Policy(models[0]), other.rollouts)
+        logprobs, ref_logprobs = [response_by_response(trained, policy, other.rollouts)
+                                  for policy in (name, "sft")]
+        log_ratios = logprobs - ref_logprobs
         for under, field in (("gold", "gold"), ("reward model", "reward")):
             J, J_star = optimality_gap(other.figures[field], log_ratios.view(3, 16), 0.2)
             row = yard.rows[under, name]
@@ -224,39 +211,17 @@ def test_what_the_yardstick_prints(yard, trained, monkeypatch):
     loss = {name: row["loss"] for (under, name), row in yard.rows.items() if under == "pretraining"}
     assert list(loss) == ["base", "sft", "ppo", "dpo"]
     assert ", ".join(f"{name} {x:.3f}" for name, x in loss.items()) in yard.printed
-    last = read_torch(trained / "cpu/gpt/checkpoint.pt")["metrics"][-1]
-    assert loss["base"] == last["held_out"]
-    base, tokenizer, _ = load_checkpoint(trained / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    base, tokenizer, checkpoint = load(trained, "gpt")
+    assert loss["base"] == checkpoint["metrics"][-1]["held_out"]
     monkeypatch.setattr(best_of_n, "held_out_documents", held_out_documents)
     again = forgetting([dict(held_out=0.0)], {"gpt": Policy(base)}, tokenizer)
     assert again["gpt"] == pytest.approx(loss["base"])  # on the same documents as pretraining
 
 
-def test_the_same_yardstick_again(yard, trained, tmp_path, monkeypatch):
-    """A table that changes from run to run, or with what an interrupted run left in a stage's
-    metrics.jsonl; a run that is over, but was killed before its files were moved to their places:
-    the yardstick compares the policy of the run before it, or trains a finished stage again."""
-    monkeypatch.setattr(best_of_n, "gold_rewards", taste)
-    out = shutil.copytree(trained, tmp_path / "out")
-    (out / "cpu/gpt/metrics.jsonl").write_bytes(b'{"held_out": \xff')  # it is not read
-    before = snapshot(out)
-    model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    for name in ("gpt", "reward_model", "ppo", "dpo"):
-        folder = out / "cpu" / name
-        (folder / "finished").mkdir()
-        for path in folder.iterdir():
-            if path.is_file() and path.name != "lock":
-                path.rename(folder / "finished" / path.name)
-        (folder / "finished/state.pt").write_bytes(b"")
-    save_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu", model, tokenizer)  # run before
-    printed = run(out, *YARDSTICK)
-    assert printed.replace(str(out), "OUT") == yard.printed.replace(str(trained), "OUT")
-    assert snapshot(out) == before
-
-
-def test_who_is_right_how_often(trained, monkeypatch):
+def test_who_is_right_how_often(trained, yard, monkeypatch):
     """A pass@16 of the mean over all prompts, where easy ones make up for hard ones; J* of SFT's
-    mean rate instead of each prompt's; an unfinished response that is right."""
+    mean rate instead of each prompt's; an unfinished response that is right. Samples that change
+    from run to run."""
     right = []
 
     def verifier(asked):
@@ -265,39 +230,35 @@ def test_who_is_right_how_often(trained, monkeypatch):
 
     drawn = watch_draw(monkeypatch)
     monkeypatch.setattr(best_of_n, "verifier", verifier)
-    printed = run(trained, *"--verify --policies ppo --prompts 3 --samples 16 --beta 0.5".split())
+    printed = run(trained, *YARDSTICK, *"--verify --policies ppo --beta 0.5".split())
     rows = found_rows(trained)
+    for (_, samples), before in zip(drawn, yard.samples):
+        assert samples.texts == before.texts
     verified = []
     for x, (_, samples) in zip(right, drawn):
         verified.append(torch.tensor(x).view(3, -1) * samples.figures["ended"])
-    assert [x.shape[1] for x in verified] == [32, 16]
-    assert [name for under, name in rows if under == "verifier"] == ["sft", "ppo"]
     p = verified[0].mean(dim=1).tolist()
     J_star = statistics.mean(0.5 * math.log(1 - x + x * math.exp(2)) for x in p)
-    for name, x in zip(("sft", "ppo"), verified):
+    for name, x in zip(("sft", "ppo"), verified, strict=True):
         row = rows["verifier", name]
-        count = x.shape[1]
-        wrong = (1 - x).sum(dim=1).int().tolist()
-        passed = [1 - math.comb(k, 16) / math.comb(count, 16) for k in wrong]
         assert row["verified"] == pytest.approx(x.mean().item()) and 0.05 < row["verified"] < 0.95
+        passed = [pass_at_k(int(right), x.shape[1], 16) for right in x.sum(dim=1)]
         assert row["pass_16"] == pytest.approx(statistics.mean(passed), abs=1e-6)
         assert row["J_star"] == pytest.approx(J_star, abs=1e-5) and len(set(p)) > 1
         J = row["verified"] - 0.5 * rows[None, name]["kl"]
         assert row["J"] == pytest.approx(J, abs=1e-5)
-    assert "pass_16" in printed.split("under the verifier")[1]
-    assert "ppo, J under verifier" in printed
+    assert "pass_16" in printed and "ppo, J under verifier" in printed
 
 
 @cpu_only
-def test_best_of_n_by_the_process_model(trained, tmp_path, monkeypatch):
+def test_best_of_n_by_the_process_model(out, monkeypatch):
     """Candidates chosen by one model's score of other samples, or shown with the process model's
     scores as the reward; an unfinished answer whose few steps are all good wins."""
-    out = shutil.copytree(trained, tmp_path / "out")
     model, tokenizer, _ = load_checkpoint(out / "cpu/reward_model/checkpoint.pt", "reward_model",
                                           "cpu", model_class=RewardModel)
-    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(70))
-    (out / "cpu/process_model").mkdir()
+    model.head.weight.data = noise(70, *model.head.weight.shape)
     path = out / "cpu/process_model/checkpoint.pt"
+    path.parent.mkdir()
     save_checkpoint(path, "process_model", "cpu", model, tokenizer)
     drawn = watch_draw(monkeypatch)
     monkeypatch.setattr(best_of_n, "gold_rewards", taste)
@@ -310,9 +271,9 @@ def test_best_of_n_by_the_process_model(trained, tmp_path, monkeypatch):
     scores = []         # the sum of the steps, response by response; unfinished ones never win
     for rollout in samples.rollouts:
         rewards, steps = reward_model.step_rewards(model, rollout, tokenizer)
-        for row, ended in zip(rewards, rollout.ended(tokenizer.end_token).tolist()):
-            scores.append(row.sum().item() if ended else -math.inf)
-    scores = torch.tensor(scores).view(samples.figures["reward"].shape)
+        ended = rollout.ended(tokenizer.end_token)
+        scores.append(torch.where(ended, rewards.sum(dim=1), -math.inf).detach())
+    scores = torch.cat(scores).view(samples.figures["reward"].shape)
     assert 0 < scores.isinf().sum() < scores.numel()
     weights = subset_weights(scores, 4)
     for name in ("reward", "gold", "ended"):
@@ -330,71 +291,61 @@ def test_a_wrong_file_is_found_before_anything_is_trained(stage, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_stage_holds_out_the_same_prompts(trained, tmp_path, monkeypatch):
+class Stopped(Exception):
+    """Training was about to begin, with these arguments."""
+
+
+def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
     """A prompt that one stage trains on and another one measures itself on: its figure is what was
     learnt by heart. Gold columns for prompts that the annotator cannot judge."""
+    rows = [{"prompt": f"Who sings {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(30)]
+    rows += [{**row, "chosen": "Maybe."} for row in rows[::9]]  # some prompts have two rows
     path = tmp_path / "pairs.jsonl"
-    names = [f"Who sings {i}?" for i in range(30)]
-    rows = []
-    for name in random.Random(0).sample(names, 30):
-        if name.endswith("7?"):  # three prompts have two rows, one too long for all but PPO
-            rows.append({"prompt": name, "chosen": "Yes. " * 200, "rejected": "No."})
-        rows.append({"prompt": name, "chosen": "Yes.", "rejected": "No."})
     write_jsonl(path, rows)
-    out = shutil.copytree(trained, tmp_path / "out")
-    common = ["--out", str(out), "--size", "cpu", "--max_new_tokens", "4", "--data", str(path)]
-    tokenizer = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")[1]
-    seen = {"sft": set(), "reward_model": set(), "ppo": set(), "dpo": set()}
+    trained_on, held_out = [{row["prompt"] for row in part} for part in hold_out(rows)]
+    _, tokenizer, _ = load(out, "sft")
 
-    def spy(module, name, position):
-        """Note the prompts of the sequences of ids that a function is called with while it
-        trains."""
-        original = getattr(module, name)
+    def prompts_of(items):
+        """The prompts of Demonstrations, Pairs or ids: of each the ids come first."""
+        found = set()
+        for item in items:
+            ids = item[0] if isinstance(item[0], list) else item
+            found.add(tokenizer.decode(ids[1:ids.index(tokenizer.assistant_token)]))
+        return found
 
-        def spying(*arguments, **keywords):
-            if torch.is_grad_enabled() or module is ppo:
-                for ids in arguments[position]:
-                    for sequence in ids[:2] if isinstance(ids[0], list) else [ids]:
-                        prompt = sequence[1:sequence.index(tokenizer.assistant_token)]
-                        seen[module.__name__].add(tokenizer.decode(prompt))
-            return original(*arguments, **keywords)
+    def stop(*arguments):
+        raise Stopped(*arguments)
 
-        monkeypatch.setattr(module, name, spying)
-
-    spy(sft, "pad", 0)
-    spy(reward_model, "pad", 0)
-    spy(dpo, "pair_logprobs", 1)
-    spy(ppo, "generate", 1)
-    sft.main(common)
-    reward_model.main(common)
-    ppo.main(common + "--iterations 1 --rollouts 240 --minibatch 240 --micro_batch 240 "
-                      "--epochs 1".split())
-    dpo.main(common)
-    expected = {row["prompt"] for row in hold_out(rows)[1]}
-    for prompts in seen.values():
-        assert set(names) - prompts == expected
-    pairs = read_pairs(out / "cpu/reward_model/held_out.jsonl")
-    assert {row["prompt"] for row in pairs} == expected
+    for stage, function in ((sft, "fine_tune"), (reward_model, "fit"), (dpo, "dpo"), (ppo, "ppo")):
+        monkeypatch.setattr(stage, function, stop)
+        with pytest.raises(Stopped) as error:
+            stage.main(["--out", str(out), "--size", "cpu", "--max_new_tokens", "4",
+                        "--data", str(path)])
+        if stage is ppo:
+            items = error.value.args[3].draw_prompts(400, random.Random(0))
+            assert prompts_of(items) == trained_on
+        else:
+            lists = [x for x in error.value.args if isinstance(x, list)]
+            assert [prompts_of(items) for items in lists] == [trained_on, held_out]
 
     drawn = watch_draw(monkeypatch)
     printed = run(out, "--data", str(path), "--samples", "4")
     # SFT, PPO and DPO are compared on prompts that none of them has seen.
-    assert [set(arguments[4]) for arguments, _ in drawn] == [expected] * 3
+    assert [set(arguments[4]) for arguments, _ in drawn] == [held_out] * 3
     assert "gold" not in printed and "win_rate" not in printed
     assert {under for under, _ in found_rows(out)} == {None, "reward model", "best of N"}
 
 
-def test_draws_and_temperatures_are_each_policys_own(trained, yard, tmp_path, monkeypatch):
-    """One seed for every batch, or for every policy: the samples are then copies, and their errors
-    hidden; prompts that change with --seed. A policy that was trained at one temperature, sampled
+def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
+    """One seed for every batch, or for every policy: the samples are copies, their errors hidden;
+    prompts that change with --seed. A policy that was trained at one temperature, sampled
     or scored at another: its J is that of a policy that was never trained. Shares that were reached
     under another price or penalty, with no word about it. A policy that is named twice is one."""
-    out = shutil.copytree(trained, tmp_path / "out")
-    model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    for name, settings in (("ppo", {}),
-                           ("ppo-hot", dict(temperature=1.5, missing_end_score=-2.0, beta=0.3))):
-        (out / "cpu" / name).mkdir(exist_ok=True)
+    model, tokenizer, _ = load(out, "sft")
+    hot = dict(temperature=1.5, missing_end_score=-2.0, beta=0.3)
+    for name, settings in (("ppo", {}), ("ppo-hot", hot)):
         path = out / "cpu" / name / "checkpoint.pt"
+        path.parent.mkdir(exist_ok=True)
         save_checkpoint(path, "ppo", "cpu", model, tokenizer, **settings)
     calls = []
     generate = best_of_n.generate
@@ -421,22 +372,21 @@ def test_draws_and_temperatures_are_each_policys_own(trained, yard, tmp_path, mo
         "-5.0"]
 
 
-def test_what_the_yardstick_finds_wrong_costs_nothing(trained, tmp_path):
+def test_what_the_yardstick_finds_wrong_costs_nothing(out, tmp_path, monkeypatch):
     """Log-ratios of two policies whose ids mean different words; a checkpoint that was cut off, and
     ends the yardstick after its minutes of sampling; one that SFT did not begin with. A base model
     that was removed, a text of one's own, whose entropy is unknown, or a single prompt, whose
-    figures have no errors, ends nothing."""
-    out = shutil.copytree(trained, tmp_path / "out")
+    figures have no errors, ends nothing. A folder that cannot be written to, found at the end."""
     base = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
     whole = base.read_bytes()
     other = read_torch(base)
     del other["metrics"]
     write_torch(tmp_path / "other.pt", other)
-    path = out / "cpu/ppo/checkpoint.pt"
-    model, tokenizer, _ = load_checkpoint(path, "ppo", "cpu")
+    model, tokenizer, _ = load(out, "ppo")
     strings = [token.decode("latin-1") for token in tokenizer.vocabulary]
     strings[-2:] = strings[:-3:-1]
-    save_checkpoint(path, "ppo", "cpu", model, Tokenizer.from_strings(strings))
+    exchanged = Tokenizer.from_strings(strings)
+    save_checkpoint(out / "cpu/ppo/checkpoint.pt", "ppo", "cpu", model, exchanged)
     for content, policies, reason in (
             (whole, "ppo", "ppo.checkpoint.pt: its vocabulary"),
             (whole[:-100], "dpo", "gpt.checkpoint.pt: .*train the stage again"),
@@ -449,14 +399,26 @@ def test_what_the_yardstick_finds_wrong_costs_nothing(trained, tmp_path):
         assert "\n" not in str(error.value) and snapshot(out) == before
 
     shutil.rmtree(base.parent)
-    printed = run(out, *"--prompts 1 --samples 4 --policies dpo".split())
+    printed = run(out, "--policies", "dpo, ", *"--prompts 1 --samples 4".split())  # a blank too
     assert re.search(r"How close to the best\n +measured .*\nreward model, accuracy ", printed)
+    shutil.rmtree(out / "cpu/best_of_n")
+    (out / "cpu/best_of_n").write_text("a file")
+    monkeypatch.setattr(best_of_n, "draw", None)
+    with pytest.raises(FileExistsError):
+        run(out, "--policies", "dpo")
 
 
-def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, monkeypatch):
-    """A plan that names PPO's minutes and not DPO's, or an existing policy trained again."""
-    out = shutil.copytree(trained, tmp_path / "out")
+def test_all_that_is_missing_is_trained_under_one_plan(out, monkeypatch):
+    """A plan that names PPO's minutes and not DPO's, or an existing policy trained again; it may
+    have been killed before its files were moved to their places."""
     plans = []
+    for name in ("reward_model", "dpo"):
+        folder = out / "cpu" / name
+        (folder / "finished").mkdir()
+        (folder / "checkpoint.pt").rename(folder / "finished/checkpoint.pt")
+        (folder / "finished/state.pt").write_bytes(b"")
+    save_checkpoint(folder / "checkpoint.pt", "dpo", "cpu", *load(out, "sft")[:2])  # the run before
+    finished = (folder / "finished/checkpoint.pt").read_bytes()
 
     def train_missing(config, needed, stage):
         plans.append((needed[3:], stage))
@@ -464,6 +426,7 @@ def test_all_that_is_missing_is_trained_under_one_plan(trained, tmp_path, monkey
 
     monkeypatch.setattr(best_of_n, "train_missing", train_missing)
     for gone in ("none", "dpo", "ppo"):
+        assert gone != "dpo" or (folder / "checkpoint.pt").read_bytes() == finished
         shutil.rmtree(out / "cpu" / gone, ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             run(out)
@@ -585,7 +548,7 @@ def test_rounds_of_finetuning(how, tuned):
     rounds = runs[how].rounds
     shown = runs[how].shown
     folder = out / "cpu" / f"rsft-{how}"
-    reference, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    reference, tokenizer, _ = load(out, "sft")
     assert len(rounds) == 2 and equal(reference.state_dict(), rounds[0][2])
     assert not equal(rounds[0][2], rounds[1][2])
     assert not set(rounds[0][0]) & set(rounds[1][0])
@@ -617,7 +580,7 @@ def test_rounds_of_finetuning(how, tuned):
     assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
     assert ("fresh requests of the little world; 2 rounds of 3 responses to each of 12\n"
             in runs[how].printed)
-    policy, _, checkpoint = load_checkpoint(folder / "checkpoint.pt", "rsft", "cpu")
+    policy, _, checkpoint = load(out, f"rsft-{how}")
     assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), rounds[1][2])
     assert equal(shown[1].state_dict(), rounds[0][2])
     assert equal(shown[2].state_dict(), checkpoint["model"])
