@@ -46,6 +46,22 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
     run ppo.py ppo-beta0 --name ppo-beta0 --beta 0
 
+    # K passes over each batch: 20, 40 or 100 batches of 64; 1e9 is no clip at all
+    passes() {  # prefix of the name, K, learning rate, flags
+        prefix=$1 K=$2 lr=$3
+        shift 3
+        for iterations in 20 40 100; do
+            name=ppo-$prefix-$K-$((64 * iterations))
+            [ "$name" = ppo-passes-1-6400 ] && continue  # that is ppo
+            run ppo.py $name --name $name --iterations $iterations --epochs $K --lr $lr "$@"
+        done
+    }
+    passes passes 1 3e-4
+    passes passes 2 3e-4
+    passes passes 4 2e-4
+    passes passes 8 2e-4
+    passes noclip 8 2e-4 --clip 1e9
+
     # Right or wrong, without a reward model
     run ppo.py ppo-verifier --name ppo-verifier --reward verifier
     run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier \
@@ -99,6 +115,11 @@ for seed in ${SEEDS:-1 2 3}; do
     mkdir -p "$out/cpu/sft-curated"
     cp "$out/curated/cpu/sft/metrics.jsonl" "$out/cpu/sft-curated/"
 
+    # Rejection sampling and PPO in turn
+    run ppo.py ppo-after_rsft --name ppo-after_rsft --start rsft-per_prompt
+    [ -e "$out/cpu/rsft-after_ppo" ] ||
+        python -m assets.claims.in_turn --out "$out" --seed "$seed" > "$out/cpu/in_turn.txt"
+
     # All of them on the same held-out prompts; in groups, as the cost grows with the number squared
     yardstick() {  # name of the group, policies, flags
         group=$1 policies=$2
@@ -122,7 +143,30 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 8-judges dpo-constitution,dpo-both,dpo-online-annotator --samples 32
     yardstick 8-without-penalty ppo-beta0 --samples 32
 
+    yardstick 8-turns rsft-per_prompt,ppo,ppo-after_rsft,rsft-after_ppo --samples 32
+    for iterations in 20 40 100; do
+        policies=ppo
+        for name in passes-1 passes-2 passes-4 passes-8 noclip-8; do
+            name=ppo-$name-$((64 * iterations))
+            [ "$name" = ppo-passes-1-6400 ] || policies=$policies,$name
+        done
+        yardstick 8-passes-$iterations $policies --samples 32
+    done
+
+    # Claims with a script of their own: each prints a table and writes OUT/cpu/claim-NAME
+    claim() {  # name, flags
+        name=$1
+        shift
+        [ -e "$out/cpu/claim-$name/metrics.jsonl" ] && return
+        python -m assets.claims.$name --out "$out" "$@" > "$out/cpu/claim-$name.txt"
+    }
+    claim writers --seed "$seed"
+    claim phrasings --seed "$seed"
+    claim where_trained --seed "$seed"
+    claim marks --seed "$seed"
+
     [ "$seed" = 1 ] || continue  # what follows has one seed
+    claim cost
 
     # How easy to tune: learning rates and β; the defaults were trained above
     for kind in ppo dpo; do
@@ -199,3 +243,9 @@ END
     done
     python -m pytest tests/test_enumerable.py -k variance -q -s > "$out/variance.txt"
 done
+
+# Two seeds at once: comparisons of another policy's samples
+if [ -e out/seed1/cpu/sft/checkpoint.pt ] && [ -e out/seed2/cpu/sft/checkpoint.pt ]; then
+    python -m assets.claims.other_pairs --out out/seed1 --other out/seed2 \
+        > out/seed1/cpu/claim-other_pairs.txt
+fi
