@@ -1,0 +1,111 @@
+"""assets/claims: the scripts behind rows of the claims table, on small stages and by hand."""
+
+import math
+import random
+from copy import deepcopy
+
+import pytest
+import torch
+
+import reward_model
+from assets.claims import marks, where_trained, writers
+from data import stories
+from data.annotator import choose, gold_reward, rubric
+from data.files import InputError
+from data.run import SilentRun
+from data.tokenizer import Pair
+from gpt import load_checkpoint, save_checkpoint
+from helpers import ASKED, HAPPY, KIND, SAD, metrics, noise, story_of, tiny_reward_model
+
+
+def copy_sft(out):
+    """The SFT model once more, as PPO's policy."""
+    model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    (out / "cpu/ppo").mkdir()
+    save_checkpoint(out / "cpu/ppo/checkpoint.pt", "ppo", "cpu", model, tokenizer)
+
+
+def test_writers(out):
+    """Gold of other stories than the writers' own; policies that answer other requests; a page of
+    requests counted as an answer; a missing policy that is no line but a traceback."""
+    flags = ["--out", str(out), "--questions", "20", "--policies", "ppo"]
+    with pytest.raises(InputError, match="python ppo.py makes one"):
+        writers.main(flags)
+    copy_sft(out)
+    writers.main(flags)
+    written, sft, ppo, *base = metrics(out / "cpu/claim-writers/metrics.jsonl")
+    rng = random.Random("writers")
+    gold = 0.0
+    for _ in range(20):
+        request = stories.request(rng, held_out=True).text
+        gold += gold_reward(request, stories.story(rng, request).text) / 20
+    assert written["gold"] == pytest.approx(gold)
+    assert ppo["gain"] == sft["gain"] == pytest.approx(sft["gold"] - gold, abs=1e-5)
+
+    assert sum(row["share"] for row in base) == pytest.approx(1)
+    assert writers.what_follows(stories.page(rng).text, True) == "requests"
+    assert writers.what_follows(stories.story(rng, ASKED).text, True) == "a story"
+    assert writers.what_follows("The the the.", True) == "neither"
+
+
+def test_where_trained(out):
+    """Pairs with themselves or of equal texts; prices that see the prompts' offsets, which are
+    free; gains whose parts do not add up to gold's."""
+    gold = 2 * noise(0, 6, 8)
+    other = noise(1, 6, 8)
+    r = 0.5 * gold + 10 * noise(2, 6, 1)
+    figures = {"reward": r, "gold": gold, "ended": torch.ones(6, 8),
+               "text": torch.arange(8).repeat(6, 1)}
+    means = where_trained.pair_figures(figures)
+    torch.testing.assert_close(means["accuracy"], means["bayes"])
+    torch.testing.assert_close(means["product"], 2 * means["square"])
+    figures["text"] = torch.zeros(6, 8)
+    assert not where_trained.pair_figures(figures)["bayes"].any()
+
+    inside = [where_trained.within(x, figures["ended"])
+              for x in (r - 3 * other, torch.stack([gold, other], dim=2))]
+    price, error = where_trained.prices(*inside)
+    torch.testing.assert_close(price, torch.tensor([0.5, -3.0]))
+    assert error.max() < 1e-4
+
+    copy_sft(out)
+    where_trained.main(["--out", str(out), "--prompts", "3", "--samples", "2"])
+    rows = {row["what"]: row for row in metrics(out / "cpu/claim-where_trained/metrics.jsonl")}
+    for name in ("best of 16", "ppo"):
+        gains = [rows[part][name] for part in rubric(ASKED, "")]
+        gain = rows[name]["gold"] - rows["sft"]["gold"]
+        assert sum(gains) == pytest.approx(gain, abs=1e-5)
+
+
+def test_marks(out):
+    """Marks or ratings with another noise than the comparisons have: the larger noisy_gold is
+    choose's winner, and a rating has the odds of logistic noise, given who won. Soft labels turned
+    around: certain ones are comparisons."""
+    texts = [story_of(KIND[0], SAD), story_of(HAPPY)]
+    for seed in range(50):
+        rng = random.Random(seed)
+        first, second = [marks.noisy_gold(ASKED, text, rng) for text in texts]
+        assert choose(ASKED, *texts, random.Random(seed)) == (second > first)
+    assert [marks.mark(x, 1.0) for x in (-9.0, 2.5, 2.5 + 4 / 3, 9.0)] == [1, 5, 6, 7]
+
+    row = {"prompt": ASKED, "chosen": texts[0], "rejected": texts[1]}   # the worse one won
+    margin = gold_reward(ASKED, texts[0]) - gold_reward(ASKED, texts[1])
+    rng = random.Random(0)
+    drawn = [marks.rating(row, rng) for _ in range(1000)]
+    for least, probability in ((2.0, 0.95), (1.0, 0.8), (0.3, 0.65)):
+        p = (1 + math.exp(-margin)) / (1 + math.exp(least - margin))     # P(win > least | win > 0)
+        share = sum(x >= probability for x in drawn) / 1000
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 1000)
+
+    pairs = [Pair([1, 2, i % 4, 4], [1, 2, 0, i % 3, 4], 2) for i in range(24)]
+    config = reward_model.Config(batch=8)
+    soft = tiny_reward_model(0)
+    hard = deepcopy(soft)
+    marks.fit_ratings(soft, pairs, [1.0] * 24, config, random.Random(0))
+    reward_model.fit(hard, pairs, pairs, config, random.Random(0), SilentRun())
+    margins = [reward_model.held_out_margins(model, pairs) for model in (soft, hard)]
+    torch.testing.assert_close(*margins, atol=1e-3, rtol=1e-3)
+
+    marks.main(["--out", str(out), "--limit", "32"])
+    rows = metrics(out / "cpu/claim-marks/metrics.jsonl")
+    assert [row["labels"] for row in rows] == [32, 32, 32, 64, 64]
