@@ -437,56 +437,23 @@ def test_all_that_is_missing_is_trained_under_one_plan(out, monkeypatch):
 # Rejection-sampling fine-tuning
 
 
-def samples_of(rewards, ended, texts):
-    """Samples with these rewards, ends (M, N) and texts."""
-    return Samples([], texts, {"reward": rewards, "ended": ended})
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer([bytes([i]) for i in range(256)])
-
-
-def test_the_best_overall_favour_easy_prompts(tokenizer, capsys):
-    """Both selections the same, or of another size; the lecture: the best overall are better, but
-    "can bias toward easy prompts". Of equals the first."""
-    easy = torch.tensor([3.0] * 3 + [0.0] * 9)[:, None]  # all responses to three prompts are better
-    rewards = easy + 0.5 * noise(0, 12, 8).clamp(-2, 2)
-    prompts = [f"prompt {i}" for i in range(12)]
-    texts = [f"{i} {j}" for i in range(12) for j in range(8)]
-    samples = samples_of(rewards, torch.ones(12, 8), texts)
-    per_prompt, figures = select(prompts, samples, "per_prompt", tokenizer, 128)
-    overall, overall_figures = select(prompts, samples, "overall", tokenizer, 128)
-    assert {row["prompt"] for row in per_prompt} == set(prompts)
-    assert {row["prompt"] for row in overall} == set(prompts[:3])
-    assert len({row["completion"] for row in overall}) == 12    # none twice
-    assert overall_figures["reward"] > figures["reward"] + 1
-    assert overall_figures["prompts_reward"] > overall_figures["all_reward"] + 2
-    assert figures["prompts_reward"] == pytest.approx(figures["all_reward"], abs=1e-5)
-    printed = capsys.readouterr().out
-    assert ("kept    12 of 96 responses, for 12 of 12 prompts, at most 1 for one\n"
-            "        dropped 0 without") in printed
-    assert ("kept    12 of 96 responses, for 3 of 12 prompts, at most "
-            f"{overall_figures['most']} for one\n") in printed
-    assert top_k_overall(torch.zeros(40, 50), 2).tolist() == [[0, 0], [0, 1]]
-
-
-def test_what_cannot_be_learnt_from_is_counted(tokenizer, capsys):
+def test_what_cannot_be_learnt_from_is_counted(capsys):
     """A response cut off at the limit, learnt as if it ended there; one that data/files.py refuses
     to read back, so that --resume can't continue; a sequence beyond the context; all of them, and a
-    division by zero."""
+    division by zero. Of equals the first is best."""
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)])
     texts = ["fine", "cut", " \n", "N\0", "long " * 50, "fine too"]
-    ended = torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None]
-    samples = samples_of(torch.zeros(6, 1), ended, texts)
-    rows, _ = select(list("abcdef"), samples, "per_prompt", tokenizer, 64)
+    figures = {"reward": torch.zeros(6, 1), "ended": torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None]}
+    rows, _ = select(list("abcdef"), Samples([], texts, figures), "per_prompt", tokenizer, 64)
     short = [(row["prompt"], row["completion"]) for row in rows if len(row["completion"]) < 64]
     assert short == [("a", "fine"), ("f", "fine too")]
     dropped = "\n        dropped 3 without an end or a text, 1 longer than the context\n"
     assert dropped in capsys.readouterr().out
-    rest = samples_of(torch.zeros(4, 1), ended[1:5], texts[1:5])
+    rest = Samples([], texts[1:5], {name: x[1:5] for name, x in figures.items()})
     message = "of the 4 best responses dropped 3 without .*, 1 longer .*: none is left"
     with pytest.raises(InputError, match=message):
         select(list("bcde"), rest, "overall", tokenizer, 64)
+    assert top_k_overall(torch.zeros(40, 50), 2).tolist() == [[0, 0], [0, 1]]
 
 
 def rsft(out, *flags):
@@ -578,8 +545,10 @@ def test_rounds_of_finetuning(how, tuned):
         assert found["reward"] == pytest.approx(mean, abs=1e-5)
 
     assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
-    assert ("fresh requests of the little world; 2 rounds of 3 responses to each of 12\n"
-            in runs[how].printed)
+    printed = runs[how].printed
+    assert "fresh requests of the little world; 2 rounds of 3 responses to each of 12\n" in printed
+    counts = r"kept    12 of 36 responses, for (\d+) of 12 prompts, at most (\d+) for one\n"
+    assert ("12", "1") in re.findall(counts, printed) or how == "overall"
     policy, _, checkpoint = load(out, f"rsft-{how}")
     assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), rounds[1][2])
     assert equal(shown[1].state_dict(), rounds[0][2])

@@ -144,22 +144,6 @@ def test_requests_are_as_frequent_as_their_probability(held_out):
     assert frequent(counts, {draw: math.exp(draw.logprob) for draw in counts}, 6000)
 
 
-def test_log_probability_by_hand():
-    """Two turns of a sort: the second is one of those left over, not of all; here, then, certain. A
-    hero that isn't the request's is one of all the others, the adjective one of all."""
-    request = "Tell me about a shy fox and a kite."
-    text = ("Once there was a shy fox. She wanted a kite. She helped little Anna. "
-            "The fox shared her supper.")
-    facts = 0.9 * 0.8                                   # hero and thing are the request's
-    plan = 0.3 * 0.4 * 0.4 * 0.15 / 2 / 1 / 2 / 1       # two turns, kind, kind, no ending; patterns
-    found = log_probability(request, text, TINY)
-    assert found == pytest.approx(math.log(facts * plan / 2))   # and one friend of two
-
-    other = log_probability("Tell me about a shy bear and a kite.", text, TINY)
-    assert other - found == pytest.approx(math.log(0.1 / 2 / 0.9))  # one other, two adjectives
-    assert log_probability("Tell me about an odd fox and a kite.", text, TINY) == -math.inf
-
-
 def test_draws_carry_their_exact_log_probability():
     """An answer key that is off: the entropy of the source is the mean of these numbers. A training
     run that sees the very requests it is judged by, alone or on a page; draws from Python's global
@@ -256,13 +240,6 @@ def test_is_story():
     for text in ("", opening, f"{turn} {opening}", f"{opening} {turn} She sto",
                  f"{opening} {request}", f"{request}\n{request}"):
         assert not stories.is_story(text), text
-
-
-def test_split_sentences():
-    """A closing quote that stays with the next sentence; a text without an end that gets lost."""
-    assert split_sentences('He asked, "Where can the kite be?" He wept. "Go away," the fox') == [
-        'He asked, "Where can the kite be?"', "He wept.", '"Go away," the fox']
-    assert split_sentences(" \n") == []
 
 
 def test_heroes_things_and_adjectives_occur_only_as_such():
