@@ -51,11 +51,7 @@ def median_seconds(call, repeats=7):
 def matrix_rate(device):
     """Floating-point operations a second of a large matrix product, in the precision of autocast:
     the most there can be."""
-    n = 1024
-    dtype = torch.float32
-    if device.type == "cuda":
-        n = 8192
-        dtype = torch.bfloat16
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.randn(n, n, dtype=dtype, device=device)
     return 10 * 2 * n ** 3 / median_seconds(lambda: [a @ a for _ in range(10)])
 
@@ -63,17 +59,20 @@ def matrix_rate(device):
 def memory_line():
     """The peak memory, in words."""
     memory = peak_memory()
-    if not memory:
-        return "peak memory unknown"
-    return f"peak memory {memory['memory_mb']:,.0f} MB"
+    return f"peak memory {memory['memory_mb']:,.0f} MB" if memory else "peak memory unknown"
+
+
+def shape_of(config):
+    """The GPTConfig of gpt.py's flags."""
+    return GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head,
+                     config.n_embd)
 
 
 def bench_gpt(config):
     """Print how fast this machine trains and samples, beside how fast it multiplies matrices and
     moves memory."""
     device = get_device()
-    shape = GPTConfig(config.vocab_size, config.block_size, config.n_layer, config.n_head,
-                      config.n_embd)
+    shape = shape_of(config)
     model = GPT(shape).to(device)
     optimizer = make_optimizer(model, config.weight_decay)
     announce("gpt", config, device, "random tokens; nothing is saved", model)
@@ -83,7 +82,7 @@ def bench_gpt(config):
     print(f"matrix product {rate / 1e9:,.0f} GFLOP/s, memory {bandwidth / 1e9:,.0f} GB/s")
 
     tokens = torch.randint(config.vocab_size, (config.batch, config.block_size), device=device)
-    mask = torch.ones(config.batch, config.block_size - 1, dtype=torch.bool, device=device)
+    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
 
     def step():
         loss = -masked_logprobs(model, tokens, mask).mean()
@@ -91,9 +90,8 @@ def bench_gpt(config):
         optimizer_step(optimizer, model, config.lr)
 
     seconds = median_seconds(step)
-    forward = forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel(),
-                            config.vocab_size)
-    flops = 3 * forward  # the backward pass costs twice as much as the forward pass
+    flops = 3 * forward_flops(shape, tokens.numel(), config.block_size / 2, mask.numel(),
+                              config.vocab_size)  # the backward pass costs twice the forward pass
     print(f"training       {config.batch} x {config.block_size} tokens a step: "
           f"{tokens.numel() / seconds:,.0f} tokens/s, "
           f"{flops / seconds / rate:.0%} of the matrix product's rate")
@@ -111,11 +109,10 @@ def bench_gpt(config):
         # Every step reads all weights, and the keys and values of the tokens before.
         size = 2 if device.type == "cuda" else 4
         cached = 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2)
-        bytes_read = new * (4 * parameters + size * cached)
-        bound = max(flops / rate, bytes_read / bandwidth)
-        kind = "FLOP" if flops / rate > bytes_read / bandwidth else "memory"
+        bounds = {"FLOP": flops / rate, "memory": new * (4 * parameters + size * cached) / bandwidth}
+        kind = max(bounds, key=bounds.get)
         print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} "
-              f"tokens/s, {bound / seconds:.0%} of the {kind} bound")
+              f"tokens/s, {bounds[kind] / seconds:.0%} of the {kind} bound")
 
     rng = random.Random(config.seed)
     texts = [stories.document(rng).text for _ in range(2000)]
@@ -124,21 +121,18 @@ def bench_gpt(config):
     def draw_and_encode():
         tokenizer.encode_batch((stories.document(rng).text for _ in texts), num_threads=1)
 
-    rate = sum(len(text) for text in texts) / median_seconds(draw_and_encode)
+    rate = sum(map(len, texts)) / median_seconds(draw_and_encode)
     print(f"world's text   {rate / 1e6:.1f} MB/s drawn and encoded on one core\n{memory_line()}")
 
 
 def bench_ppo(config):
     """Print the seconds of a PPO iteration, beside the least that its matrix products take, and how
     the cost grows."""
-    base = parse_config(gpt.Config, gpt.GPU, ["--size", config.size], "")
-    shape = GPTConfig(base.vocab_size, base.block_size, base.n_layer, base.n_head, base.n_embd)
+    shape = shape_of(parse_config(gpt.Config, gpt.GPU, ["--size", config.size], ""))
     device = get_device()
-    prompt = base.block_size // 4
-    policy = GPT(shape).to(device)
-    reference = GPT(shape).to(device)
-    reward_model = RewardModel(shape).to(device)
-    value_model = RewardModel(shape).to(device)
+    prompt = shape.block_size // 4
+    policy, reference = (GPT(shape).to(device) for _ in range(2))
+    reward_model, value_model = (RewardModel(shape).to(device) for _ in range(2))
     announce("ppo", config, device, f"random prompts of {prompt} tokens; nothing is saved", policy)
     rate = matrix_rate(device)
     print(f"matrix product {rate / 1e9:,.0f} GFLOP/s\n"
@@ -153,25 +147,21 @@ def bench_ppo(config):
 
     n = config.rollouts
     longest = config.max_new_tokens
-    few = max(1, n // 4)
-    half = max(1, longest // 2)
-    quarter = max(1, longest // 4)
+    few, half, quarter = (max(1, x) for x in (n // 4, longest // 2, longest // 4))
     for rollouts, response in ((few, half), (n, half), (4 * n, half), (n, quarter), (n, longest)):
         one = replace(config, rollouts=rollouts, max_new_tokens=response, iterations=4)
         run = SilentRun(report=1)
         ppo.ppo(policy, reference, value_model, task, one, run)
-        parts = []
-        for name in ("rollout_s", "scoring_s", "update_s"):
-            parts.append(statistics.median(row[name] for row in run.rows[1:]))
+        parts = [statistics.median(row[name] for row in run.rows[1:])
+                 for name in ("rollout_s", "scoring_s", "update_s")]
         total = sum(parts)
 
-        tokens = rollouts * (prompt + response)
-        emitted = rollouts * response
-        seen = (prompt + response) / 2
-        language = forward_flops(shape, tokens, seen, emitted, shape.vocab_size)
-        scalar = forward_flops(shape, tokens, seen, emitted, 1)
         # Sampling, four scoring passes, and in each epoch a forward and a backward pass (twice its
         # cost) of two models.
+        emitted = rollouts * response
+        passing = (shape, rollouts * (prompt + response), (prompt + response) / 2, emitted)
+        language = forward_flops(*passing, shape.vocab_size)
+        scalar = forward_flops(*passing, 1)
         bound = language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)
         seconds = "".join(f"{x:10.2f}" for x in (*parts, total, bound / rate))
         print(f"{rollouts:8d}{response:10d}{seconds}{emitted / total:12,.0f}")

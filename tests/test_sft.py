@@ -54,7 +54,7 @@ def test_every_response_token_counts_equally(batch, micro_batch, epochs, monkeyp
 
 def test_rates_and_figures_of_fine_tuning(monkeypatch):
     """A learning rate that never moves; a last step that is never reported; held-out figures of
-    another model."""
+    another model, or a mean of batch means; prompts, padding or a column beside that count."""
     rates = []
     step = sft.optimizer_step
 
@@ -64,8 +64,8 @@ def test_rates_and_figures_of_fine_tuning(monkeypatch):
 
     monkeypatch.setattr(sft, "optimizer_step", watched_step)
     model = tiny_gpt(0, V, 64)
-    held_out = random_demonstrations(1)[2:4]
-    config = sft.Config(epochs=3, batch=2, lr=1e-2, warmup=2)
+    held_out = random_demonstrations(1)[2:]
+    config = sft.Config(epochs=3, batch=2, micro_batch=2, lr=1e-2, warmup=2)
     run = SilentRun(report=5)
     sft.fine_tune(model, random_demonstrations(), held_out, 0.5, config, random.Random(5), run)
     assert rates == [gpt.learning_rate(i, 12, 1e-2, 2) for i in range(12)]
@@ -103,13 +103,13 @@ def base(tmp_path_factory):
     text = "\n".join(prompt + " " + answer for prompt, answer in DEMONSTRATIONS) + "\n"
     (folder / "corpus.txt").write_text(text * 60)
     flags = ("--size cpu --n_layer 1 --n_head 2 --n_embd 32 --batch 8 --vocab_size 290 "
-             "--block_size 64 --steps 10 --report 10")
+             "--block_size 64 --steps 10 --report 10 --name gpt-colors")
     gpt.main([*flags.split(), "--out", str(folder), "--text", str(folder / "corpus.txt")])
     return folder
 
 
 def fine_tune(folder, *flags):
-    common = "--size cpu --max_new_tokens 30 --batch 4".split()
+    common = "--size cpu --base gpt-colors --max_new_tokens 30 --batch 4".split()
     sft.main([*common, "--out", str(folder), *flags])
 
 
@@ -147,13 +147,13 @@ def test_what_is_refused_costs_nothing(base):
     """The world's stories in a vocabulary that was made for another text, all of them cut; a base
     model after mid-training on another one that is gone; the world's requests, put to a model of
     somebody's own text. (Wrong files: tests/test_edges.py.)"""
-    (base / "cpu/gpt-curated").mkdir()
-    made_from = {"gpt/checkpoint.pt": 1}
-    write_torch(base / "cpu/gpt-curated/checkpoint.pt", {"made_from": made_from})
+    stale = base / "cpu/gpt-curated/checkpoint.pt"
+    stale.parent.mkdir()
+    write_torch(stale, {"made_from": {"gpt-colors/checkpoint.pt": 1}})
     before = snapshot(base)
     for flags, message in (("--demonstrations 4", "too short for the little world"),
                            ("--data none.jsonl", "^none.jsonl: no such file"),
-                           ("--base gpt-curated", "gpt/checkpoint.pt; train gpt-curated again")):
+                           ("--base gpt-curated", "gpt-colors/checkpoint.pt; train .* again")):
         with pytest.raises(InputError, match=message):
             fine_tune(base, *flags.split())
     assert snapshot(base) == before
@@ -166,7 +166,8 @@ def test_the_world_and_its_learning_curve(out, monkeypatch, capsys):
     """An entropy over other tokens than the loss's; figures in the log that aren't those of the
     saved model. Points of a curve that go on from one another, or whose last one is not the stage's
     own model, or costs its checkpoint."""
-    world = "--demonstrations 24 --questions 3 --lr 0.01 --warmup 1 --max_new_tokens 90".split()
+    world = ("--base gpt --demonstrations 24 --questions 3 --lr 0.01 --warmup 1 "
+             "--max_new_tokens 90").split()
     fine_tune(out, *world)
     *_, last, told = metrics(out / "cpu/sft/metrics.jsonl")
     model, tokenizer, _ = gpt.load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
