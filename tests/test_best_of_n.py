@@ -82,17 +82,25 @@ def found_rows(out):
     return {(row.get("under"), row["policy"]): row for row in rows if row["policy"] != "frontier"}
 
 
-def watch_draw(patch):
-    """What is drawn from here on: [(arguments, Samples), ...]."""
+def watch(patch):
+    """What is drawn from here on, from which weights, and which sequences are then learnt."""
     drawn = []
     draw = best_of_n.draw
+    padded = sft.pad
 
-    def watched(*arguments):
-        samples = draw(*arguments)
-        drawn.append((arguments, samples))
+    def drawing(name, policy, scorer, tokenizer, prompts, *rest):
+        weights = copy.deepcopy(policy.model.state_dict())
+        samples = draw(name, policy, scorer, tokenizer, prompts, *rest)
+        drawn.append(SimpleNamespace(name=name, prompts=prompts, samples=samples, weights=weights,
+                                     learnt=[]))
         return samples
 
-    patch.setattr(best_of_n, "draw", watched)
+    def learning(sequences, *rest):
+        drawn[-1].learnt.extend(map(tuple, sequences))
+        return padded(sequences, *rest)
+
+    patch.setattr(best_of_n, "draw", drawing)
+    patch.setattr(sft, "pad", learning)
     return drawn
 
 
@@ -110,13 +118,13 @@ def yard(trained):
     before = snapshot(trained)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(best_of_n, "gold_rewards", taste)
-        drawn = watch_draw(patch)
+        drawn = watch(patch)
         printed = run(trained, *YARDSTICK)
     after = snapshot(trained)
     assert {path: after[path] for path in before} == before     # no stage was written over
     return SimpleNamespace(printed=printed, rows=found_rows(trained),
-                           prompts=[arguments[4] for arguments, _ in drawn],
-                           samples=[samples for _, samples in drawn])
+                           prompts=[x.prompts for x in drawn],
+                           samples=[x.samples for x in drawn])
 
 
 def test_prompt_prints_candidates_and_the_winner(trained):
@@ -228,15 +236,14 @@ def test_who_is_right_how_often(trained, yard, monkeypatch):
         right.append([float(len(text) % (2 + len(prompt) % 3) == 0) for prompt, text in asked])
         return right[-1]
 
-    drawn = watch_draw(monkeypatch)
+    drawn = watch(monkeypatch)
     monkeypatch.setattr(best_of_n, "verifier", verifier)
     printed = run(trained, *YARDSTICK, *"--verify --policies ppo --beta 0.5".split())
     rows = found_rows(trained)
-    for (_, samples), before in zip(drawn, yard.samples):
-        assert samples.texts == before.texts
+    assert [x.samples.texts for x in drawn] == [samples.texts for samples in yard.samples[:2]]
     verified = []
-    for x, (_, samples) in zip(right, drawn):
-        verified.append(torch.tensor(x).view(3, -1) * samples.figures["ended"])
+    for x, found in zip(right, drawn):
+        verified.append(torch.tensor(x).view(3, -1) * found.samples.figures["ended"])
     p = verified[0].mean(dim=1).tolist()
     J_star = statistics.mean(0.5 * math.log(1 - x + x * math.exp(2)) for x in p)
     for name, x in zip(("sft", "ppo"), verified, strict=True):
@@ -260,14 +267,14 @@ def test_best_of_n_by_the_process_model(out, monkeypatch):
     path = out / "cpu/process_model/checkpoint.pt"
     path.parent.mkdir()
     save_checkpoint(path, "process_model", "cpu", model, tokenizer)
-    drawn = watch_draw(monkeypatch)
+    drawn = watch(monkeypatch)
     monkeypatch.setattr(best_of_n, "gold_rewards", taste)
     run(out, *"--process --policies , --prompts 3 --samples 8".split())
     rows = found_rows(out)
     names = ["sft", *("best of 4" + rule for rule in ("", ", smallest", ", product", ", sum"))]
     assert [name for under, name in rows if under is None] == names
 
-    (_, samples), = drawn
+    samples = drawn[0].samples
     scores = []         # the sum of the steps, response by response; unfinished ones never win
     for rollout in samples.rollouts:
         rewards, steps = reward_model.step_rewards(model, rollout, tokenizer)
@@ -328,10 +335,10 @@ def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
             lists = [x for x in error.value.args if isinstance(x, list)]
             assert [prompts_of(items) for items in lists] == [trained_on, held_out]
 
-    drawn = watch_draw(monkeypatch)
+    drawn = watch(monkeypatch)
     printed = run(out, "--data", str(path), "--samples", "4")
     # SFT, PPO and DPO are compared on prompts that none of them has seen.
-    assert [set(arguments[4]) for arguments, _ in drawn] == [held_out] * 3
+    assert [set(x.prompts) for x in drawn] == [held_out] * 3
     assert "gold" not in printed and "win_rate" not in printed
     assert {under for under, _ in found_rows(out)} == {None, "reward model", "best of N"}
 
@@ -355,13 +362,13 @@ def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
         return generate(*arguments, seed=seed)
 
     monkeypatch.setattr(best_of_n, "generate", watched)
-    drawn = watch_draw(monkeypatch)
+    drawn = watch(monkeypatch)
     printed = run(out, *"--prompts 3 --samples 16 --sample_batch 48 --seed 2".split(), "--policies",
                   "ppo,ppo-hot,ppo,ppo-hot")
-    assert drawn[0][0][4] == yard.prompts[0]
+    assert drawn[0].prompts == yard.prompts[0]
     assert [temperature for temperature, _ in calls] == [1.0, 1.0, 1.0, 1.5]
     assert len({seed for _, seed in calls}) == 4
-    texts = [samples.texts for _, samples in drawn]
+    texts = [x.samples.texts for x in drawn]
     assert texts[0][:16] != texts[0][16:32] and texts[0][:16] != texts[1][:16]
     hot = found_rows(out)[None, "ppo-hot"]
     assert found_rows(out)[None, "ppo"]["kl"] == 0  # both have SFT's weights
@@ -466,27 +473,6 @@ def equal(a, b):
     return all(torch.equal(x.cpu(), b[name].cpu()) for name, x in a.items())
 
 
-def watch(monkeypatch):
-    """What every round does from here on: [[prompts, Samples, weights that sampled, sequences that
-    were learnt], ...]."""
-    rounds = []
-    draw = best_of_n.draw
-    padded = sft.pad
-
-    def drawing(name, policy, scorer, tokenizer, prompts, *arguments):
-        samples = draw(name, policy, scorer, tokenizer, prompts, *arguments)
-        rounds.append([prompts, samples, copy.deepcopy(policy.model.state_dict()), []])
-        return samples
-
-    def learning(sequences, *arguments):
-        rounds[-1][3].extend(map(tuple, sequences))
-        return padded(sequences, *arguments)
-
-    monkeypatch.setattr(best_of_n, "draw", drawing)
-    monkeypatch.setattr(sft, "pad", learning)
-    return rounds
-
-
 @pytest.fixture(scope="module")
 def tuned(trained, tmp_path_factory):
     """A folder in which both selections were fine-tuned on for two rounds of best-of-3, and what
@@ -500,7 +486,7 @@ def tuned(trained, tmp_path_factory):
             patch.setattr(best_of_n, "show_before_and_after", lambda *x: shown.extend(x))
             rounds = watch(patch)
             printed = rsft(out, "--rounds", "2", "--n", "3", "--finetune", how)
-        runs[how] = SimpleNamespace(rounds=rounds, shown=shown, printed=printed)
+        runs[how] = rounds, shown, printed
     after = snapshot(out)
     assert {path: after[path] for path in before} == before     # no stage was written over
     return out, runs
@@ -512,23 +498,23 @@ def test_rounds_of_finetuning(how, tuned):
     that learns from other responses than those beside its checkpoint; after for before on the
     screen."""
     out, runs = tuned
-    rounds = runs[how].rounds
-    shown = runs[how].shown
+    (first, second), shown, printed = runs[how]
     folder = out / "cpu" / f"rsft-{how}"
     reference, tokenizer, _ = load(out, "sft")
-    assert len(rounds) == 2 and equal(reference.state_dict(), rounds[0][2])
-    assert not equal(rounds[0][2], rounds[1][2])
-    assert not set(rounds[0][0]) & set(rounds[1][0])
+    assert equal(reference.state_dict(), first.weights)
+    assert not equal(first.weights, second.weights) and not set(first.prompts) & set(second.prompts)
 
     steps = 0
     rows = metrics(folder / "metrics.jsonl")
-    for number, (prompts, samples, _, learnt) in enumerate(rounds, start=1):
+    for number, drawn in ((1, first), (2, second)):
+        prompts = drawn.prompts
+        samples = drawn.samples
         rewards = samples.figures["reward"]
         assert rewards.shape == (12, 3) and not any(map(stories.is_held_out, prompts))
         kept = read_demonstrations(folder / f"kept-{number}.jsonl")
         demonstrations, _ = encode_demonstrations(kept, tokenizer, 128)
         sequences = [tuple(one.ids) for one in demonstrations]
-        assert sorted(learnt) == sorted(2 * sequences)  # two epochs
+        assert sorted(drawn.learnt) == sorted(2 * sequences)  # two epochs
         steps += 2 * math.ceil(len(sequences) / 4)
 
         flat = sorted(((rewards[i, j].item(), i, j) for i in range(12) for j in range(3)),
@@ -545,13 +531,12 @@ def test_rounds_of_finetuning(how, tuned):
         assert found["reward"] == pytest.approx(mean, abs=1e-5)
 
     assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
-    printed = runs[how].printed
     assert "fresh requests of the little world; 2 rounds of 3 responses to each of 12\n" in printed
     counts = r"kept    12 of 36 responses, for (\d+) of 12 prompts, at most (\d+) for one\n"
     assert ("12", "1") in re.findall(counts, printed) or how == "overall"
     policy, _, checkpoint = load(out, f"rsft-{how}")
-    assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), rounds[1][2])
-    assert equal(shown[1].state_dict(), rounds[0][2])
+    assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), second.weights)
+    assert equal(shown[1].state_dict(), first.weights)
     assert equal(shown[2].state_dict(), checkpoint["model"])
 
 
@@ -571,23 +556,16 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
             f"leave no room for 16 new tokens; 2 rounds of 4 responses to each of {len(short)}\n"
             ) in printed
     rsft(out, "--data", str(path), "--rsft_prompts", "7", "--epochs", "1")
-    first, second, third = [prompts for prompts, *_ in rounds]
+    first, second, third = [x.prompts for x in rounds]
     assert sorted(first) == sorted(second) == sorted(short) and len(short) < 20
     assert len(set(third)) == 7 and set(third) < set(short)
     kept = (out / "cpu/rsft-per_prompt").glob("kept-*.jsonl")
     assert [path.name for path in kept] == ["kept-1.jsonl"]
 
 
-RSFT_ONLY = ("name rsft-x", "rounds 2", "rsft_prompts 8", "epochs 2", "batch 8", "lr 0.1",
-             "warmup 1", "weight_decay 0.0", "report 2")
-YARDSTICK_ONLY = ("policies ppo", "prompts 8", "samples 8", "beta 0.2")
-
-
 @pytest.mark.parametrize("argv, message", [
-    *((f"--{flag}", f"--{flag}: goes with --finetune per_prompt or overall only$")
-      for flag in RSFT_ONLY),
-    *((f"--finetune overall --{flag}", f"--{flag}: goes with --finetune no only$")
-      for flag in YARDSTICK_ONLY),
+    ("--rounds 2", "--rounds 2: goes with --finetune per_prompt or overall only$"),
+    ("--finetune overall --samples 8", "--samples 8: goes with --finetune no only$"),
     ("--policies ppo,foo", "--policies foo: must be ppo or dpo, or the --name"),
     ("--beta 0", "--beta 0.0: must be positive"),
     ("--n 4 --data found-wrong-later.jsonl", "--n 4: goes with --prompt or --finetune only"),
@@ -620,11 +598,9 @@ def test_a_finetuned_policy_in_the_yardstick(tuned, monkeypatch):
     assert rows[None, "rsft-per_prompt"]["kl"] != 0
     assert rows[None, "best of 9"]["kl"] == pytest.approx(best_of_n_kl(9))
 
-    drawn = watch_draw(monkeypatch)
+    drawn = watch(monkeypatch)
     printed = run(out, "--finetune", "per_prompt", "--prompt", "Who are you?", "--n", "2")
-    (name, policy, *_), _ = drawn[0]
-    assert name == "rsft-per_prompt" and "winner of 2: " in printed
-    learnt = read_torch(out / "cpu/rsft-per_prompt/checkpoint.pt")["model"]
-    assert equal(policy.model.state_dict(), learnt)
+    assert drawn[0].name == "rsft-per_prompt" and "winner of 2: " in printed
+    assert equal(drawn[0].weights, load(out, "rsft-per_prompt")[2]["model"])
     with pytest.raises(InputError, match="a prompt of .* exceed the context of 128"):
         run(out, "--prompt", "long " * 200)
