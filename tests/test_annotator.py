@@ -55,8 +55,8 @@ def test_scores_before_a_text():
 
 
 def test_spread_of_the_reward():
-    """Rewards so similar that labels are coin flips, or so different that there is no noise. A dense
-    reward, of steps, whose sum is another reward: its optimum is another policy."""
+    """Rewards so similar that labels are coin flips, or so different that there is no noise. A
+    dense reward, of steps, whose sum is another reward: its optimum is another policy."""
     rng = random.Random(1)
     golds = []
     texts = [(PROMPT, text) for text in ("", "fox", "Moo. Moo. \n Moo! ", "word " * 60)]

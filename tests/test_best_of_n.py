@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import itertools
 import math
 import random
 import re
@@ -26,7 +25,7 @@ from data import stories
 from data.answer_key import (best_of_n_win_rate, cell, optimality_gap, pass_at_k, subset_weights,
                              win_rate)
 from data.corpus import held_out_documents
-from data.files import InputError, hold_out, read_demonstrations, read_pairs, write_jsonl
+from data.files import InputError, hold_out, read_demonstrations, write_jsonl
 from data.run import read_torch, write_torch
 from data.tokenizer import Tokenizer, encode_demonstrations
 from gpt import load_checkpoint, save_checkpoint, token_logprobs

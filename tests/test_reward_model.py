@@ -3,10 +3,12 @@ process reward model."""
 
 import contextlib
 import io
+import itertools
 import math
 import random
 import shutil
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -190,59 +192,51 @@ def of_context(block_size):
     return SimpleNamespace(config=SimpleNamespace(block_size=block_size))
 
 
+ANSWERS = [     # first, second, whether the second ended, why they can't be compared
+    ("A fox.", "A bear.", True, ""), ("B.", "C.", False, "no end"), (" \n", "D.", True, "blank"),
+    ("E.", "a\0b", True, "blank"), ("F.", "F.", True, "equal texts"),
+    ("G.", "Encoded anew it is longer. " * 20, True, "no end")]
+
+
 def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, monkeypatch, tmp_path):
     """An answer under another's prompt, an unfinished one compared with a whole one, one that
     dpo.py can't read back or that, encoded anew, no longer fits the context; an unusable pair that
     is judged, a label that is turned round or another pair's; the same samples in every batch."""
-    rng = random.Random(9)
+    answers = itertools.cycle(ANSWERS)
     seeds = set()
-    answers = []    # (request, text, whether it ended), two to each request
+    usable = []
     asked = []
-    labels = []
+    counts = Counter()
 
     def respond(model, tokenizer, prompts, max_new_tokens, seed):
         seeds.add(seed)
-        for ids in prompts:
-            request = tokenizer.decode(ids[1:-1])
-            text = stories.story(rng, request).text
-            if rng.random() < 0.1:
-                text = rng.choice(["", " \n", "a\0b"])
-            elif rng.random() < 0.1 and len(answers) % 2:
-                text = answers[-1][1]
-            answers.append((request, text, rng.random() > 0.1))
-        _, texts, ended = zip(*answers[-len(prompts):])
-        return list(texts), list(ended)
+        texts = []
+        ended = []
+        for ids, same in zip(prompts[::2], prompts[1::2], strict=True):
+            first, second, second_ended, reason = next(answers)
+            texts += [first, second]
+            ended += [True, second_ended]
+            counts[reason] += 1
+            if not reason:
+                usable.append((tokenizer.decode(ids[1:-1]), first, second))
+            assert ids == same
+        return texts, ended
 
     def judge(batch, rng):
         asked.extend(batch)
-        labels.extend(annotator_judge(batch, rng))
-        return labels[-len(batch):]
-
-    def fits(request, text):
-        return len(tokenizer.prompt(request) + tokenizer.response(text)) <= 200
+        return [(len(prompt) % 2, "") for prompt, _, _ in batch]
 
     monkeypatch.setattr(reward_model, "respond", respond)
-    config = reward_model.Config(sample_batch=32)
-    rows, dropped = reward_model.collect_pairs(of_context(200), tokenizer, draw_requests, 200,
-                                               judge, config, random.Random(10))
-    counts = {"no end": 0, "blank": 0, "equal texts": 0}
-    usable = []
-    for (request, first, first_ended), (same, second, second_ended) in zip(answers[::2],
-                                                                           answers[1::2]):
-        assert same == request
-        if not (first_ended and second_ended and fits(request, first) and fits(request, second)):
-            counts["no end"] += 1
-        elif not (first.strip() and second.strip()) or "\0" in first + second:
-            counts["blank"] += 1
-        elif first == second:
-            counts["equal texts"] += 1
-        else:
-            usable.append((request, first, second))
-    assert asked == usable and dropped == counts and min(counts.values()) > 5
-    for row, (request, *texts), (choice, _) in zip(rows, usable, labels, strict=True):
-        assert row == dict(prompt=request, chosen=texts[choice], rejected=texts[1 - choice])
+    config = reward_model.Config(sample_batch=8)
+    rows, dropped = reward_model.collect_pairs(of_context(100), tokenizer, draw_requests, 12, judge,
+                                               config, random.Random(10))
+    assert asked == usable and dropped == {reason: counts[reason] for reason in dropped}
+    for row, (prompt, *texts) in zip(rows, usable, strict=True):
+        choice = len(prompt) % 2
+        assert row == dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice])
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    assert read_pairs(tmp_path / "pairs.jsonl") == rows and len(rows) == 200 and len(seeds) > 5
+    assert read_pairs(tmp_path / "pairs.jsonl") == rows and len(rows) == 12
+    assert {row["chosen"] for row in rows} == {"A fox.", "A bear."} and len(seeds) > 5
 
 
 def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
@@ -485,8 +479,8 @@ FILES = {
     ("--process --data good", "--process True: cannot be used with --data"),
     ("--process --learning_curve", "--learning_curve True: is a curve of pairs")])
 def test_what_is_refused_is_one_line_and_costs_nothing(argv, message, policy, tmp_path):
-    """A typing error that costs last night's checkpoint or minutes of sampling; labels of the file's under another judge's
-    name; a number of pairs that nothing collects; marks of one's own pairs that nobody gave."""
+    """A typing error that costs last night's checkpoint or minutes of sampling; the file's labels
+    under another judge's name; a number of pairs that nothing collects; marks that nobody gave."""
     for name, rows in FILES.items():
         write_jsonl(tmp_path / name, rows)
     if not (policy / "cpu/reward_model/checkpoint.pt").exists():
