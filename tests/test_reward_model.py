@@ -352,22 +352,9 @@ PAIRS = color_pairs(60)
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """A folder with a tiny base model and a tiny SFT model that answers questions about colors with
-    good and bad."""
-    folder = tmp_path_factory.mktemp("policy")
-    (folder / "corpus.txt").write_text("".join(" ".join(row.values()) + "\n" for row in PAIRS) * 2)
-    rows = []
-    for kind in ("chosen", "rejected"):
-        rows += [{"prompt": row["prompt"], "completion": row[kind]} for row in PAIRS]
-    write_jsonl(folder / "rows.jsonl", rows)
-    common = ["--size", "cpu", "--out", str(folder), "--batch", "8"]
-    flags = ("--n_layer 1 --n_head 2 --n_embd 32 --vocab_size 290 --block_size 64 --steps 10 "
-             "--report 10")
-    gpt.main([*common, "--text", str(folder / "corpus.txt"), *flags.split()])
-    flags = "--lr 0.01 --max_new_tokens 20"
-    sft.main([*common, "--data", str(folder / "rows.jsonl"), *flags.split()])
-    return folder
+def policy(stages, tmp_path_factory):
+    """A copy of the stages, whose reward model is trained on other pairs."""
+    return shutil.copytree(stages, tmp_path_factory.mktemp("policy") / "out")
 
 
 def load(path, stage="reward_model"):
@@ -394,7 +381,7 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
     sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
 
     # 1. It learnt what was preferred, and stayed near the SFT model, from which it started.
-    pairs, _, _ = encode_pairs(PAIRS, tokenizer, 64)
+    pairs, _, _ = encode_pairs(PAIRS, tokenizer, 128)
     margin = reward_model.held_out_margins(model, pairs)
     assert share_right(margin) > 0.95 and margin.mean() > 1
     change = model.trunk.wte.weight - sft_model.wte.weight
@@ -413,7 +400,7 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
     assert scores.std().item() == pytest.approx(deviation, rel=0.2)
     *_, row = metrics(policy / "cpu/reward_model/metrics.jsonl")
     train_rows, held_out_rows = hold_out(PAIRS)  # the same prompts, so the same ones held out
-    held_out, _, _ = encode_pairs(held_out_rows, tokenizer, 64)
+    held_out, _, _ = encode_pairs(held_out_rows, tokenizer, 128)
     margin = reward_model.held_out_margins(model, held_out)
     loss = F.softplus(-margin).mean().item()
     assert row["held_out_loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
@@ -450,7 +437,7 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(flags, count, poli
     capsys.readouterr()
     train(policy, "--learning_curve", "--batch", "64", *flags)
     split = hold_out(color_pairs(count))
-    pairs, held_out = [encode_pairs(rows, tokenizer, 64)[0] for rows in split]
+    pairs, held_out = [encode_pairs(rows, tokenizer, 128)[0] for rows in split]
     *_, header, first, last = capsys.readouterr().out.splitlines()
     assert "Bayes" not in header            # the true rewards are not known
     parts = (pairs[:256], pairs)
@@ -464,7 +451,7 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(flags, count, poli
 EQUAL = {"chosen": "b", "rejected": "b"}
 FILES = {
     "equal": [{"prompt": "a", **EQUAL}, {"prompt": "c", **EQUAL}],
-    "long": [{"prompt": "z" * 45 + x, "chosen": "b", "rejected": "c"} for x in "abc"],
+    "long": [{"prompt": "z" * 120 + x, "chosen": "b", "rejected": "c"} for x in "abc"],
     "good": PAIRS}
 
 
