@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import best_of_n
 import dpo
@@ -16,19 +15,25 @@ import ppo
 from data import answer_key
 from data.annotator import gold_reward
 from data.files import InputError, read_pairs, write_jsonl
+from data.tokenizer import Pair
 from helpers import explained, noise
 from reward_model import RewardModel, score_all
 
 
+SETTINGS = {"dpo": dict(beta=0.3), "ipo": dict(beta=0.1), "simpo": dict(beta=5.0, gamma=0.7),
+            "orpo": dict(lam=1.5), "kto": dict(undesirable_weight=0.5)}  # not the defaults
+
+
 @pytest.fixture(scope="module")
 def trained(stages, tmp_path_factory):
-    """A folder with a policy of every loss, none with its default settings, and one of PPO."""
+    """A folder with a policy of every loss, and one of PPO."""
     out = shutil.copytree(stages, tmp_path_factory.mktemp("explained") / "out")
     common = ["--out", str(out), "--size", "cpu", "--max_new_tokens", "16"]
-    for loss, flags in (("dpo", "--beta 0.3"), ("ipo", "--beta 0.1"), ("simpo", "--gamma 0.7"),
-                        ("orpo", "--lam 1.5"), ("kto", "--undesirable_weight 0.5")):
-        flags += f" --loss {loss} --name dpo-{loss} --batch 8 --lr 1e-2 --warmup 1"
-        dpo.main(common + flags.split())
+    for loss, settings in SETTINGS.items():
+        flags = f"--loss {loss} --name dpo-{loss} --batch 8 --lr 1e-2 --warmup 1".split()
+        for name, value in settings.items():
+            flags += [f"--{name}", str(value)]
+        dpo.main(common + flags)
     ppo.main(common + "--iterations 2 --rollouts 8 --minibatch 4 --lr 1e-3".split())
     return out
 
@@ -54,7 +59,7 @@ def response_logprobs(model, ids, prompt):
     return gpt.token_logprobs(model(x), x)[0, len(prompt) - 1:]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_a_pairs_numbers(loss, trained, monkeypatch):
     """A column of another response or model; a β, γ or λ that is the default's and not the one that
     the policy was trained with; a gradient with the sign of the other response."""
@@ -66,9 +71,9 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
     assert dict(prompt=texts["prompt"], chosen=texts["y_w"], rejected=texts["y_l"]) in rows
 
     prompt = tokenizer.prompt(texts["prompt"])
+    pair = []
     logprobs = []
     refs = []
-    lengths = []
     for i, (label, mark) in enumerate((("y_w", ""), ("y_l", "'"))):
         ids = prompt + tokenizer.response(texts[label])
         found = response_logprobs(policy, ids, prompt)
@@ -80,37 +85,28 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
         if loss in ("dpo", "ipo", "kto"):
             ratio = tokens[f"log ratio{mark}"][:n]
             assert ratio == pytest.approx((found - ref).tolist(), abs=1e-5)
-        logprobs.append(found.sum())
-        refs.append(ref.sum())
-        lengths.append(n)
+        pair.append(ids)
+        logprobs.append(found.sum(dim=0, keepdim=True).requires_grad_())
+        refs.append(ref.sum(dim=0, keepdim=True))
         gold = gold_reward(texts["prompt"], texts[label])
         score = score_all(reward_model, [ids]).item()
         assert rewards[label][-2:] == pytest.approx([score, gold], abs=1e-5)
         assert sums["log π_θ(y|x)"][i] == pytest.approx(found.sum().item(), abs=1e-4)
-    w, l = torch.stack(logprobs).requires_grad_()
-    h = (w - refs[0]) - (l - refs[1])
-    mean_w = w / lengths[0]
-    mean_l = l / lengths[1]
-    if loss == "dpo":
-        expected = -F.logsigmoid(0.3 * h)
-    elif loss == "ipo":
-        expected = (h - 5) ** 2
-    elif loss == "simpo":
-        expected = -F.logsigmoid(10 * (mean_w - mean_l) - 0.7)
-    elif loss == "orpo":
-        odds = [p / (1 - p) for p in (mean_w.exp(), mean_l.exp())]
-        expected = -mean_w - 1.5 * F.logsigmoid((odds[0] / odds[1]).log())
-    else:
+
+    config = dpo.Config(loss=loss, **SETTINGS[loss])
+    if loss == "kto":
         z0 = sums["r̂ = log ratio"][0] - sums["r̂ - z0"][0]
         assert f"z0 = {z0:.3f} nats" in legend
-        good = 1 - torch.sigmoid(0.2 * (w - refs[0] - z0))
-        bad = 0.5 - 0.5 * torch.sigmoid(0.2 * (z0 - l + refs[1]))
-        assert sums["loss λ_y - v"] == pytest.approx([good.item(), bad.item()], abs=1e-4)
-        expected = good + bad
-    if loss != "kto":
-        found = float(re.search(r"loss.* (\d+\.\d{3})(;|$)", legend, re.M)[1])
-        assert found == pytest.approx(expected.item(), abs=2e-3)
-    gradient = torch.autograd.grad(expected, (w, l))
+        good = torch.tensor([True, False])
+        expected = 2 * dpo.kto_loss(torch.cat(logprobs), torch.cat(refs), good, z0, config.beta,
+                                    config.desirable_weight, config.undesirable_weight)
+        shown = sum(sums["loss λ_y - v"])
+    else:
+        pairs = [Pair(*pair, len(prompt))]
+        expected, _ = dpo.loss_of_logprobs(logprobs, refs, pairs, config)
+        shown = float(re.search(r"loss.* (\d+\.\d{3})(;|$)", legend, re.M)[1])
+    assert shown == pytest.approx(expected.item(), abs=2e-3)
+    gradient = torch.autograd.grad(expected, logprobs)
     assert sums["∂L/∂log π_θ(y|x)"] == pytest.approx([x.item() for x in gradient], rel=1e-2)
 
 

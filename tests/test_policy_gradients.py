@@ -20,8 +20,8 @@ from data.run import read_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from helpers import (END, LIMIT, METHODS, V, bare_rollouts, draw_prompts, first_step,
-                     made_up_rollouts, noise, optimize, ragged_mask, response_reward,
-                     snapshot, tiny_gpt, tiny_reward_model)
+                     made_up_rollouts, noise, optimize, ragged_mask, response_reward, tiny_gpt,
+                     tiny_reward_model)
 from reward_model import RewardModel
 
 WITH_RATIO = [method for method in METHODS if method not in ppo.ONE_STEP]
@@ -511,9 +511,8 @@ def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
         return backward(policy, documents, *others)
 
     argv = ["--out", str(out), *TINY, "--data", str(rows), "--ptx", "20"]
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "ptx_backward", spy)
-        ppo.main(argv)
+    monkeypatch.setattr(ppo, "ptx_backward", spy)
+    ppo.main(argv)
     before, after = pretraining_line(capsys.readouterr().out)
     assert after < before - 0.2
     assert [len(documents) for documents in drawn] == [4] * 16  # as many as responses
@@ -528,10 +527,8 @@ def test_pretraining_text_of_somebodys_own(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="the run began with another .*text.txt; start again"):
         ppo.main([*argv, "--resume"])
     text.unlink()
-    found = snapshot(out)
     with pytest.raises(InputError, match=f"^{text}: no such file$"):
         ppo.main([*argv, "--resume"])
-    assert snapshot(out) == found
 
 
 @pytest.mark.parametrize("flags, expected", [
