@@ -46,15 +46,6 @@ def random_rows(seed, count, longest=40):
     return [[rng.randrange(V) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def random_pairs(seed, count):
-    """Pairs of very different lengths."""
-    pairs = []
-    for prompt, better, worse in zip(random_rows(seed, count, 5), random_rows(seed + 1, count),
-                                     random_rows(seed + 2, count)):
-        pairs.append(Pair(prompt + better, prompt + worse, len(prompt)))
-    return pairs
-
-
 def reward_of(model, ids):
     """A sequence's reward, without padding."""
     return model(torch.tensor([ids]))[0, -1]
@@ -168,7 +159,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(monkeypatch):
     """A last micro-batch that is smaller and counts as much as the others; chosen and rejected cut
     apart at the wrong row; an accuracy of 30 % that is one of 70 % with a sign turned."""
     twin = tiny_model(5)
-    pairs = random_pairs(5, 7)
+    rows = random_rows(5, 14)
+    pairs = [Pair(chosen, rejected, 1) for chosen, rejected in zip(rows[:7], rows[7:])]
     found = one_step(reward_model.fit, tiny_model(5), pairs, 3, monkeypatch)
     margins = [reward_of(twin, pair.chosen) - reward_of(twin, pair.rejected) for pair in pairs]
     margin = torch.stack(margins)   # pair by pair, without padding
