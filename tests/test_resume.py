@@ -21,7 +21,6 @@ import runpy
 import shutil
 import signal
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -165,21 +164,6 @@ def at_gradient(n, action):
         yield calls
 
 
-@pytest.fixture(scope="module", params=STAGES)
-def finished(request, given, tmp_path_factory):
-    """A stage that ran without a stop: its name, main(), folder, what it printed, its gradients per
-    step."""
-    name = request.param
-    argv, folder = before(name, given, tmp_path_factory.mktemp("finished"))
-    screen = io.StringIO()
-    main = STAGES[name][0].main
-    with contextlib.redirect_stdout(screen), at_gradient(None, None) as gradients:
-        main(argv)
-    steps = metrics(folder / "metrics.jsonl")[-1]["step"]
-    return types.SimpleNamespace(name=name, main=main, folder=folder, screen=screen.getvalue(),
-                                 steps=steps, per_step=gradients[0] // steps)
-
-
 def spoil(parameters):
     parameters[0].grad[0, 0] = math.nan
 
@@ -188,14 +172,22 @@ def press_ctrl_c(parameters):
     signal.raise_signal(signal.SIGINT)
 
 
-def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(finished, given, tmp_path, capsys):
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(name, given, tmp_path, capsys):
     """A momentum, a half-averaged loss, an adapted beta, a baseline or a round's samples that were
     not saved; NaN in all weights, saved over the last good ones; a step that Ctrl-C loses, or half
     of a PPO iteration that it saves; a library that reseeds its user's generators."""
-    name = finished.name
-    argv, folder = before(name, given, tmp_path)
+    main = STAGES[name][0].main
+    argv, reference = before(name, given, tmp_path / "whole")
+    with at_gradient(None, None) as gradients:
+        main(argv)
+    steps = metrics(reference / "metrics.jsonl")[-1]["step"]
+    per_step = gradients[0] // steps
+    check_screen(capsys.readouterr().out.splitlines())
+
+    argv, folder = before(name, given, tmp_path / "stopped")
     path = folder / "unfinished/state.pt"
-    an_earlier_run(folder, finished.folder)
+    an_earlier_run(folder, reference)
     random.seed(5)
     np.random.seed(6)
     torch.manual_seed(7)
@@ -203,32 +195,31 @@ def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(finished, given, tm
     handler = signal.getsignal(signal.SIGINT)
 
     # 1. The second half of the step, if it has several gradients, ends in NaN.
-    step = finished.steps // 2
-    with pytest.raises(FloatingPointError) as error:
-        with at_gradient((step + 1) * finished.per_step, spoil):
-            finished.main(argv)
+    step = steps // 2
+    with pytest.raises(FloatingPointError) as error, at_gradient((step + 1) * per_step, spoil):
+        main(argv)
     assert re.match(rf"{name}, step {step + 1}: gradient norm nan: no step taken; .*; last "
                     r"figures: step \d+, .*", str(error.value))
-    check_unfinished(folder, finished.folder)
+    check_unfinished(folder, reference)
     saved = read_torch(path)
     assert 0 < saved["step"] <= step and set(saved["sources"]) == set(STAGES[name][2])
 
     # 2. Ctrl-C in the step after that.
     if "--save" in argv:
         argv += ["--save", "3"]     # may change
-    gradient = (step + 1 - saved["step"]) * finished.per_step + 1
+    gradient = (step + 1 - saved["step"]) * per_step + 1
     with pytest.raises(KeyboardInterrupt) as interrupt, at_gradient(gradient, press_ctrl_c):
-        finished.main([*argv, "--resume"])
+        main([*argv, "--resume"])
     assert str(interrupt.value).startswith(f"{name}: saved after step {step + 2} of ")
     assert str(interrupt.value).endswith("; --resume continues")
     assert "stops after this step (press again to stop at once)" in capsys.readouterr().out
-    check_unfinished(folder, finished.folder)
+    check_unfinished(folder, reference)
     assert read_torch(path)["step"] == step + 2
 
     # 3. To its end.
-    finished.main([*argv, "--resume"])
+    main([*argv, "--resume"])
     assert f"{name}: continues after step {step + 2}\n" in capsys.readouterr().out
-    check_finished(folder, finished.folder)
+    check_finished(folder, reference)
     assert signal.getsignal(signal.SIGINT) is handler
     assert generators == (random.getstate(), str(np.random.get_state()), torch.initial_seed())
 
@@ -236,15 +227,13 @@ def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(finished, given, tm
 LARGE = {".2f": 1234.56, ".1%": 9.99, ".0%": 1.0, ".1e": 1.5e-5, ".0f": 1024.0}
 
 
-def test_every_row_fits_the_screen(finished):
-    """A row that a terminal breaks in two, or a figure below the name of another one: every column
-    ends where its name does (test_run.py), so long as large figures fit it."""
-    lines = finished.screen.splitlines()
+def check_screen(lines):
+    """No row that a terminal breaks in two: each is as long as the names above it (test_run.py has
+    them in columns), also with large figures."""
     rows = [line for line in lines if re.match(r" *\d+/\d+ ", line)]
     names = lines[lines.index(rows[0]) - 1]
     assert len(rows) > 1 and names.startswith("     step ") and names.endswith("   left")
-    for row in rows:
-        assert len(row) == len(names) <= 100
+    assert {len(row) for row in rows} == {len(names)} and len(names) <= 100
     for form in FORMATS.values():
         assert len(f"{LARGE[form]:{form}}") <= 7
 
