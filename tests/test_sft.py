@@ -9,8 +9,6 @@ import torch
 
 import gpt
 import sft
-from data import stories
-from data.annotator import answers
 from data.corpus import draw_demonstrations
 from data.files import InputError, write_jsonl
 from data.run import SilentRun, write_torch
@@ -73,23 +71,6 @@ def test_rates_and_figures_of_fine_tuning(monkeypatch):
     last = run.rows[-1]
     assert last["held_out"] == pytest.approx(token_losses(model, *zip(*held_out)).mean().item())
     assert last["entropy"] == 0.5 and last["excess"] == pytest.approx(last["held_out"] / 0.5 - 1)
-
-
-def test_answers_are_stories_that_ended():
-    """A base model that goes on with more requests, or a story that never ends, counted as an
-    answer."""
-    rng = random.Random(3)
-    asked = stories.request(rng).text
-    told = stories.story(rng, asked).text
-    opening, wish, *rest = stories.split_sentences(told)
-    unknown = "The end is nigh."
-    cases = [(told, True, 1, 1), (told, False, 0, 0), ("", True, 0, 0), (asked, True, 0, 0),
-             (stories.page(rng).text, True, 0, 0), (told[:-5], True, 1, 0),
-             (opening, True, 0, 0), (f"{opening} {wish}", True, 1, 1),
-             (" ".join([wish, *rest]), True, 1, 0),
-             (f"{opening} {unknown} {wish} {unknown}", True, 0, 0)]
-    for text, ended, story, flawless in cases:
-        assert answers([text], [ended]) == (story, flawless)
 
 
 # --------------------------------------------------------------------------------------------------
