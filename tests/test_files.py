@@ -176,11 +176,11 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
     (read_demonstrations, {"messages": LONG},
      "\"messages\" has the turns 'user, assistant, user, assistant', but only one exchange is "
      "supported, user then assistant; keep its first one, or remove the line"),
+    (read_demonstrations, {"messages": [{"role": "developer", "content": "x"}]},
+     '"messages" has a system message'),
     (read_demonstrations, {"messages": SYSTEM + conversation("q", "a")},
      '"messages" has a system message, and the chat format here has none; write its text at the '
      "beginning of the user's, or remove it"),
-    (read_demonstrations, {"messages": [{"role": "developer", "content": "x"}]},
-     '"messages" has a system message'),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
      '"messages" begins with another prompt than the row has; keep one of them'),
     (read_pairs, {**TRL, "prompt": LONG[:3]}, '"prompt" has the turns'),
@@ -233,12 +233,11 @@ def test_what_a_row_means(reader, rows, expected, printed, tmp_path, capsys):
     assert capsys.readouterr().out == (f"{path}: {printed}" if printed else "")
 
 
-@pytest.mark.parametrize("reader, row, message", [
-    (read_demonstrations, {**LABEL, "label": False}, 'every row has "label": false'),
-    (read_labels, {**PAIR, "rejected": "a fox"}, "every pair has two equal texts")])
-def test_nothing_is_left_of_a_file(reader, row, message, tmp_path):
+@pytest.mark.parametrize("reader, row", [
+    (read_demonstrations, {**LABEL, "label": False}), (read_labels, {**PAIR, "rejected": "a fox"})])
+def test_nothing_is_left_of_a_file(reader, row, tmp_path):
     """All rows are left out, and a mean over none of them."""
-    with pytest.raises(InputError, match=f"rows.jsonl: {message}"):
+    with pytest.raises(InputError, match="rows.jsonl: every (row|pair) has"):
         reader(put_rows(tmp_path / "rows.jsonl", row, row))
 
 
@@ -263,8 +262,7 @@ def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
     train, held_out = hold_out(rows)
     assert held_out == [row for row in rows if row["prompt"] in expected]   # in the file's order
     assert train == [row for row in rows if row["prompt"] not in expected]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    for found, part in zip(split_prompts(tmp_path / "rows.jsonl"), (train, held_out)):
+    for found, part in zip(split_prompts(put_rows(tmp_path / "a", *rows)), (train, held_out)):
         assert found == list(dict.fromkeys(row["prompt"] for row in part))
 
 
@@ -451,23 +449,20 @@ def test_failed_write_leaves_the_old_file(step, error, rows, tmp_path, monkeypat
 # Locks
 
 
-@pytest.mark.parametrize("system", ["Unix", "Windows"])
-def test_a_lock_is_held_until_it_is_closed(system, tmp_path, monkeypatch):
-    """Two runs in one folder, also on Windows, which has another lock; a folder that stays
-    locked."""
-    if system == "Windows":
-        flock = files.fcntl.flock
+def test_a_lock_on_windows(tmp_path, monkeypatch):
+    """Two runs in one folder there, where a lock is another function; a folder that stays locked.
+    (On Unix: test_what_resume_refuses.)"""
+    flock = files.fcntl.flock
 
-        def locking(descriptor, mode, size):
-            assert (mode, size) == (2, 1)
-            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def locking(descriptor, mode, size):
+        assert (mode, size) == (2, 1)
+        flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-        monkeypatch.setattr(files, "fcntl", None)
-        monkeypatch.setattr(files, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
     lock = lock_folder(tmp_path)
-    with pytest.raises(InputError, match="another run is using this folder; wait for it") as error:
+    with pytest.raises(InputError, match="another run is using this folder; wait for it, or cho"):
         lock_folder(tmp_path)
-    assert "\n" not in str(error.value)
     lock.close()
     lock_folder(tmp_path).close()
 
