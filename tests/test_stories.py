@@ -188,7 +188,7 @@ def test_changed_stories_have_another_probability():
             "", f"{start} {end}", f"{start} {turn} {turn} {end}", f"{turn} {start}",
             f"{start} {turn} {other.replace('Uncle Tom', 'the postman')}",  # another friend
             text.replace("She broke", "He broke"),                          # another pronoun
-            text.replace("her", "his").replace("She", "He").replace("she", "he"),
+            text.replace("her ", "his ").replace("She", "He").replace("she", "he"),
             f"{start} {end} {turn}", f"{start}  {turn}", f"{start} {turn} ", f"{text} The end."):
         assert log_probability(request, bad) == -math.inf, bad
 
