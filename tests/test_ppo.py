@@ -16,12 +16,12 @@ import ppo
 import reward_model
 import sft
 from data.files import InputError, read_comparisons, write_jsonl
-from data.run import read_torch
+from data.run import SilentRun, read_torch
 from data.stories import is_held_out
 from data.tokenizer import Tokenizer
 from gpt import load_checkpoint, save_checkpoint, token_logprobs
-from helpers import (END, LIMIT, cpu_only, draw_prompts, first_step, made_up_rollouts, metrics,
-                     noise, optimize, ragged_mask, response_reward, snapshot, tiny_gpt,
+from helpers import (END, LIMIT, PROMPTS, V, cpu_only, draw_prompts, first_step, made_up_rollouts,
+                     metrics, noise, optimize, ragged_mask, response_reward, snapshot, tiny_gpt,
                      tiny_reward_model, untimed)
 from reward_model import RewardModel
 
@@ -148,7 +148,6 @@ def test_first_minibatch_is_on_policy(monkeypatch):
     entropy = -batch.old_logprobs[mask].mean().item()
     assert figures["entropy"] == pytest.approx(entropy, rel=1e-5)
 
-    surprise = []
     kl = 0.0
     for row, t in mask.nonzero().tolist():
         prefix = batch.tokens[row:row + 1, :t + 1]
@@ -161,9 +160,25 @@ def test_first_minibatch_is_on_policy(monkeypatch):
         assert batch.old_values[row, t].item() == pytest.approx(value.item(), abs=1e-4)
         assert batch.old_logprobs[row, t].item() == pytest.approx(logprob.item(), abs=1e-4)
         kl += (logprob - ref).item() / 32
-        surprise.append((-logprob - colder.entropy()).item())
     assert figures["kl"] == pytest.approx(kl, abs=1e-4)
-    assert abs(np.mean(surprise)) < 4 * np.std(surprise) / len(surprise) ** 0.5
+
+
+def test_rollouts_follow_the_scored_distribution():
+    """Rollouts sampled with top-k or at temperature 1, but scored at another: importance ratios of
+    the wrong policy."""
+    count = 1000
+    policy = tiny_gpt(0)
+    config = ppo.Config(micro_batch=4000, max_new_tokens=1, temperature=0.5)
+    task = ppo.Task(draw_prompts, response_reward(len), END)
+    rollouts = ppo.sample(policy, policy, None, task, PROMPTS * count, config, random.Random(0),
+                          SilentRun())
+    for i, prompt in enumerate(PROMPTS):
+        drawn = rollouts.tokens[i::len(PROMPTS), len(prompt)]
+        with torch.no_grad():
+            p = (policy(torch.tensor([prompt]))[0, -1] / 0.5).softmax(0)
+        frequency = torch.bincount(drawn, minlength=V) / count
+        error = (p * (1 - p) / count).sqrt()
+        assert ((frequency - p).abs() < 4.5 * error + 1e-3).all()
 
 
 def test_value_explained_is_measured_against_what_came(monkeypatch):
