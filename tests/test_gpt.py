@@ -112,7 +112,7 @@ def test_logprobs_against_cross_entropy(scale):
     with torch.no_grad():
         model.wte.weight *= scale
     tokens = random_tokens(31, 5, 14)
-    logits = model(tokens).detach().bfloat16()  # from the GPU: digits that are gone stay gone
+    logits = model(tokens).detach().bfloat16()  # as a bf16 model would give them
     rounded = -F.cross_entropy((logits[:, :-1].float() / 0.7).flatten(0, 1),
                                tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(token_logprobs(logits, tokens, 0.7).flatten(), rounded)
@@ -180,17 +180,10 @@ def brute_force_sample(model, prompts, max_new_tokens, end_token, temperature, s
     return responses
 
 
-@pytest.fixture
-def shapes(monkeypatch):
-    """A list that holds, for every forward pass, the shape of its tokens."""
+def watch_shapes(model):
+    """A list that will hold, for every forward pass, the shape of its tokens."""
     shapes = []
-    hidden = GPT.hidden
-
-    def watched(model, tokens, *rest, **named):
-        shapes.append(tuple(tokens.shape))
-        return hidden(model, tokens, *rest, **named)
-
-    monkeypatch.setattr(GPT, "hidden", watched)
+    model.wte.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
     return shapes
 
 
@@ -204,7 +197,7 @@ def nan_memory():
 
 
 @pytest.mark.parametrize("temperature, at_once", [(1.0, None), (0.6, 7)])
-def test_sampling_equals_a_brute_force_sampler(temperature, at_once, shapes, nan_memory):
+def test_sampling_equals_a_brute_force_sampler(temperature, at_once, nan_memory):
     """An old key, padding or memory that is seen, a row that goes on in another one's slots once
     the batch has shrunk; more in memory than at_once, or other samples then; the last place of the
     context; draws from the global generator, which training would notice."""
@@ -212,7 +205,7 @@ def test_sampling_equals_a_brute_force_sampler(temperature, at_once, shapes, nan
     prompts = random_prompts(11, 20)
     assert {1, 9} <= {len(prompt) for prompt in prompts}  # 9 + 45 tokens fill the context
     expected = brute_force_sample(model, prompts, 45, END, temperature, seed=5)
-    shapes.clear()
+    shapes = watch_shapes(model)
     state = torch.get_rng_state()
     rollout = generate(model, prompts, 45, END, temperature, seed=5, at_once=at_once)
     assert rollout.responses() == expected
@@ -230,9 +223,10 @@ def test_sampling_equals_a_brute_force_sampler(temperature, at_once, shapes, nan
     assert one != other and torch.equal(torch.get_rng_state(), state)
 
 
-def test_sampling_stops_when_all_rows_have_ended(shapes):
+def test_sampling_stops_when_all_rows_have_ended():
     """96 forward passes for responses of ten tokens."""
     model = constant_model([0.0] * END + [60.0] + [0.0] * 7)
+    shapes = watch_shapes(model)
     rollout = generate(model, [[1], [2, 4]], 60, END, seed=1)
     assert rollout.responses() == [[END], [END]] and rollout.lengths.tolist() == [2, 3]
     assert len(shapes) <= 8
