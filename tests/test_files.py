@@ -480,7 +480,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
                                            "second run in this folder\n")
 
 
-def test_half_written_files_of_processes_that_have_ended_are_removed(tmp_path):
+def test_half_written_files_of_processes_that_have_ended_are_removed(tmp_path, monkeypatch):
     """What a killed run left half written stays for ever; or the second one of two runs removes
     the file that the first one is writing, which dies with a traceback."""
     (tmp_path / "unfinished").mkdir()
@@ -495,6 +495,12 @@ def test_half_written_files_of_processes_that_have_ended_are_removed(tmp_path):
 
     write_atomic(tmp_path / "state.pt", write)
     assert (tmp_path / "state.pt").read_bytes() == b"whole"
+
+    def refuse(process, number):
+        raise PermissionError   # it is running, and another user's
+
+    monkeypatch.setattr(os, "kill", refuse)
+    write_atomic(tmp_path / "state.pt", write)
 
 
 # --------------------------------------------------------------------------------------------------

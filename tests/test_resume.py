@@ -252,7 +252,7 @@ def small_stage(folder, last=None, resume=False, stage="sft", sources=(), **sett
     its own; it stops after step `last`. Returns what it began with: the state, and in it what was
     loaded from it."""
     model = gpt.GPT(gpt.GPTConfig(5, 4, 0, 1, 4), torch.Generator().manual_seed(1))
-    adaptive = {"beta": 0.5}
+    adaptive = {"beta": 0.5, "mean": 0.0}
     found = None
     config = sft.Config(size="cpu", resume=resume, **settings)
     with Run(stage, folder, config, 3, sources, total=6, save=2) as one:
@@ -605,7 +605,7 @@ def test_a_damaged_state_is_refused(tmp_path):
     assert same(small_stage(tmp_path, 4, resume=True), infinite)
 
     cases = [*damaged(whole, values, tmp_path / "marker"), *wrong_types(values, "the state")]
-    parts = [("adaptive", "nan", {"beta": math.nan})]
+    parts = [("adaptive", "nan", {"beta": 0.5, "mean": math.nan})]
     for name, part in values["state"].items():
         parts += [(name, label, content) for label, content in wrong_types(part, name)]
     for name, label, content in parts:
