@@ -412,7 +412,8 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(flags, count, poli
     monkeypatch.chdir(tmp_path)
     write_jsonl("stage.jsonl", color_pairs(320))
     write_jsonl("given.jsonl", color_pairs(340))
-    train(policy, "--data", "stage.jsonl", "--batch", "64")
+    if not flags:   # else the stage has the pairs of another run
+        train(policy, "--data", "stage.jsonl", "--batch", "64")
     before = snapshot(policy)
     sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
     points = []
