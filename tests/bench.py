@@ -109,7 +109,8 @@ def bench_gpt(config):
         # Every step reads all weights, and the keys and values of the tokens before.
         size = 2 if device.type == "cuda" else 4
         cached = 2 * rows * config.n_layer * config.n_embd * (prompt + new / 2)
-        bounds = {"FLOP": flops / rate, "memory": new * (4 * parameters + size * cached) / bandwidth}
+        bytes_read = new * (4 * parameters + size * cached)
+        bounds = {"FLOP": flops / rate, "memory": bytes_read / bandwidth}
         kind = max(bounds, key=bounds.get)
         print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} "
               f"tokens/s, {bounds[kind] / seconds:.0%} of the {kind} bound")
