@@ -328,6 +328,17 @@ def test_steps_and_figures_of_every_method(method, beta, monkeypatch):
     assert abs(row["kl"]) > 1e-3
 
 
+@pytest.mark.parametrize("method", ["ppo", "a2c"])
+def test_rates_fall_to_zero(method, monkeypatch):
+    """A rate that rises, or stays: near the optimum advantages are noise, scaled up."""
+    rates = []
+    monkeypatch.setattr(ppo, "optimizer_step", lambda optimizer, model, lr: rates.append(lr))
+    config = ppo.Config(method=method, iterations=4, rollouts=4, lr=0.4, value_lr=0.8,
+                        max_new_tokens=LIMIT)
+    optimize(tiny_gpt(0), tiny_gpt(1), tiny_reward_model(2), task(), config)
+    assert rates == pytest.approx([0.4, 0.8, 0.3, 0.6, 0.2, 0.4, 0.1, 0.2])
+
+
 def test_the_penalty_adapts_to_the_whole_update():
     """A mean over the minibatches as they are trained on: with one step a batch it is 0, and c
     halves until nothing is left. The oracle: both policies, all logits."""
