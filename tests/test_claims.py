@@ -7,13 +7,14 @@ from copy import deepcopy
 import pytest
 import torch
 
+import dpo
 import reward_model
-from assets.claims import marks, where_trained, writers
+from assets.claims import cost, marks, other_pairs, phrasings, where_trained, writers
 from data import stories
 from data.annotator import choose, gold_reward, rubric
-from data.files import InputError
+from data.files import InputError, read_pairs
 from data.run import SilentRun
-from data.tokenizer import Pair
+from data.tokenizer import Pair, encode_pairs
 from gpt import load_checkpoint, save_checkpoint
 from helpers import ASKED, HAPPY, KIND, SAD, metrics, noise, story_of, tiny_reward_model
 
@@ -109,3 +110,37 @@ def test_marks(out):
     marks.main(["--out", str(out), "--limit", "32"])
     rows = metrics(out / "cpu/claim-marks/metrics.jsonl")
     assert [row["labels"] for row in rows] == [32, 32, 32, 64, 64]
+
+
+def test_the_unseen_phrasings_are_in_no_demonstration():
+    """A way to ask that is also among the demonstrations would be answered from memory; so would a
+    request that is not held out."""
+    rows = phrasings.demonstrations_without(200, 1)
+    unseen = phrasings.questions(True, 20)
+    seen = phrasings.questions(False, 20)
+
+    assert len({stories.parse_request(row["prompt"]).ask for row in rows}) == 10
+    assert not any(phrasings.is_unseen(row["prompt"]) for row in rows)
+    assert all(phrasings.is_unseen(prompt) and stories.is_held_out(prompt) for prompt in unseen)
+    assert not any(phrasings.is_unseen(prompt) for prompt in seen)
+
+
+def test_the_weight_of_a_pair_is_one_half_at_first(stages):
+    """σ(z) for σ(-z), or the reference in the policy's place: a pair that DPO has learnt would
+    seem to weigh more."""
+    model, tokenizer, _ = load_checkpoint(stages / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    rows = read_pairs(stages / "cpu/reward_model/pairs.jsonl")[:16]
+    pairs, _, _ = encode_pairs(rows, tokenizer, model.config.block_size)
+    assert other_pairs.how_wrong(model, model, pairs, 0.2) == pytest.approx(0.5)
+
+    policy = deepcopy(model)
+    config = dpo.Config(lr=1e-2, epochs=3, batch=8)
+    dpo.dpo(policy, model, pairs, [], config, random.Random(0), SilentRun())
+    assert other_pairs.how_wrong(policy, model, pairs, 0.2) < 0.4
+
+
+def test_code_is_counted_without_its_prose():
+    """Docstrings and comments were counted as code, and the better explained loop seemed the longer
+    one."""
+    assert cost.code_lines([dpo.dpo_loss]) == 4
+    assert cost.settings_of([dpo.dpo]) == ["beta", "lr", "warmup"]
