@@ -1,8 +1,6 @@
 """The Bradley-Terry reward model: its loss, its score, its pairs, the stage as a whole, and the
 process reward model."""
 
-import contextlib
-import io
 import itertools
 import math
 import random
@@ -88,8 +86,7 @@ def test_gradient_is_the_probability_of_the_other_order():
 
 def test_score_reads_the_last_token_whatever_the_padding():
     """A score read at column -1 is that of the padding; one that looks for the padding token stops
-    at the first <|end|>; one that sees what stands behind the last token. A row without a last
-    token drops out, and those behind it move up."""
+    at the first <|end|>; one that sees what stands behind the last token."""
     model = tiny_model(1)
     rows = random_rows(1, 12)
     alone = torch.stack([reward_of(model, row) for row in rows])
@@ -100,29 +97,23 @@ def test_score_reads_the_last_token_whatever_the_padding():
     torch.testing.assert_close(model.score(tokens, lengths), alone)
     torch.testing.assert_close(score_all(model, rows, 5), alone.detach())
     assert alone.std() > 0.1
-    for length in (0, 51):
-        with pytest.raises(RuntimeError, match="out of bounds"):
-            model.score(tokens[:3], torch.tensor([4, length, 5]))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_head_reads_what_the_language_model_reads(autocast):
+def test_the_head_reads_what_the_language_model_reads():
     """A head behind a second LayerNorm: the reward model then isn't the SFT model with another
-    head. A head in bf16: scores near 3 are rounded to 1/64, and two answers that differ get one
-    score."""
+    head. A head in bf16: scores near 3 are rounded to 1/64, and two answers get one score."""
     model = tiny_model(3).float()
     tokens = torch.randint(V, (3, 12), generator=torch.Generator().manual_seed(3))
     states = []
     model.trunk.ln_f.register_forward_hook(lambda *call: states.append(call[2]))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rewards = model(tokens)
         model.trunk(tokens)
         rounded = model.head(states[0]).squeeze(2)
     assert torch.equal(states[0], states[1]) and rewards.dtype == torch.float32
     by_hand = (states[0].float() * model.head.weight[0]).sum(dim=2) + model.head.bias
     torch.testing.assert_close(rewards, by_hand)
-    if autocast:
-        assert (rewards - rounded.float()).abs().max() > 0.002  # so the comparison means something
+    assert (rewards - rounded.float()).abs().max() > 0.002  # so the comparison means something
 
 
 def one_step(train, model, items, micro_batch, monkeypatch):
@@ -186,18 +177,15 @@ def of_context(block_size):
 
 ANSWERS = [     # first, second, whether the second ended, why they can't be compared
     ("A fox.", "A bear.", True, ""), ("B.", "C.", False, "no end"), (" \n", "D.", True, "blank"),
-    ("E.", "a\0b", True, "blank"), ("F.", "F.", True, "equal texts"),
-    ("G.", "Encoded anew it is longer. " * 20, True, "no end")]
+    ("F.", "F.", True, "equal texts"), ("G.", "Encoded anew it is longer. " * 20, True, "no end")]
 
 
-def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, monkeypatch, tmp_path):
+def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, monkeypatch):
     """An answer under another's prompt, an unfinished one compared with a whole one, one that
-    dpo.py can't read back or that, encoded anew, no longer fits the context; an unusable pair that
-    is judged, a label that is turned round or another pair's; the same samples in every batch."""
+    no longer fits the context; a label turned round; the same samples in every batch."""
     answers = itertools.cycle(ANSWERS)
     seeds = set()
     usable = []
-    asked = []
     counts = Counter()
 
     def respond(model, tokenizer, prompts, max_new_tokens, seed):
@@ -215,42 +203,37 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, mon
         return texts, ended
 
     def judge(batch, rng):
-        asked.extend(batch)
         return [(len(prompt) % 2, "") for prompt, _, _ in batch]
 
     monkeypatch.setattr(reward_model, "respond", respond)
     config = reward_model.Config(sample_batch=8)
     rows, dropped = reward_model.collect_pairs(of_context(100), tokenizer, draw_requests, 12, judge,
                                                config, random.Random(10))
-    assert asked == usable and dropped == {reason: counts[reason] for reason in dropped}
+    assert dropped == {reason: counts[reason] for reason in dropped} and len(dropped) == 3
     for row, (prompt, *texts) in zip(rows, usable, strict=True):
         choice = len(prompt) % 2
         assert row == dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice])
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
-    assert read_pairs(tmp_path / "pairs.jsonl") == rows and len(rows) == 12
     assert {row["chosen"] for row in rows} == {"A fox.", "A bear."} and len(seeds) > 5
 
 
 def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
     """The better score always, which no finite margin can fit; a choice turned round, or of another
-    pair's scores; a batch in which nothing is usable."""
+    pair's scores."""
     model = tiny_reward_model(1, vocab=tokenizer.n_vocab, block_size=64)
     model.head.weight.data *= 0.3
     judge = reward_model.reward_model_judge(model, tokenizer)
     asked = [("Hi.", "Good morning.", "No."), ("Hi.", "No.", "Good morning."),
              ("Who?", "A fox.", "Me."), ("Why?", "So.", "So so.")]
+    labels = judge(asked * 1000, random.Random(3))
     p = []
-    for prompt, *texts in asked:
+    for i, (prompt, *texts) in enumerate(asked):
         first, second = [reward_of(model, tokenizer.prompt(prompt) + tokenizer.response(text))
                          for text in texts]
-        p.append(sigma((first - second).item()))
-    assert p[0] == pytest.approx(1 - p[1], abs=1e-5) and max(p) - min(p) > 0.3 and 0.02 < min(p)
-
-    labels = judge(asked * 1000, random.Random(3))
-    for i, x in enumerate(p):
+        x = sigma((first - second).item())
         share = [choice for choice, _ in labels[i::4]].count(0) / 1000
         assert abs(share - x) < 4 * math.sqrt(x * (1 - x) / 1000)
-    assert judge(asked, random.Random(3)) == labels[:4] and judge([], None) == []
+        p.append(x)
+    assert max(p) - min(p) > 0.3 and 0.02 < min(p)
 
 
 def test_a_policy_that_never_ends_is_named(tokenizer, monkeypatch):
@@ -282,53 +265,37 @@ def rollout_of(rows, tokenizer):
 
 
 def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys):
-    """The luckiest of 33 prompts shown as the rule; a text beside another's scores; the reward
-    model's opinion where the true reward is known; two seeds, or a temperature at which the policy
-    was not trained; a reward of which the tokens' part is left out."""
+    """The luckiest of 33 prompts shown as the rule; the reward model's opinion where the true
+    reward is known; two seeds, or a temperature at which the policy was not trained."""
     before = of_context(400)
     after = of_context(400)
     rng = random.Random(16)
-    calls = []
+    settings = []
+    asked = []
+    texts = []
 
     def generate(policy, ids, max_new_tokens, end_token, temperature, seed, **_):
-        asked = [tokenizer.decode(row[1:-1]) for row in ids]
-        texts = [stories.story(rng, request).text for request in asked]
-        calls.append(((policy, temperature, seed), asked, texts))
-        return rollout_of([(*row, True) for row in zip(asked, texts)], tokenizer)
+        settings.append((policy, temperature, seed))
+        asked[:] = [tokenizer.decode(row[1:-1]) for row in ids]
+        texts.append([stories.story(rng, request).text for request in asked])
+        rows = [(*row, True) for row in zip(asked, texts[-1])]
+        return rollout_of(rows, tokenizer)
 
-    def score(length):      # nothing like gold
-        return length * 37 % 101 / 10
-
-    def reward(rollout):
-        token_rewards = torch.zeros(rollout.tokens[:, 1:].shape)
-        token_rewards[:, 3] = score(rollout.lengths) - 1
-        return torch.ones(len(rollout.lengths)), token_rewards
+    def reward(rollout):    # nothing like gold
+        return rollout.lengths * 37 % 101 / 10, torch.zeros(rollout.tokens[:, 1:].shape)
 
     monkeypatch.setattr(sft, "generate", generate)
     config = reward_model.Config(seed=5, max_new_tokens=96)
     sft.show_before_and_after(None, before, after, tokenizer, config, reward, 0.7)
-    assert [call[0] for call in calls] == [(before, 1.0, 5), (after, 0.7, 5)]
-    asked = calls[0][1]
-    assert asked == calls[1][1] and len(set(asked)) == 33
-
-    figures = {"reward": [], "gold": []}    # gold decides
-    for _, _, texts in calls:
-        rows = list(zip(asked, texts))
-        lengths = [len(tokenizer.prompt(x) + tokenizer.response(text)) for x, text in rows]
-        figures["reward"].append(torch.tensor([score(length) for length in lengths]))
-        gold = [annotator.gold_reward(prompt, text) for prompt, text in rows]
-        figures["gold"].append(torch.tensor(gold))
-    head, prompt, *shown = capsys.readouterr().out.splitlines()
+    assert settings == [(before, 1.0, 5), (after, 0.7, 5)] and len(set(asked)) == 33
+    x, y = [torch.tensor(list(map(annotator.gold_reward, asked, told))) for told in texts]
+    error = (y - x).std(correction=0) / math.sqrt(33)
+    head, prompt, first, second = capsys.readouterr().out.splitlines()
+    assert head.endswith(f"; gold {x.mean():.2f} → {y.mean():.2f} (± {error:.2f})")
     which = asked.index(prompt.removeprefix("prompt   "))
-    expected = []
-    for name, (x, y) in figures.items():
-        error = (y - x).std(correction=0) / math.sqrt(33)
-        expected.append(f"{name} {x.mean():.2f} → {y.mean():.2f} (± {error:.2f})")
     assert (y - x)[which] == (y - x).median()
-    assert head == "before and after on 33 held-out prompts: " + "; ".join(expected)
-    for i, label in enumerate(("before", "after")):
-        tags = ", ".join(f"{name} {x[i][which]:+.2f}" for name, x in figures.items())
-        assert shown[i] == f"{label:9s}[{tags}] {calls[i][2][which]}"
+    for line, gold, told in ((first, x, texts[0]), (second, y, texts[1])):
+        assert line.endswith(f", gold {gold[which]:+.2f}] {told[which]}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,41 +346,26 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
     change = model.trunk.wte.weight - sft_model.wte.weight
     assert change.abs().mean() < 0.5 * sft_model.wte.weight.abs().mean()
 
-    # 2. The mean over fresh samples of the SFT model is 0, within the samples' own error.
+    # 2. The mean over fresh samples of the SFT model is 0; the spread is that before the shift.
     prompts = [tokenizer.prompt(row["prompt"]) for row in PAIRS * 10]
     rollout = gpt.generate(sft_model, prompts, 20, tokenizer.end_token, seed=99)
     scores = model.score(rollout.tokens, rollout.lengths).detach()
     assert scores.mean().abs() < 4 * scores.std() * (1 / 512 + 1 / 600) ** 0.5
-    assert scores.std() > 0.5
-
-    # 3. The scale is the loss's own: what was printed before the shift is what the saved model has.
     printed = capsys.readouterr().out
     deviation = float(printed.split("standard deviation ")[1].split()[0])
-    assert scores.std().item() == pytest.approx(deviation, rel=0.2)
-    *_, row = metrics(policy / "cpu/reward_model/metrics.jsonl")
-    train_rows, held_out_rows = hold_out(PAIRS)  # the same prompts, so the same ones held out
-    held_out, _, _ = encode_pairs(held_out_rows, tokenizer, 128)
-    margin = reward_model.held_out_margins(model, held_out)
-    loss = F.softplus(-margin).mean().item()
-    assert row["held_out_loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+    assert scores.std().item() == pytest.approx(deviation, rel=0.2) and deviation > 0.5
 
-    # 4. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data.
+    # 3. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data.
+    train_rows, held_out_rows = hold_out(PAIRS)  # the same prompts, so the same ones held out
     assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
     assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
     assert " 57 pairs, dropped 57 longer than the context, 57 equal texts\n" in printed
-    assert " 3 held out, dropped 3 longer than the context, 3 equal texts\n" in printed
 
 
-@pytest.mark.parametrize("flags, count", [([], 320), (["--data", "given.jsonl"], 340)])
-def test_the_learning_curve_uses_the_stages_pairs_or_the_file(flags, count, policy, tmp_path,
-                                                              monkeypatch, capsys):
-    """A curve over other pairs than the checkpoint's, or, with --data, over those instead of the
-    file's; one whose points start from one another, or that costs the checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    write_jsonl("stage.jsonl", color_pairs(320))
-    write_jsonl("given.jsonl", color_pairs(340))
-    if not flags:   # else the stage has the pairs of another run
-        train(policy, "--data", "stage.jsonl", "--batch", "64")
+def test_the_learning_curve_uses_the_file(policy, tmp_path, monkeypatch, capsys):
+    """With --data, a curve over the stage's own pairs; one whose points start from one another, or
+    that costs the checkpoint."""
+    write_jsonl(tmp_path / "given.jsonl", color_pairs(340))
     before = snapshot(policy)
     sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
     points = []
@@ -427,46 +379,28 @@ def test_the_learning_curve_uses_the_stages_pairs_or_the_file(flags, count, poli
         fit(model, *rest)
 
     monkeypatch.setattr(reward_model, "fit", spy)
-    capsys.readouterr()
-    train(policy, "--learning_curve", "--batch", "64", *flags)
-    split = hold_out(color_pairs(count))
-    pairs, held_out = [encode_pairs(rows, tokenizer, 128)[0] for rows in split]
-    *_, header, first, last = capsys.readouterr().out.splitlines()
-    assert "Bayes" not in header            # the true rewards are not known
-    parts = (pairs[:256], pairs)
-    for (model, *rest), line, part in zip(points, (first, last), parts, strict=True):
+    train(policy, "--learning_curve", "--batch", "64", "--data", str(tmp_path / "given.jsonl"))
+    pairs, held_out = [encode_pairs(rows, tokenizer, 128)[0] for rows in hold_out(color_pairs(340))]
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for (model, *rest), line, part in zip(points, lines, (pairs[:256], pairs), strict=True):
         assert rest == [part, held_out] and int(line.split()[0]) == len(part)
         accuracy = share_right(reward_model.held_out_margins(model, held_out))
         assert float(line.split()[1]) == pytest.approx(accuracy, abs=6e-4)
     assert snapshot(policy) == before and len(pairs) > 256
 
 
-EQUAL = {"chosen": "b", "rejected": "b"}
-FILES = {
-    "equal": [{"prompt": "a", **EQUAL}, {"prompt": "c", **EQUAL}],
-    "long": [{"prompt": "z" * 120 + x, "chosen": "b", "rejected": "c"} for x in "abc"],
-    "good": PAIRS}
-
-
 @pytest.mark.parametrize("argv, message", [
-    ("--data equal", "equal: no pair is left"),
-    ("--data long", "long: no prompt leaves room .*--max_new_tokens 20"),
     ("--judge constitution --data good",
      "--judge constitution: compares nothing where --data has the pairs"),
     ("--learning_curve --pairs 8", "--pairs 8: .*reward_model has its comparisons already"),
     ("--judge anotator", "--judge anotator: no such program"),
-    ("--process", "pairs.jsonl: the annotator marks answers to the little world's requests only"),
-    ("--process --data good", "--process True: cannot be used with --data"),
-    ("--process --learning_curve", "--learning_curve True: is a curve of pairs")])
+    ("--process --data good", "--process True: cannot be used with --data")])
 def test_what_is_refused_is_one_line_and_costs_nothing(argv, message, policy, tmp_path):
     """A typing error that costs last night's checkpoint or minutes of sampling; the file's labels
     under another judge's name; a number of pairs that nothing collects; marks that nobody gave."""
-    for name, rows in FILES.items():
-        write_jsonl(tmp_path / name, rows)
-    if not (policy / "cpu/reward_model/checkpoint.pt").exists():
-        train(policy, "--data", str(tmp_path / "good"))
+    write_jsonl(tmp_path / "good", PAIRS)
     before = snapshot(policy)
-    words = [str(tmp_path / word) if word in FILES else word for word in argv.split()]
+    words = [str(tmp_path / word) if word == "good" else word for word in argv.split()]
     with pytest.raises(InputError, match=message) as error:
         train(policy, *words)
     assert "\n" not in str(error.value) and snapshot(policy) == before
@@ -474,8 +408,7 @@ def test_what_is_refused_is_one_line_and_costs_nothing(argv, message, policy, tm
 
 @pytest.fixture(scope="module")
 def told(stages, tmp_path_factory):
-    """(A folder whose SFT model told the reward model's stage stories of the world, what the stage
-    printed)."""
+    """A folder whose SFT model told the reward model's stage stories of the world."""
     out = shutil.copytree(stages, tmp_path_factory.mktemp("told") / "out")
     rng = random.Random(9)
 
@@ -483,40 +416,34 @@ def told(stages, tmp_path_factory):
         texts = [stories.story(rng, tokenizer.decode(ids[1:-1])).text for ids in prompts]
         return texts, [True] * len(texts)
 
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reward_model, "respond", respond)
         train(out, *"--pairs 48 --held_out 40 --sample_batch 32".split())
-    return out, printed.getvalue()
+    return out
 
 
 def test_collecting_and_training_on_the_world(told, capsys):
     """Held-out pairs that are trained on too; figures that belong to other pairs than the files
     that were written; a learning curve that leaves the annotator's noise in."""
-    out, printed = told
-    stage = out / "cpu/reward_model"
+    stage = told / "cpu/reward_model"
     pairs = metrics(stage / "pairs.jsonl")
     held_out = metrics(stage / "held_out.jsonl")
     assert (len(pairs), len(held_out)) == (48, 40)
     assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in held_out}
-    _, tokenizer, _ = gpt.load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    _, tokenizer, _ = gpt.load_checkpoint(told / "cpu/sft/checkpoint.pt", "sft", "cpu")
     encoded, _, _ = encode_pairs(held_out, tokenizer, 128)
     margin = reward_model.held_out_margins(load(stage / "checkpoint.pt"), encoded)
     *_, figures = metrics(stage / "metrics.jsonl")
-    expected, table = reward_model_figures(margin, annotator.gold_margins(held_out))
+    expected, _ = reward_model_figures(margin, annotator.gold_margins(held_out))
     assert expected == pytest.approx({name: figures[name] for name in expected}, rel=1e-3, abs=1e-5)
-    bayes = expected["bayes_accuracy"]
-    lines = printed.split("calibration")[1].splitlines()[1:1 + len(table)]
-    assert [int(line.split()[0]) for line in lines] == [count for count, _, _ in table]
 
     # The learning curve's last point has all pairs.
-    train(out, "--learning_curve")
-    *_, header, line = capsys.readouterr().out.splitlines()
-    assert "share of Bayes accuracy" in header and "above chance" in header
-    count, accuracy, _, _, share, _, _, above, _, _ = line.replace("%", "").split()   # ± its error
+    train(told, "--learning_curve")
+    line = capsys.readouterr().out.splitlines()[-1].replace("%", "")
+    count, accuracy, _, _, share, *_ = line.split()
+    bayes = expected["bayes_accuracy"]
     assert count == "48" and 0.6 < bayes < 0.95
     assert float(share) / 100 == pytest.approx(float(accuracy) / bayes, abs=2e-3)
-    assert float(above) / 100 == pytest.approx((float(accuracy) - 0.5) / (bayes - 0.5), abs=5e-3)
 
 
 JUDGE = """import json, sys
@@ -583,21 +510,20 @@ def test_the_loss_of_marks_is_a_binary_loss_per_step(monkeypatch):
 
 def test_a_reward_of_rollouts(tokenizer):
     """Rows that were sorted by length and never put back; a score read at the padding; a step's
-    reward one action too early or too late, at <|end|>, of the prompt's sentences, or counted again
-    at the end; an answer judged by another's prompt."""
+    reward one action too early or too late, at <|end|>, or of the prompt's sentences; an answer
+    judged by another's prompt."""
     model = tiny_reward_model(2, vocab=tokenizer.n_vocab, block_size=128)
     rollout = rollout_of([("", "Hi there. You!", True), ("Why? ", "One", True),
                           ("Why? " * 2, "A. B. C.", False), ("Why? " * 3, "", True)], tokenizer)
     told = [["Hi there.", "Hi there. You!"], ["One"], ["A.", "A. B.", "A. B. C."], []]
     scores, token_rewards = reward_model.make_reward("reward_model", model, tokenizer, 3)(rollout)
-    assert token_rewards.shape == rollout.tokens[:, 1:].shape and not token_rewards.any()
-    for score, ids, length in zip(scores, rollout.tokens.tolist(), rollout.lengths):
-        assert score.item() == pytest.approx(reward_of(model, ids[:length]).item(), abs=1e-5)
-
-    scores, rewards = reward_model.make_reward("process", model, tokenizer, 3)(rollout)
+    assert not token_rewards.any()
+    _, rewards = reward_model.make_reward("process", model, tokenizer, 3)(rollout)
     _, steps = reward_model.step_rewards(model, rollout, tokenizer)
-    assert not scores.any() and not rewards[~steps].any()
+    assert not rewards[~steps].any()
     for row, ids in enumerate(rollout.tokens.tolist()):
+        whole = reward_of(model, ids[:rollout.lengths[row]]).item()
+        assert scores[row].item() == pytest.approx(whole, abs=1e-5)
         columns = steps[row].nonzero().flatten().tolist()
         start = rollout.prompt_lengths[row]
         assert [tokenizer.decode(ids[start:column + 2]) for column in columns] == told[row]
@@ -607,32 +533,25 @@ def test_a_reward_of_rollouts(tokenizer):
 
     rows = [(ASKED, story_of(HAPPY), True), (ASKED, story_of(SAD), False)]
     rollout = rollout_of(rows, tokenizer)
-    scores, token_rewards = reward_model.make_reward("verifier", None, tokenizer, 3)(rollout)
-    assert scores.tolist() == [1, 0] and not token_rewards.any()
+    scores, _ = reward_model.make_reward("verifier", None, tokenizer, 3)(rollout)
+    assert scores.tolist() == [1, 0]
     assert annotator.gold_rewards(rollout, tokenizer).tolist() == [1.75 + 1.5, 1.75]
 
 
-def test_the_process_model_learns_from_the_stages_own_responses(told, capsys):
+def test_the_process_model_learns_from_the_stages_own_responses(told):
     """Responses that are another model's; the reward model's checkpoint overwritten; figures of
     other steps than those held out."""
-    out, _ = told
-    stage = out / "cpu/reward_model"
+    stage = told / "cpu/reward_model"
     before = snapshot(stage)
-    train(out, "--process", "--batch", "4")
-    _, tokenizer, _ = gpt.load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    train(told, "--process", "--batch", "4")
+    _, tokenizer, _ = gpt.load_checkpoint(told / "cpu/sft/checkpoint.pt", "sft", "cpu")
     rng = random.Random("marks 1")
     responses = annotator.mark(read_pairs(stage / "pairs.jsonl"), tokenizer, rng)
     held_out = annotator.mark(read_pairs(stage / "held_out.jsonl"), tokenizer, rng)
-    folder = out / "cpu/process_model"
+    folder = told / "cpu/process_model"
     *_, learnt, figures = metrics(folder / "metrics.jsonl")
     assert learnt["step"] == len(responses) / 8 == 12   # as many in a step as a reward model sees
     margin = reward_model.step_margins(load(folder / "checkpoint.pt", "process_model"), held_out)
-    truth = []
-    for response in held_out:
-        for step, good in zip(response.steps, response.marks):
-            truth.append(step if good else -step)
-    expected, _ = reward_model_figures(margin, torch.tensor(truth))
-    assert expected == pytest.approx({name: figures[name] for name in expected}, rel=1e-3, abs=1e-5)
-    marks = sum(len(response.marks) for response in responses)
-    assert f"steps   {marks} in 96 responses, " in capsys.readouterr().out
+    assert figures["accuracy"] == pytest.approx(share_right(margin), abs=1e-3)
+    assert figures["loss"] == pytest.approx(F.softplus(-margin).mean().item(), rel=1e-3)
     assert snapshot(stage) == before
