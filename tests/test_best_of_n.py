@@ -139,8 +139,7 @@ def test_prompt_prints_candidates_and_the_winner(trained):
         assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
         assert all(bool(found) == gold for _, found, _ in candidates)
         assert f"winner of 6: {candidates[0][2]}\n" in printed
-        told = "note    sft: finished responses score less" in printed
-        assert told == (fine == "99")
+        assert ("note    sft: finished responses score less" in printed) == (fine == "99")
 
 
 @torch.no_grad()
@@ -157,17 +156,10 @@ def response_by_response(folder, name, rollouts):
 
 @cpu_only
 def test_figures_of_the_yardstick(yard, trained):
-    """A policy left out, nan in the figures, one policy's gold beside another's, ours and theirs
-    swapped in the win rate, all rows of best-of-N with the same N; log-ratios of another policy, or
-    of rows that were sorted by length and not put back."""
+    """A policy left out, one policy's gold beside another's, ours and theirs swapped in the win
+    rate, all rows of best-of-N with the same N; log-ratios of another policy, or of rows that were
+    sorted by length and not put back."""
     assert all(map(stories.is_held_out, yard.prompts[0])) and yard.prompts == yard.prompts[:1] * 3
-    assert "the little world: 3 held-out prompts; 16 samples each, 32 of SFT" in yard.printed
-    figures = {"reward", "gold", "win_rate", "kl", "length", "distinct_2", "ended"}
-    for name in ("sft", "best of 4", "best of 16", "ppo", "dpo"):
-        row = yard.rows[None, name]
-        assert set(row) == {"policy"} | figures | {f"{figure}_error" for figure in figures}
-        assert 0 <= row["ended"] <= 1 <= row["length"] <= 16
-
     reward = yard.samples[0].figures["reward"]
     gold = yard.samples[0].figures["gold"]
     assert [x.figures["gold"].shape for x in yard.samples] == [(3, 32), (3, 16), (3, 16)]
@@ -178,10 +170,7 @@ def test_figures_of_the_yardstick(yard, trained):
         mean = (subset_weights(reward, n) * gold).sum(dim=1).mean().item()
         J = mean - 0.2 * best_of_n_kl(n)    # with the README's beta
         assert yard.rows["gold", name]["J"] == pytest.approx(J)
-        for figure in ("reward", "gold", "kl", "length"):
-            assert yard.rows["best of N", f"best of {n}"][figure] == row[figure]
-    powers = [name for under, name in yard.rows if under == "best of N"]
-    assert powers == [f"best of {n}" for n in (1, 2, 4, 8, 16)]
+        assert yard.rows["best of N", f"best of {n}"]["gold"] == row["gold"]
 
     for name, other in zip(("ppo", "dpo"), yard.samples[1:]):
         wins = win_rate(other.figures["gold"], gold).mean().item()
@@ -199,25 +188,18 @@ def test_figures_of_the_yardstick(yard, trained):
 @cpu_only
 def test_what_the_yardstick_prints(yard, trained, monkeypatch):
     """Parts of the way to J* that don't add up to it, or other figures on the screen than in the
-    file; lines that a terminal breaks; the pretraining loss of other text than pretraining's."""
+    file; the pretraining loss of other text than pretraining's."""
     shares = ("share", "left_by_policy", "lost_to_reward_model")
     block = re.search(r"where gold is lost(.|\n)*?\n\n", yard.printed).group()
     for (under, name), row in yard.rows.items():
-        if under == "reward model":
-            assert row["reward_model_J"] == pytest.approx(row["J_star"], abs=1e-5)
-        elif under == "gold":
+        if under == "gold":
             assert sum(row[figure] for figure in shares) == pytest.approx(1, abs=1e-4)
-            assert row["lost_to_reward_model"] > -1e-6 and 1 <= row["effective_samples"] <= 64
-            J = cell(row["reward_model_J"], row["reward_model_J_error"])
-            assert f"J = {J} under gold" in block
+            assert row["lost_to_reward_model"] > -1e-6
             parts = [cell(row[figure], row[f"{figure}_error"], ".1%") for figure in shares]
             assert re.search(rf"^{name} +{' +'.join(parts)}$", block, re.M)
 
-    tables = yard.printed[yard.printed.index("sampled dpo"):yard.printed.index("\nsaved ")]
-    assert max(map(len, tables.splitlines())) <= 100 and "How close to the best" in tables
     loss = {name: row["loss"] for (under, name), row in yard.rows.items() if under == "pretraining"}
     assert list(loss) == ["base", "sft", "ppo", "dpo"]
-    assert ", ".join(f"{name} {x:.3f}" for name, x in loss.items()) in yard.printed
     base, tokenizer, checkpoint = load(trained, "gpt")
     assert loss["base"] == checkpoint["metrics"][-1]["held_out"]
     monkeypatch.setattr(best_of_n, "held_out_documents", held_out_documents)
@@ -237,7 +219,7 @@ def test_who_is_right_how_often(trained, yard, monkeypatch):
 
     drawn = watch(monkeypatch)
     monkeypatch.setattr(best_of_n, "verifier", verifier)
-    printed = run(trained, *YARDSTICK, *"--verify --policies ppo --beta 0.5".split())
+    run(trained, *YARDSTICK, *"--verify --policies ppo --beta 0.5".split())
     rows = found_rows(trained)
     assert [x.samples.texts for x in drawn] == [samples.texts for samples in yard.samples[:2]]
     verified = []
@@ -253,7 +235,6 @@ def test_who_is_right_how_often(trained, yard, monkeypatch):
         assert row["J_star"] == pytest.approx(J_star, abs=1e-5) and len(set(p)) > 1
         J = row["verified"] - 0.5 * rows[None, name]["kl"]
         assert row["J"] == pytest.approx(J, abs=1e-5)
-    assert "pass_16" in printed and "ppo, J under verifier" in printed
 
 
 @cpu_only
@@ -270,9 +251,6 @@ def test_best_of_n_by_the_process_model(out, monkeypatch):
     monkeypatch.setattr(best_of_n, "gold_rewards", taste)
     run(out, *"--process --policies , --prompts 3 --samples 8".split())
     rows = found_rows(out)
-    names = ["sft", *("best of 4" + rule for rule in ("", ", smallest", ", product", ", sum"))]
-    assert [name for under, name in rows if under is None] == names
-
     samples = drawn[0].samples
     scores = []         # the sum of the steps, response by response; unfinished ones never win
     for rollout in samples.rollouts:
@@ -346,10 +324,9 @@ def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
     """One seed for every batch, or for every policy: the samples are copies, their errors hidden;
     prompts that change with --seed. A policy that was trained at one temperature, sampled
     or scored at another: its J is that of a policy that was never trained. Shares that were reached
-    under another price or penalty, with no word about it. A policy that is named twice is one."""
+    under another price, with no word about it."""
     model, tokenizer, _ = load(out, "sft")
-    hot = dict(temperature=1.5, missing_end_score=-2.0, beta=0.3)
-    for name, settings in (("ppo", {}), ("ppo-hot", hot)):
+    for name, settings in (("ppo", {}), ("ppo-hot", dict(temperature=1.5, beta=0.3))):
         path = out / "cpu" / name / "checkpoint.pt"
         path.parent.mkdir(exist_ok=True)
         save_checkpoint(path, "ppo", "cpu", model, tokenizer, **settings)
@@ -363,68 +340,46 @@ def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
     monkeypatch.setattr(best_of_n, "generate", watched)
     drawn = watch(monkeypatch)
     printed = run(out, *"--prompts 3 --samples 16 --sample_batch 48 --seed 2".split(), "--policies",
-                  "ppo,ppo-hot,ppo,ppo-hot")
+                  "ppo,ppo-hot")
     assert drawn[0].prompts == yard.prompts[0]
     assert [temperature for temperature, _ in calls] == [1.0, 1.0, 1.0, 1.5]
     assert len({seed for _, seed in calls}) == 4
-    texts = [x.samples.texts for x in drawn]
-    assert texts[0][:16] != texts[0][16:32] and texts[0][:16] != texts[1][:16]
-    hot = found_rows(out)[None, "ppo-hot"]
-    assert found_rows(out)[None, "ppo"]["kl"] == 0  # both have SFT's weights
-    assert hot["kl"] > 5 * hot["kl_error"] > 0
+    rows = found_rows(out)
+    assert rows[None, "ppo"]["kl"] == 0  # both have SFT's weights
+    assert rows[None, "ppo-hot"]["kl"] > 5 * rows[None, "ppo-hot"]["kl_error"] > 0
     assert re.findall(r"^.* was trained with .*$", printed, re.M) == [
-        "ppo-hot was trained with beta 0.3; J and J* are those of beta 0.2",
-        "ppo-hot was trained with missing_end_score -2.0; J and J* are those of missing_end_score "
-        "-5.0"]
+        "ppo-hot was trained with beta 0.3; J and J* are those of beta 0.2"]
 
 
-def test_what_the_yardstick_finds_wrong_costs_nothing(out, tmp_path, monkeypatch):
-    """Log-ratios of two policies whose ids mean different words; a checkpoint that was cut off, and
-    ends the yardstick after its minutes of sampling; one that SFT did not begin with. A base model
-    that was removed, a text of one's own, whose entropy is unknown, or a single prompt, whose
-    figures have no errors, ends nothing. A folder that cannot be written to, found at the end."""
-    base = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
-    whole = base.read_bytes()
-    other = read_torch(base)
-    del other["metrics"]
-    write_torch(tmp_path / "other.pt", other)
+def test_what_the_yardstick_finds_wrong_costs_nothing(out, monkeypatch):
+    """Log-ratios of two policies whose ids mean different words; one that SFT did not begin with.
+    A folder that cannot be written to, found after minutes of sampling."""
     model, tokenizer, _ = load(out, "ppo")
     strings = [token.decode("latin-1") for token in tokenizer.vocabulary]
     strings[-2:] = strings[:-3:-1]
     exchanged = Tokenizer.from_strings(strings)
     save_checkpoint(out / "cpu/ppo/checkpoint.pt", "ppo", "cpu", model, exchanged)
-    for content, policies, reason in (
-            (whole, "ppo", "ppo.checkpoint.pt: its vocabulary"),
-            (whole[:-100], "dpo", "gpt.checkpoint.pt: .*train the stage again"),
-            ((tmp_path / "other.pt").read_bytes(), "dpo",
-             "sft.checkpoint.pt: was made from another .*gpt.checkpoint.pt; train sft again")):
-        base.write_bytes(content)
-        before = snapshot(out)
-        with pytest.raises(InputError, match=reason) as error:
-            run(out, "--prompts", "2", "--samples", "4", "--policies", policies)
-        assert "\n" not in str(error.value) and snapshot(out) == before
+    monkeypatch.setattr(best_of_n, "draw", None)
+    with pytest.raises(InputError, match="ppo.checkpoint.pt: its vocabulary"):
+        run(out, "--policies", "ppo")
+
+    base = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
+    other = read_torch(base)
+    del other["metrics"]
+    write_torch(base, other)
+    with pytest.raises(InputError, match="sft.checkpoint.pt: was made from another .*gpt"):
+        run(out, "--policies", "dpo")
 
     shutil.rmtree(base.parent)
-    printed = run(out, "--policies", "dpo, ", *"--prompts 1 --samples 4".split())  # a blank too
-    assert re.search(r"How close to the best\n +measured .*\nreward model, accuracy ", printed)
-    shutil.rmtree(out / "cpu/best_of_n")
+    shutil.rmtree(out / "cpu/best_of_n", ignore_errors=True)
     (out / "cpu/best_of_n").write_text("a file")
-    monkeypatch.setattr(best_of_n, "draw", None)
     with pytest.raises(FileExistsError):
         run(out, "--policies", "dpo")
 
 
 def test_all_that_is_missing_is_trained_under_one_plan(out, monkeypatch):
-    """A plan that names PPO's minutes and not DPO's, or an existing policy trained again; it may
-    have been killed before its files were moved to their places."""
+    """A plan that names PPO's minutes and not DPO's, or an existing policy trained again."""
     plans = []
-    for name in ("reward_model", "dpo"):
-        folder = out / "cpu" / name
-        (folder / "finished").mkdir()
-        (folder / "checkpoint.pt").rename(folder / "finished/checkpoint.pt")
-        (folder / "finished/state.pt").write_bytes(b"")
-    save_checkpoint(folder / "checkpoint.pt", "dpo", "cpu", *load(out, "sft")[:2])  # the run before
-    finished = (folder / "finished/checkpoint.pt").read_bytes()
 
     def train_missing(config, needed, stage):
         plans.append((needed[3:], stage))
@@ -432,7 +387,6 @@ def test_all_that_is_missing_is_trained_under_one_plan(out, monkeypatch):
 
     monkeypatch.setattr(best_of_n, "train_missing", train_missing)
     for gone in ("none", "dpo", "ppo"):
-        assert gone != "dpo" or (folder / "checkpoint.pt").read_bytes() == finished
         shutil.rmtree(out / "cpu" / gone, ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             run(out)
@@ -444,21 +398,20 @@ def test_all_that_is_missing_is_trained_under_one_plan(out, monkeypatch):
 
 
 def test_what_cannot_be_learnt_from_is_counted(capsys):
-    """A response cut off at the limit, learnt as if it ended there; one that data/files.py refuses
-    to read back, so that --resume can't continue; a sequence beyond the context; all of them, and a
-    division by zero. Of equals the first is best."""
+    """A response cut off at the limit, learnt as if it ended there; a blank one, which
+    data/files.py refuses to read back, so that --resume can't continue; a sequence beyond the
+    context; all of them, and a division by zero. Of equals the first is best."""
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
-    texts = ["fine", "cut", " \n", "N\0", "long " * 50, "fine too"]
-    figures = {"reward": torch.zeros(6, 1), "ended": torch.tensor([1.0, 0, 1, 1, 1, 1])[:, None]}
-    rows, _ = select(list("abcdef"), Samples([], texts, figures), "per_prompt", tokenizer, 64)
+    texts = ["fine", "cut", " \n", "long " * 50, "fine too"]
+    figures = {"reward": torch.zeros(5, 1), "ended": torch.tensor([1.0, 0, 1, 1, 1])[:, None]}
+    rows, _ = select(list("abcde"), Samples([], texts, figures), "per_prompt", tokenizer, 64)
     short = [(row["prompt"], row["completion"]) for row in rows if len(row["completion"]) < 64]
-    assert short == [("a", "fine"), ("f", "fine too")]
-    dropped = "\n        dropped 3 without an end or a text, 1 longer than the context\n"
+    assert short == [("a", "fine"), ("e", "fine too")]
+    dropped = "\n        dropped 2 without an end or a text, 1 longer than the context\n"
     assert dropped in capsys.readouterr().out
-    rest = Samples([], texts[1:5], {name: x[1:5] for name, x in figures.items()})
-    message = "of the 4 best responses dropped 3 without .*, 1 longer .*: none is left"
-    with pytest.raises(InputError, match=message):
-        select(list("bcde"), rest, "overall", tokenizer, 64)
+    rest = Samples([], texts[1:4], {name: x[1:4] for name, x in figures.items()})
+    with pytest.raises(InputError, match="of the 3 best responses dropped 2 .*: none is left"):
+        select(list("bcd"), rest, "overall", tokenizer, 64)
     assert top_k_overall(torch.zeros(40, 50), 2).tolist() == [[0, 0], [0, 1]]
 
 
@@ -475,7 +428,7 @@ def equal(a, b):
 @pytest.fixture(scope="module")
 def tuned(trained, tmp_path_factory):
     """A folder in which both selections were fine-tuned on for two rounds of best-of-3, and what
-    the two runs did and printed."""
+    the two runs drew and showed."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("tuned") / "out")
     before = snapshot(out)
     runs = {}
@@ -484,8 +437,8 @@ def tuned(trained, tmp_path_factory):
             shown = []
             patch.setattr(best_of_n, "show_before_and_after", lambda *x: shown.extend(x))
             rounds = watch(patch)
-            printed = rsft(out, "--rounds", "2", "--n", "3", "--finetune", how)
-        runs[how] = rounds, shown, printed
+            rsft(out, "--rounds", "2", "--n", "3", "--finetune", how)
+        runs[how] = rounds, shown
     after = snapshot(out)
     assert {path: after[path] for path in before} == before     # no stage was written over
     return out, runs
@@ -497,13 +450,12 @@ def test_rounds_of_finetuning(how, tuned):
     that learns from other responses than those beside its checkpoint; after for before on the
     screen."""
     out, runs = tuned
-    (first, second), shown, printed = runs[how]
+    (first, second), shown = runs[how]
     folder = out / "cpu" / f"rsft-{how}"
     reference, tokenizer, _ = load(out, "sft")
     assert equal(reference.state_dict(), first.weights)
     assert not equal(first.weights, second.weights) and not set(first.prompts) & set(second.prompts)
 
-    steps = 0
     rows = metrics(folder / "metrics.jsonl")
     for number, drawn in ((1, first), (2, second)):
         prompts = drawn.prompts
@@ -514,7 +466,6 @@ def test_rounds_of_finetuning(how, tuned):
         demonstrations, _ = encode_demonstrations(kept, tokenizer, 128)
         sequences = [tuple(one.ids) for one in demonstrations]
         assert sorted(drawn.learnt) == sorted(2 * sequences)  # two epochs
-        steps += 2 * math.ceil(len(sequences) / 4)
 
         flat = sorted(((rewards[i, j].item(), i, j) for i in range(12) for j in range(3)),
                       reverse=True)
@@ -529,10 +480,6 @@ def test_rounds_of_finetuning(how, tuned):
         mean = np.mean([reward for reward, _, _ in best])
         assert found["reward"] == pytest.approx(mean, abs=1e-5)
 
-    assert rows[-1]["step"] == steps and [row["round"] for row in rows if "round" in row] == [1, 2]
-    assert "fresh requests of the little world; 2 rounds of 3 responses to each of 12\n" in printed
-    counts = r"kept    12 of 36 responses, for (\d+) of 12 prompts, at most (\d+) for one\n"
-    assert ("12", "1") in re.findall(counts, printed) or how == "overall"
     policy, _, checkpoint = load(out, f"rsft-{how}")
     assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), second.weights)
     assert equal(shown[1].state_dict(), first.weights)
@@ -551,9 +498,7 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
     short = [row["prompt"] for row in trained_on if "long" not in row["prompt"]]
     rounds = watch(monkeypatch)
     printed = rsft(out, "--data", str(path), *"--rsft_prompts 999 --rounds 2 --epochs 1".split())
-    assert (f"prompts.jsonl: {len(short)} prompts, dropped {len(trained_on) - len(short)} that "
-            f"leave no room for 16 new tokens; 2 rounds of 4 responses to each of {len(short)}\n"
-            ) in printed
+    assert f"{len(short)} prompts, dropped {len(trained_on) - len(short)} that" in printed
     rsft(out, "--data", str(path), "--rsft_prompts", "7", "--epochs", "1")
     first, second, third = [x.prompts for x in rounds]
     assert sorted(first) == sorted(second) == sorted(short) and len(short) < 20
@@ -564,18 +509,11 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     ("--rounds 2", "--rounds 2: goes with --finetune per_prompt or overall only$"),
-    ("--finetune overall --samples 8", "--samples 8: goes with --finetune no only$"),
     ("--policies ppo,foo", "--policies foo: must be ppo or dpo, or the --name"),
     ("--beta 0", "--beta 0.0: must be positive"),
     ("--n 4 --data found-wrong-later.jsonl", "--n 4: goes with --prompt or --finetune only"),
-    ("--process --data x.jsonl", "--process True: cannot be used with --data"),
     ("--process", "process_model/checkpoint.pt: no such checkpoint"),
-    ("--finetune overall --verify", "--finetune overall: cannot be used with --process or"),
-    ("--finetune overall --rounds 0", "--rounds 0: must be positive"),
-    ("--finetune overall --name best_of_n", "--name best_of_n: must be rsft"),
-    ("--finetune overall --data none.jsonl", "none.jsonl: no such file"),
-    ("--finetune overall --prompt Why?",
-     "--policies rsft-overall: must be ppo or dpo, or the --name of a finished run")])
+    ("--finetune overall --name sft", "--name sft: must be rsft")])
 def test_what_a_run_would_ignore_is_refused(argv, message, tmp_path):
     """A sweep over a flag that changes nothing; the reference written over; minutes of training
     before a refusal."""
@@ -589,17 +527,12 @@ def test_a_finetuned_policy_in_the_yardstick(tuned, monkeypatch):
     it distils, which the table leaves out unless N is 4, 16 or 64; --prompt that asks the SFT model
     whatever was fine-tuned."""
     out, _ = tuned
-    run(out, *"--prompts 3 --samples 9 --policies rsft-overall,ppo,rsft-per_prompt".split())
+    run(out, *"--prompts 3 --samples 9 --policies rsft-overall,ppo".split())
     rows = found_rows(out)
-    names = ["sft", "best of 4", "best of 9", "rsft-overall", "ppo", "rsft-per_prompt"]
-    for judge in (None, "reward model", "gold"):
-        assert [name for under, name in rows if under == judge] == names
-    assert rows[None, "rsft-per_prompt"]["kl"] != 0
-    assert rows[None, "best of 9"]["kl"] == pytest.approx(best_of_n_kl(9))
+    names = ["sft", "best of 4", "best of 9", "rsft-overall", "ppo"]
+    assert [name for under, name in rows if under is None] == names
+    assert rows[None, "rsft-overall"]["kl"] != 0
 
     drawn = watch(monkeypatch)
-    printed = run(out, "--finetune", "per_prompt", "--prompt", "Who are you?", "--n", "2")
-    assert drawn[0].name == "rsft-per_prompt" and "winner of 2: " in printed
+    run(out, "--finetune", "per_prompt", "--prompt", "Who are you?", "--n", "2")
     assert equal(drawn[0].weights, load(out, "rsft-per_prompt")[2]["model"])
-    with pytest.raises(InputError, match="a prompt of .* exceed the context of 128"):
-        run(out, "--prompt", "long " * 200)
