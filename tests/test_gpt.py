@@ -100,7 +100,6 @@ def test_cudnns_attention_is_off():
     """On a Hopper GPU torch's first choice is cuDNN's attention, which makes a plan for every new
     shape: sampling, where every step has one, takes many times as long."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # torch's default is True
-    assert gpt.get_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("scale", [1, 40])
@@ -117,15 +116,14 @@ def test_logprobs_against_cross_entropy(scale):
                                tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(token_logprobs(logits, tokens, 0.7).flatten(), rounded)
 
-    generator = torch.Generator().manual_seed(31)
-    weights = torch.randn(5, 13, generator=generator)
     prompt_lengths = torch.tensor([3, 1, 9, 13, 6])
     lengths = torch.tensor([10, 2, 14, 14, 7])
     response = response_mask(prompt_lengths, lengths, 14)
-    rows = response.clone()
-    rows[[0, 3]] = False
+    generator = torch.Generator().manual_seed(31)
+    weights = torch.randn(5, 13, generator=generator)
     holes = torch.rand(5, 13, generator=generator) < 0.4
-    for mask in (response, holes, rows, torch.ones_like(holes), torch.zeros_like(holes)):
+    holes[[0, 3]] = False
+    for mask in (response, holes, torch.ones_like(holes), torch.zeros_like(holes)):
         full = -F.cross_entropy(model(tokens)[:, :-1].transpose(1, 2) / 0.7, tokens[:, 1:],
                                 reduction="none")
         assert full.min() < -80 if scale == 40 else full.max() < -1e-3  # a 0 is none of them
@@ -144,13 +142,12 @@ def test_logprobs_against_cross_entropy(scale):
 def test_batches_by_length_holds_every_index_once():
     """A last batch that is dropped, a text that is seen twice in an epoch; an epoch that begins in
     the batch that ends the one before, or repeats its order; batches full of padding."""
-    for count, batch in ((1, 4), (7, 7), (130, 4)):
-        lengths = [random.Random(i).randint(1, 50) for i in range(count)]
-        batches = gpt.batches_by_length(lengths, batch, random.Random(9), epochs=2)
-        half = math.ceil(count / batch)
-        for epoch in (batches[:half], batches[half:]):
-            assert sorted(i for rows in epoch for i in rows) == list(range(count))
-            assert max(map(len, epoch)) <= batch
+    lengths = [random.Random(i).randint(1, 50) for i in range(130)]
+    batches = gpt.batches_by_length(lengths, 4, random.Random(9), epochs=2)
+    half = math.ceil(130 / 4)
+    for epoch in (batches[:half], batches[half:]):
+        assert sorted(i for rows in epoch for i in rows) == list(range(130))
+        assert max(map(len, epoch)) <= 4
     assert batches[:half] != batches[half:]
     spreads = [max(lengths[i] for i in rows) - min(lengths[i] for i in rows) for rows in batches]
     assert sum(spreads) / len(spreads) < 10  # of 49; at random it would be about 29
@@ -232,31 +229,22 @@ def test_sampling_stops_when_all_rows_have_ended():
     assert len(shapes) <= 8
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
-def test_a_recorded_step_is_the_plain_one(dtype, atol, monkeypatch):
+def test_a_recorded_step_is_the_plain_one(monkeypatch):
     """A step for a GPU that sees empty slots, or goes on with rows that have left the batch, or
     beyond its slots. Here a replay runs it anew: the recording itself needs a GPU."""
-    recordings = []
-
     class Graph:
-        def __init__(self):
-            recordings.append((recorded.width, len(recorded.new)))
-
         def replay(self):
             recorded.hidden = recorded.step()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
     model = tiny_model(seed=42, block_size=100)
-    if dtype == torch.bfloat16:
-        model = model.float()
     tokens, prompt_lengths = gpt.pad(random_prompts(42, 6))
-    caches = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for _ in range(2):
-            caches.append(gpt.KVCache(model.config, prompt_lengths, 80, dtype))
-            model.hidden(tokens, cache=caches[-1])
-        plain, cache = caches
+    with torch.no_grad():
+        plain, cache = (gpt.KVCache(model.config, prompt_lengths, 80, torch.float64)
+                        for _ in range(2))
+        for one in (plain, cache):
+            model.hidden(tokens, cache=one)
         recorded = gpt.RecordedStep(model, cache, prompt_lengths)
         for t in range(79):
             if t == 70:
@@ -267,11 +255,7 @@ def test_a_recorded_step_is_the_plain_one(dtype, atol, monkeypatch):
             new = random_tokens(t, len(prompt_lengths))
             plain.move_to(t)
             expected = model.hidden(new[:, None], (prompt_lengths + t)[:, None], plain).squeeze(1)
-            torch.testing.assert_close(recorded(new, t), expected, atol=atol, rtol=0)
-    longest = tokens.shape[1]
-    first = (longest + 64) // 8 * 8
-    last = (longest + 80 + 7) // 8 * 8
-    assert recordings == [(first, 6), (last, 6), (last, 3)]
+            torch.testing.assert_close(recorded(new, t), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -301,13 +285,10 @@ def test_memory_of_pieces_is_about_what_they_take():
     for parameter in model.parameters():
         kept.pop(parameter.data_ptr(), None)
     cache = gpt.KVCache(model.config, torch.full((5,), 8), 24, torch.float32)
-    pieces = gpt.memory_of_pieces(model.config, 3, sampling=5)
-    assert list(pieces) == ["3 sequences trained on", "5 samples drawn at once"]
-    training, sampling = pieces.values()
+    cached = cache.k.nbytes + cache.v.nbytes
+    training, sampling = gpt.memory_of_pieces(model.config, 3, sampling=5).values()
     assert sum(x.nbytes() for x in kept.values()) == pytest.approx(training, rel=0.1)
-    assert cache.k.nbytes + cache.v.nbytes < sampling < 1.5 * (cache.k.nbytes + cache.v.nbytes)
-    pieces = gpt.memory_of_pieces(model.config, 6, models=2)
-    assert pieces["6 sequences trained on"] > 3.5 * training
+    assert cached < sampling < 1.5 * cached
 
 
 def test_top_k_keeps_k_and_renormalizes():
@@ -328,7 +309,7 @@ def test_an_impossible_token_is_never_sampled(monkeypatch):
     """A uniform of exactly 0 draws token 0 whatever its probability; one just below 1 the last, or
     one too many."""
     model = constant_model([-1e4, -1e4, 0.3, -1e4, 0.1, 0.2, -1e4])
-    for u, token in ((0.0, 2), (1e-300, 2), (0.5, 4), (1 - 2.0 ** -53, 5)):
+    for u, token in ((0.0, 2), (0.5, 4), (1 - 2.0 ** -53, 5)):
         uniforms = torch.full((2, 4), u, dtype=torch.float64)
         monkeypatch.setattr(torch, "rand", lambda *shape, **named: uniforms)
         assert generate(model, [[0], [1, 2]], 4).responses() == [[token] * 4] * 2
@@ -336,12 +317,9 @@ def test_an_impossible_token_is_never_sampled(monkeypatch):
 
 @pytest.mark.parametrize("prompts, new, temperature, weight, message", [
     ([[1, 2], []], 4, 1.0, 0, "at least one token"),
-    ([], 4, 1.0, 0, "at least one token"),
-    ([[1]], 0, 1.0, 0, "max_new_tokens >= 1"),
     ([[1], [2] * 10], 7, 1.0, 0, "10 tokens and 7 new ones exceed the context of 16"),
     ([[1]], 4, -1.0, 0, "^temperature -1.0: must be at least 0.0001"),
-    ([[1]], 4, 1.0, math.nan, "not finite"),
-    ([[1]], 4, 1.0, math.inf, "not finite")])
+    ([[1]], 4, 1.0, math.nan, "not finite")])
 def test_generate_refuses(prompts, new, temperature, weight, message):
     """A prompt that is too long, cut without a word (as in nanoGPT's sampling); at a negative
     temperature the unlikeliest tokens; a diverged model, which answers with token 0 for ever."""
@@ -350,8 +328,6 @@ def test_generate_refuses(prompts, new, temperature, weight, message):
         model.h[1].mlp.c_fc.weight[0, 0] = weight
     with pytest.raises((ValueError, FloatingPointError), match=message):
         generate(model, prompts, new, temperature=temperature)
-    with pytest.raises(ValueError, match="17 tokens do not fit the context of 16"):
-        model(torch.zeros(1, 17, dtype=torch.long))
 
 
 def test_respond_gives_texts_without_the_end_token():
@@ -382,20 +358,15 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
     tokens = torch.tensor([loaded_tokenizer.prompt("the fox")])
     assert torch.equal(loaded(tokens), model(tokens)) and loaded.config == model.config
     assert loaded_tokenizer.vocabulary == tokenizer.vocabulary and checkpoint["text"] == "a.txt"
-    for file, stage, size, message in (
-            (path, "gpt", "cpu", "is a sft checkpoint of size cpu, but gpt of size cpu is wanted"),
-            (path, "sft", "gpu", "is a sft checkpoint of size cpu, but sft of size gpu is wanted"),
-            (tmp_path / "none.pt", "sft", "cpu", "no such checkpoint; python sft.py makes one"),
-            (tmp_path, "sft", "cpu", "cannot be read: Is a directory")):
-        with pytest.raises(InputError) as error:
-            load_checkpoint(file, stage, size)
-        assert str(error.value) == f"{file}: {message}"
+    for file, stage, message in (
+            (path, "gpt", "is a sft checkpoint of size cpu, but gpt of size cpu is wanted"),
+            (tmp_path / "none.pt", "sft", "no such checkpoint; python sft.py makes one")):
+        with pytest.raises(InputError, match=f"^{file}: {message}$"):
+            load_checkpoint(file, stage, "cpu")
 
-    for name, value in (("n_layer", 2), ("n_embd", 16), ("n_head", 3), ("vocab_size", 300)):
-        changed = {**checkpoint, "config": {**checkpoint["config"], name: value}}
-        torch.save(changed, path)
-        with pytest.raises(InputError, match="not a whole file .* train the stage again$"):
-            load_checkpoint(path, "sft", "cpu")
+    torch.save({**checkpoint, "config": {**checkpoint["config"], "n_layer": 2}}, path)
+    with pytest.raises(InputError, match="not a whole file .* train the stage again$"):
+        load_checkpoint(path, "sft", "cpu")
 
 
 def test_learning_rate():
@@ -405,7 +376,6 @@ def test_learning_rate():
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     for step in range(10, 101):
         assert rates[step] == pytest.approx(2.0 * math.cos(math.pi / 2 * (step - 10) / 90) ** 2)
-    assert gpt.learning_rate(0, 1, 2.0, 10) == 2.0  # a run of one step
     rates = [gpt.learning_rate(step, 8, 2.0, 10) for step in range(3)]
     assert rates == pytest.approx([1.0, 2.0, 2.0])  # a warm-up of 8 / 4 steps
 
@@ -433,12 +403,11 @@ def test_optimizer_step_against_torchs():
             torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
             assert p.grad is None
     before = copy.deepcopy(model.state_dict())
-    for value in (math.nan, -math.inf):
-        model.wpe.weight.grad = torch.ones_like(model.wpe.weight)
-        model.wpe.weight.grad[3, 2] = value
-        with pytest.raises(FloatingPointError, match="gradient norm .*no step taken"):
-            gpt.optimizer_step(optimizer, model, 0.1)
-        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    model.wpe.weight.grad = torch.ones_like(model.wpe.weight)
+    model.wpe.weight.grad[3, 2] = math.nan
+    with pytest.raises(FloatingPointError, match="gradient norm .*no step taken"):
+        gpt.optimizer_step(optimizer, model, 0.1)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -516,13 +485,11 @@ def test_every_token_of_pretraining_counts_equally(monkeypatch):
 
 def test_samples(text_run, stages, capsys, monkeypatch):
     """--sample that trains again, asks for the text file which the checkpoint does not need, or
-    forgets --temperature; one that does not find the checkpoint of a run that was killed in its
-    last moment. The world's documents begin with <|end|>, a text does not."""
+    forgets --temperature. The world's documents begin with <|end|>, a text does not."""
     folder, _, (_, of_text, _) = text_run
-    path = folder / "cpu/gpt-text/checkpoint.pt"
-    before = path.read_bytes()
-    (path.parent / "finished").mkdir()
-    path.rename(path.parent / "finished/checkpoint.pt")
+    _, of_world, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    (folder / "corpus.txt").unlink()
+    before = snapshot(folder)
     calls = []
     real = gpt.generate
 
@@ -530,18 +497,13 @@ def test_samples(text_run, stages, capsys, monkeypatch):
         calls.append(arguments)
         return real(*arguments)
 
-    def sample(folder, *flags):
-        gpt.main(["--size", "cpu", "--out", str(folder), "--sample", *flags])
-
     monkeypatch.setattr(gpt, "generate", watched)
-    sample(folder, "The fox", "--name", "gpt-text")
+    flags = ["--size", "cpu", "--sample", "The fox"]
+    gpt.main([*flags, "--out", str(folder), "--name", "gpt-text"])
     text = capsys.readouterr().out
     assert text.startswith("The fox") and text.count("The fox") >= 3
-    sample(stages, "The fox", *"--temperature 3 --top_k 7".split())
-    with pytest.raises(InputError, match="no room"):
-        sample(folder, "Zyx " * 64, "--name", "gpt-text")
-    assert path.read_bytes() == before
-    _, of_world, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    gpt.main([*flags, "--out", str(stages), *"--temperature 3 --top_k 7".split()])
+    assert snapshot(folder) == before
     assert [arguments[4:6] for arguments in calls] == [(1.0, None), (3.0, 7)]
     assert calls[0][1] == [of_text.encode("The fox")] * 3
     assert calls[1][1] == [[of_world.end_token, *of_world.encode("The fox")]] * 3
@@ -554,33 +516,27 @@ def test_samples(text_run, stages, capsys, monkeypatch):
 @cpu_only
 def test_mid_training_continues_from_the_checkpoint(stages, out, tmp_path, monkeypatch):
     """A new vocabulary, under which the weights mean nothing; fresh weights; a warm-up that is over
-    already; forgetting measured on the new text, or after training only. After a kill: the first
-    steps once more, or the beginning measured there."""
+    already; forgetting measured on the new text, or after training only."""
     few = held_out_documents()[:30]  # all 500 take long
     for module in (gpt, data.corpus):
         monkeypatch.setattr(module, "held_out_documents", lambda world=None: few)
-    mid = ["--size", "cpu", "--out", str(out), "--start", str(stages / "cpu/gpt"),
-           "--name", "gpt-mid", "--batch", "8"]
     model, tokenizer, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
     rates = []
     learning_rate = gpt.learning_rate
 
     def watched_rate(*arguments):
         rates.append(arguments)
-        if len(rates) == 6:
-            raise KeyboardInterrupt
         return learning_rate(*arguments)
 
     monkeypatch.setattr(gpt, "learning_rate", watched_rate)
-    argv = [*mid, *"--curated --steps 8 --warmup 2 --lr 0.01 --report 5".split()]
-    with pytest.raises(KeyboardInterrupt):
-        gpt.main(argv)
-    gpt.main([*argv, "--resume"])
+    flags = "--name gpt-mid --batch 8 --curated --steps 8 --warmup 2 --lr 0.01 --report 5"
+    gpt.main(["--size", "cpu", "--out", str(out), "--start", str(stages / "cpu/gpt"),
+              *flags.split()])
     first, _, last = metrics(out / "cpu/gpt-mid/metrics.jsonl")
     path = out / "cpu/gpt-mid/checkpoint.pt"
     trained, same_tokenizer, _ = load_checkpoint(path, "gpt", "cpu")
     assert same_tokenizer.vocabulary == tokenizer.vocabulary and trained.config == model.config
-    assert rates == [(step, 8, 0.01, 2) for step in (0, 1, 2, 3, 4, 5, 5, 6, 7)]
+    assert rates == [(step, 8, 0.01, 2) for step in range(8)]
     assert (first["step"], last["step"]) == (0, 8)
 
     corpus = world_corpus(tokenizer, 0, 128, 64, 1, tmp_path, curated=True)
@@ -592,36 +548,23 @@ def test_mid_training_continues_from_the_checkpoint(stages, out, tmp_path, monke
         assert row["old_held_out"] == pytest.approx(gpt.held_out_loss(one, old, 1), rel=1e-5)
     assert last["held_out"] < first["held_out"]
 
-    (tmp_path / "own.txt").write_text(TEXT)
-    gpt.main([*mid, "--name", "gpt-text", "--text", str(tmp_path / "own.txt"), "--steps", "1"])
-    _, same_tokenizer, _ = load_checkpoint(out / "cpu/gpt-text/checkpoint.pt", "gpt", "cpu")
-    assert same_tokenizer.vocabulary == tokenizer.vocabulary
-
 
 START = "--start {out}/cpu/gpt --name gpt-mid"
 
 
 @pytest.mark.parametrize("stage, flags, message", [
-    (gpt, "--steps 1 --block_size 20", "--block_size 20"),
-    (gpt, "--n_embd 33", "--n_embd 33 must be a multiple of --n_head 4"),
     (gpt, "--vocab_size 258", "--vocab_size 258: .* need at least 259"),
-    (gpt, "--curated", "--curated True: goes with --start only"),
     (gpt, "--name ppo", "--name ppo: must be gpt"),
     (gpt, f"{START} --curated --n_layer 2", "--n_layer 2: cannot be used with --start"),
     (gpt, START, "--start .*needs either --curated or --text"),
-    (gpt, f"{START} --curated --text x", "--start .*needs either --curated or --text"),
     (gpt, f"{START} --curated --name gpt", "--start .*needs a separate folder"),
-    (gpt, f"{START} --curated --start {{out}}/cpu/sft", "sft/checkpoint.pt: is a sft checkpoint"),
-    (sft, "--base ppo", "--base ppo: must be gpt"),
     (sft, "--base gpt-none", "gpt-none/checkpoint.pt: no such checkpoint")])
 def test_what_is_refused_costs_nothing(stage, flags, message, out):
     """The pretrained model overwritten by its own continuation, or by a typing error; a shape that
-    is asked for, and is the checkpoint's; half of the world, taken for mid-training; minutes for a
-    name mistyped."""
+    is asked for, and is the checkpoint's; minutes for a name mistyped."""
     before = snapshot(out)
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=message):
         stage.main(["--size", "cpu", "--out", str(out), *flags.format(out=out).split()])
-    assert "\n" not in str(error.value)
     after = snapshot(out)
     assert all(path.suffix == ".ids" or after[path] == before[path] for path in before)
 
@@ -640,5 +583,4 @@ def test_a_gpu_without_bf16(supported, monkeypatch, capsys):
     gpt.autocast(torch.device("cuda"))
     assert casts == ([("cuda", torch.bfloat16)] if supported else [])
     run.announce("sft", sft.Config(size="gpu"), torch.device("cuda"), "some", tiny_model())
-    where = "Tesla T4" if supported else "Tesla T4 in float32, for it has no bf16"
-    assert f"device  {where}, size gpu, seed 1\n" in capsys.readouterr().out
+    assert ("in float32, for it has no bf16" in capsys.readouterr().out) != supported
