@@ -8,7 +8,7 @@ import re
 import runpy
 import sys
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -63,20 +63,17 @@ def test_training_on_a_system_without_file_locks(tmp_path, monkeypatch, capsys):
     flags = "--size cpu --block_size 9 --vocab_size 259 --n_layer 1 --n_head 1 --n_embd 8 --steps 3"
     gpt.main([*flags.split(), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path)])
     folder = tmp_path / "cpu/gpt"
-    printed = capsys.readouterr().out
     no_locks = f"{folder}: this system locks no files; start no second run in this folder\n"
-    assert no_locks in printed and "saved " in printed
+    assert no_locks in capsys.readouterr().out
     assert [row["step"] for row in metrics(folder / "metrics.jsonl")] == [3]
     assert {"checkpoint.pt", "lock", "metrics.jsonl"} < set(os.listdir(folder))
 
 
-def test_memory_where_the_system_tells_it(monkeypatch):
-    """Kilobytes for megabytes, or a figure of 0 on a system that tells none."""
+def test_memory_of_the_process(monkeypatch):
+    """Kilobytes for megabytes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     held = torch.ones(20, 2 ** 20)      # 80 MB
     assert held.nbytes / 2 ** 20 < run.peak_memory()["memory_mb"] < 2 ** 20
-    monkeypatch.setattr(run, "resource", None)
-    assert run.peak_memory() == {}
 
 
 def parse(*argv, name="gpt"):
@@ -84,7 +81,7 @@ def parse(*argv, name="gpt"):
     return parse_config(module.Config, module.GPU, list(argv), "")
 
 
-@pytest.mark.parametrize("argv", ["--see 3", "--seed three", "--seed", "file.txt", "--size GPU"])
+@pytest.mark.parametrize("argv", ["--see 3", "--seed three", "--size GPU"])
 def test_a_wrong_command_line_is_one_line(argv, capsys):
     """An abbreviation that is taken for another flag when one is added; a screenful of usage in
     which the wrong word is hard to find; a --size GPU that makes the default without a word."""
@@ -105,8 +102,6 @@ def test_defaults_sizes_and_flags():
     changed = dict(size="gpu", n_embd=64, n_layer=gpt.Config.n_layer, text="a.txt")
     assert typed == gpt.Config(**{**gpt.GPU, **changed})
     assert parse().size == ("gpu" if torch.cuda.is_available() else "cpu")
-    assert parse("--resume").resume is True
-    assert parse("--no-resume").resume is False is parse().resume
 
 
 @dataclass
@@ -115,7 +110,6 @@ class Choices:
     size: Literal["auto", "cpu", "gpu"] = "auto"    # auto takes gpu where there is one
     kind: Literal["plain", "fast", "odd"] = "plain"     # changes some of the defaults below
     text: str = ""      # a flag that is set or not
-    ask: str = field(default="", metadata={"alone": "anything"})    # a flag without a value
 
     # a heading that is no help
     rate: float = 0.5   # a rate,
@@ -138,11 +132,10 @@ def choose(*argv):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--rate 1 --kind fast", ""), ("--width 4 --text a", ""), ("--depth 5 --count 2", ""),
+    ("--rate 1 --kind fast", ""), ("--depth 5 --count 2", ""),
     ("--speed 2 --kind odd --goal near", ""), ("--turns 2", ""),
     ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"),
-    ("--width 4", "--width 4: goes with --text only"),
-    ("--depth 2", "--depth 2: goes with --count only"),
+    ("--width 3", "--width 3: goes with --text only"),
     ("--count 0 --depth 5", "--depth 5: goes with --count only"),
     ("--speed 2 --kind odd", "--speed 2: goes with --goal near only"),
     ("--turns 2 --text a", "--turns 2: cannot be used with --text")])
@@ -152,9 +145,8 @@ def test_flags_that_would_be_ignored_are_refused(argv, message):
     if not message:
         assert argv.split()[0][2:] in choose(*argv.split()).given
         return
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^{message}$"):
         choose(*argv.split())
-    assert str(error.value) == message
 
 
 def test_flags_that_a_job_has_no_use_for():
@@ -179,14 +171,11 @@ def test_presets(capsys):
     assert found("gpu") == (0.1, 64) and found("gpu", "--kind", "fast") == (2.0, 7)
     assert found("cpu", "--kind", "odd") == (0.5, 9) and found("gpu", "--kind", "odd") == (0.1, 9)
     assert found("cpu", *"--kind fast --rate 0.5 --text a --width 3".split()) == (0.5, 3)
-    assert (choose("--ask").ask, choose("--ask", "b").ask, choose().ask) == ("anything", "b", "")
     with pytest.raises(SystemExit):
         choose("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "a flag that is set or not (default: '')" in text
     assert "a rate, 10 % of something (default: 0.5; gpu: 0.1; fast: 2.0)" in text
     assert "a width (default: 3; gpu: 64; fast: 7; odd: 9)" in text
-    assert "only with a count (default: 2)" in text
 
 
 POSITIVE = "must be positive$"
@@ -198,40 +187,32 @@ TOO_LARGE = "is too large; 63 bits are the most$"
 
 
 @pytest.mark.parametrize("name, argv, message", [
-    ("gpt", "--steps 0", POSITIVE), ("gpt", "--seed -1", POSITIVE), ("gpt", "--report 0", POSITIVE),
-    ("gpt", "--top_k -1 --sample x", POSITIVE), ("gpt", f"--seed {2 ** 63}", TOO_LARGE),
-    ("gpt", "--lr=nan", NUMBER), ("gpt", "--lr=inf", NUMBER), ("gpt", "--lr=-0.001", NUMBER),
-    ("ppo", "--beta nan", NUMBER), ("best_of_n", "--beta -1", NUMBER),
+    ("gpt", "--report 0", POSITIVE), ("gpt", f"--seed {2 ** 63}", TOO_LARGE),
+    ("gpt", "--lr=nan", NUMBER), ("best_of_n", "--beta -1", NUMBER),
     ("best_of_n", "--missing_end_score=-inf", NUMBER), ("gpt", "--lr 0", NOTHING),
     ("ppo", "--clip 0", NOTHING), ("ppo", "--value_clip 0", NOTHING),
-    ("ppo", "--method ppo_penalty --penalty 0", NOTHING),
-    ("ppo", "--method ppo_penalty --penalty_target 0", NOTHING),
     ("gpt", "--temperature 0 --sample Once", GREEDY), ("ppo", "--temperature 1e-39", GREEDY),
-    ("ppo", "--data=", EMPTY), ("gpt", "--out=", EMPTY), ("best_of_n", "--prompt=", EMPTY),
-    *((name, f"{flag} 1", f"goes with --{other} only$")
-      for name, other in (("gpt", "sample"), ("sft", "prompt"), ("dpo", "prompt"))
-      for flag in ("--temperature", "--top_k")), ("ppo", "--top_k 0", "goes with --prompt only$")])
+    ("ppo", "--data=", EMPTY), ("gpt", "--temperature 1", "goes with --sample only$"),
+    ("sft", "--temperature 1", "goes with --prompt only$"),
+    ("dpo", "--top_k 1", "goes with --prompt only$")])
 def test_impossible_values_are_refused(name, argv, message, tmp_path, monkeypatch):
     """--report 0 divides by zero after an hour, --lr nan makes every weight nan, a negative --beta
     pays for leaving the reference; a seed that torch's generators do not take; `--data $FILE` with
-    FILE unset trains on the little world; --temperature, for somebody who thinks he trains at it."""
+    FILE unset trains on the little world; --temperature for who thinks that he trains at it."""
     module = importlib.import_module(name)
     for step in ("train", "train_missing"):
         monkeypatch.setattr(module, step, lambda *arguments: pytest.fail("trains"), raising=False)
-    flag = argv.replace("=", " ").split()[0] if "--method" not in argv else argv.split()[2]
-    with pytest.raises(InputError, match=rf"^{flag}( \S+)?: {message}") as error:
+    flag = argv.replace("=", " ").split()[0]
+    with pytest.raises(InputError, match=rf"^{flag}( \S+)?: {message}"):
         module.main(["--size", "cpu", "--out", str(tmp_path), *argv.split()])
-    assert "\n" not in str(error.value)
 
 
 def test_possible_values():
-    """0 refused where it means something, a seed of 63 bits, a negative score."""
+    """0 refused where it means something, a negative score."""
     assert parse("--seed", "0").seed == 0 == parse("--top_k", "0", "--sample", "x").top_k
     assert parse("--beta", "0", name="ppo").beta == 0   # the README's experiment
     assert parse("--weight_decay", "0").weight_decay == 0
     assert parse("--missing_end_score", "-7.5", name="ppo").missing_end_score == -7.5
-    largest = parse("--seed", str(2 ** 63 - 1)).seed
-    assert gpt.GPT(gpt.GPTConfig(5, 4, 1, 1, 4), torch.Generator().manual_seed(largest))
 
 
 def test_a_runs_name_begins_with_its_stage():
@@ -239,7 +220,7 @@ def test_a_runs_name_begins_with_its_stage():
     outputs."""
     for name in ("ppo", "ppo2", "ppo_a.b-1"):
         check_name(name, "ppo")
-    for name in ("", "sft", "my-ppo", "PPO", "ppo ", "ppo\n", "../ppo", "ppo/../sft", "ppo\\x"):
+    for name in ("", "sft", "my-ppo", "PPO", "../ppo", "ppo/../sft", "ppo\\x"):
         with pytest.raises(InputError, match="(?s)--name .*must be ppo, or ppo and letters"):
             check_name(name, "ppo")
 
@@ -275,7 +256,6 @@ RLHF = ["gpt", "sft", "reward_model"]
     ([], RLHF, "ppo", RLHF, "gpt → sft → reward_model → ppo, about 7 minutes on two cores"),
     (["sft"], RLHF, "dpo-beta0", ["reward_model"],     # gpt's is not asked for
      "reward_model → dpo-beta0, about 4 minutes on two cores"),
-    (["reward_model"], RLHF, "ppo", [], ""),
     (RLHF, [*RLHF, "process_model"], "ppo-process", ["reward_model --process"],
      "process_model → ppo-process, about 4 minutes on two cores")])
 def test_what_is_missing_is_announced_and_trained(there, needed, stage, asked, plan, calls,
@@ -286,17 +266,12 @@ def test_what_is_missing_is_announced_and_trained(there, needed, stage, asked, p
     trained(tmp_path, *there)
     common = ["--size", "cpu", "--out", str(tmp_path), "--seed", "7", "--resume"]
     train_missing(gpt.Config(size="cpu", out=str(tmp_path), seed=7, resume=True), needed, stage)
-    assert capsys.readouterr().out == (f"plan    {plan}\n" if plan else "")
+    assert capsys.readouterr().out == f"plan    {plan}\n"
     expected = []
     for name in asked:
         script, *flags = name.split()
         expected.append([script, *common, *flags])
     assert calls == expected
-    if asked == RLHF:
-        calls.clear()
-        train_missing(gpt.Config(size="gpu", out=str(tmp_path)), needed, stage)
-        plan = "plan    gpt → sft → reward_model → ppo\n"    # the minutes are another machine's
-        assert capsys.readouterr().out == plan and "--resume" not in calls[0]
 
 
 def test_a_stage_that_is_stale_is_refused(calls, tmp_path, capsys):
@@ -331,11 +306,6 @@ def test_a_stage_that_is_stale_is_refused(calls, tmp_path, capsys):
         check()
     message = f"{folder / 'checkpoint.pt'}: was made from another {base}; train sft again"
     assert str(error.value) == message
-    base.unlink()   # not known to be another one
-    check()
-    (folder / "checkpoint.pt").write_text("not a checkpoint")
-    with pytest.raises(InputError, match=f"checkpoint.pt: {BROKEN}"):
-        check()
     assert calls == []
 
 
@@ -351,27 +321,20 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress(terminal, clock, monkeypatch):
-    """A log file of a thousand lines, or a terminal that shows nothing for minutes; rests of a
-    longer line behind a shorter one; a division by zero before anything is done."""
+def test_progress(clock, monkeypatch):
+    """A terminal that shows nothing for minutes; rests of a longer line behind a shorter one; a
+    division by zero before anything is done."""
     stream = io.StringIO()
-    stream.isatty = lambda: terminal
+    stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", stream)
     began = clock[0]
     report = progress("texts", 1000)
-    for seconds, done in ((0.45, 0), (0.55, 0), (0.8, 7), (31, 0), (33, 50), (62, 100), (90, 1000)):
+    for seconds, done in ((0.55, 0), (0.8, 7), (33, 50), (62, 100), (90, 1000)):
         clock[0] = began + seconds
         report(done)
-    zero = "texts: 0 of 1,000"
-    most = "texts: 100 of 1,000, 9:18 left"
-    end = "texts: 1,000 in 90 s"
-    if terminal:
-        lines = [zero, zero, "texts: 50 of 1,000, 10:27 left", most, end]
-        expected = "".join(f"\r{line:70s}" for line in lines) + "\n"
-    else:
-        expected = f"{zero}\n{most}\n{end}\n"
-    assert stream.getvalue() == expected
+    lines = ["texts: 0 of 1,000", "texts: 50 of 1,000, 10:27 left",
+             "texts: 100 of 1,000, 9:18 left", "texts: 1,000 in 90 s"]
+    assert stream.getvalue() == "".join(f"\r{line:70s}" for line in lines) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,43 +346,34 @@ def test_figures_are_means_since_the_last_row():
     next one; a figure that few steps have, divided by all steps; a graph that is kept alive."""
     one = SilentRun(report=2)
     weight = torch.ones((), requires_grad=True)
-    due = []
     for step in one.steps(5):
         one.log(step, weight=torch.tensor(3), loss=weight * step)
         one.log(step, loss=10.0)    # weight 1
         assert not one.pending["loss"][-2][0].requires_grad
         if one.due(step):
-            due.append(step)
             one.log(step, held_out=float(step))
         if step == 2:
             one.log(step, rare=7)
-    assert due == [1, 3, 4]
     assert untimed(one.rows) == [
         {"step": 2, "loss": (3 * (0 + 1) + 2 * 10) / 8, "held_out": 1.0},
         {"step": 4, "loss": (3 * (2 + 3) + 2 * 10) / 8, "rare": 7.0, "held_out": 3.0},
         {"step": 5, "loss": (3 * 4 + 10) / 4, "held_out": 4.0}]
-
-    silent = SilentRun()    # one row, at the end
-    for step in silent.steps(3):
-        silent.log(step, loss=step)
-    assert untimed(silent.rows) == [{"step": 3, "loss": 1.0}]
 
 
 def test_a_runs_figures(tmp_path, clock, monkeypatch, capsys):
     """A figure that is neither printed nor written; "0:60" left, or time that was never left; 1.000
     for 100 %; seconds of one part of a step counted to another."""
     monkeypatch.setattr(run, "peak_memory", lambda: {"memory_mb": 5.0})
-    unprinted = ("hidden", "absent", "rollout_s", "update_s")
     common = {"hidden": 7.0, "rollout_s": 1.0, "update_s": 1.5}
     rows = [{"step": 6, "loss": 0.5, **common, "lr": 1.5e-5, "tall_name": -12.0, "excess": 0.25,
              "seconds": 159.25, "memory_mb": 5.0},
             {"step": 8, "loss": 0.25, **common, "lr": 0.0, "tall_name": 3.0, "excess": 0.0625,
-             "seconds": 180.0, "memory_mb": 5.0},
-            {"step": 8, "unseen": 1.0, "seconds": 180.0, "memory_mb": 5.0}]
+             "seconds": 180.0, "memory_mb": 5.0}]
     # 149.25 s for 5 steps: 59.7 for the 2 that are left.
     ends = [110.0, 120.0, 130.0, 140.0, 150.0, 259.25, 270.0, 280.0]
 
-    with Run("gpt", tmp_path, gpt.Config(), 6, unprinted=unprinted) as one:
+    with Run("gpt", tmp_path, gpt.Config(), 6,
+             unprinted=("hidden", "absent", "rollout_s", "update_s")) as one:
         for step in one.steps(8):
             row = rows[step // 6]
             one.log(step, loss=row["loss"], hidden=torch.tensor(7.0))
@@ -427,54 +381,27 @@ def test_a_runs_figures(tmp_path, clock, monkeypatch, capsys):
             one.time("rollout_s")
             clock[0] += 1.5
             one.time("update_s")
-            one.note("once")
             if one.due(step):
                 one.log(step, lr=row["lr"], tall_name=row["tall_name"], excess=row["excess"])
             clock[0] = ends[step]
-        one.record(unseen=1.0)
         assert one.rows == rows == metrics(one.folder / "metrics.jsonl")
-        assert one.figures() == untimed(rows)
     assert capsys.readouterr().out.splitlines() == [
-        "note    once",
         "                                tall",
         "     step     loss       lr     name   excess   left",
         "   6/8       0.500  1.5e-05  -12.000    25.0%   1:00",
         "   8/8       0.250  0.0e+00    3.000     6.2%   0:00"]
-    with Run("gpt", tmp_path, gpt.Config(), 6) as one:    # the figures of a new run alone
-        assert metrics(one.folder / "metrics.jsonl") == []
-
-
-def test_time_left_after_a_break(tmp_path, clock, capsys):
-    """The hours before the break counted as if they had gone into the steps since, or into the
-    seconds of the run."""
-    for seconds, stop, resume in ((60, 4, False), (2, 8, True)):
-        with Run("gpt", tmp_path, gpt.Config(resume=resume), 1, save=4) as one:
-            clock[0] += 100     # before the first step: weights, data
-            for step in one.steps(10):
-                if step == stop:
-                    break
-                clock[0] += seconds
-                one.log(step, loss=1.0)
-        clock[0] += 10_000
-    rows = [line for line in capsys.readouterr().out.splitlines() if "/10 " in line]
-    assert [row.split()[-1] for row in rows] == [
-        "24:00", "8:00", "7:00", "6:00", "7:22", "0:08", "0:06", "0:04"]
-    assert [row["seconds"] for row in one.rows] == [160, 220, 280, 340, 442, 444, 446, 448]
 
 
 def test_nothing_is_completed_behind_a_runs_back(tmp_path):
-    """A reader that takes the files away from under the run that moves them; a lock in a folder
-    that isn't there."""
-    complete(tmp_path / "none")
+    """A reader that takes the files away from under the run that moves them."""
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished/a.txt").write_text("second")
     with lock_folder(tmp_path), pytest.raises(InputError, match="another run is using this folder"):
         complete(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["finished", "lock"]
-    for _ in range(2):
-        complete(tmp_path)
-        assert sorted(os.listdir(tmp_path)) == ["a.txt", "lock"]
-        assert (tmp_path / "a.txt").read_text() == "second"
+    complete(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "lock"]
+    assert (tmp_path / "a.txt").read_text() == "second"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,11 +417,6 @@ def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
     batch changed in place that changes the file too, or torch's warning of memory that must not be
     written; an interrupted draw that the next run takes for all."""
     path = tmp_path / "new" / "documents.npy"
-    draws = []
-
-    def draw():
-        draws.append(1)
-        return DOCUMENTS
 
     def interrupted():
         yield [1, 2]
@@ -503,12 +425,11 @@ def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         memory_mapped(path, interrupted)
     assert os.listdir(path.parent) == []
-    for _ in range(2):
+    for draw in (lambda: DOCUMENTS, None):
         found = memory_mapped(path, draw)
         assert [ids.tolist() for ids in found] == DOCUMENTS
-    joined, = memory_mapped(path, draw, joined=True)
-    assert joined.tolist() == sum(DOCUMENTS, []) and len(draws) == 1
-    assert os.listdir(path.parent) == [path.name]
+    joined, = memory_mapped(path, None, joined=True)
+    assert joined.tolist() == sum(DOCUMENTS, [])
 
     before = path.read_bytes()
     torch.as_tensor(found[-1])[0] = 8
@@ -521,29 +442,23 @@ def test_a_file_of_documents_that_is_not_whole(tmp_path):
     path = tmp_path / "documents.npy"
     memory_mapped(path, lambda: DOCUMENTS)
     whole = path.read_bytes()
-    contents = [whole[:n] for n in (0, 1, 4, 8, len(whole) // 2, -4, -1)]
-    contents += [bytes(5000), whole[4:], whole + bytes(4), whole + whole]
+    contents = [whole[:0], whole[:-4], whole[4:], whole + whole]
     for position in range(len(whole)):
         content = bytearray(whole)
         content[position] ^= 1 << position % 8
         contents.append(bytes(content))
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=re.escape(f"{path}: {BROKEN} (")):
             memory_mapped(path, None)
-        message = str(error.value)
-        assert message.startswith(f"{path}: {BROKEN} (") and "\n" not in message
         assert path.read_bytes() == content     # the user is told; nothing is thrown away
 
 
 @pytest.mark.parametrize("error, message", [
     (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
-    (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
-    (OSError(22, "Invalid argument"), f"{BROKEN} ([Errno 22] Invalid argument); delete it and x"),
     (ValueError("its values are none"), f"{BROKEN} (its values are none); delete it and x"),
-    (MemoryError(), None), (OSError(12, "Cannot allocate memory"), None),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:124]: can't allocate memory"), None)])
+    (OSError(12, "Cannot allocate memory"), None),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None)])
 def test_only_damage_is_called_damage(tmp_path, error, message):
     """ "not a whole file ...; delete it and train the stage again" of a file without the right to
     read it, or that does not fit the GPU beside another program's memory: who obeys loses a good
