@@ -1,7 +1,6 @@
 """GPT-2 folders in and out, against files that transformers, tokenizers and safetensors wrote
 (huggingface/make.py)."""
 
-import contextlib
 import json
 import random
 import re
@@ -19,7 +18,6 @@ import ppo
 import reward_model
 import sft
 from data import huggingface
-from data.corpus import pretraining_text
 from data.files import InputError, checksum, write_jsonl
 from data.huggingface import read_folder, read_weights, write_folder
 from data.run import refuse_stale, show_models
@@ -38,14 +36,12 @@ def copies(tmp_path):
 
 
 def refusal(folder):
-    """The line in which reading the folder ends, without its name; "" if it does not, or if that is
-    no short line which names a file in it."""
+    """The line in which reading the folder ends, "" if it does not; it names a file in it."""
     try:
         read_folder(folder)
     except InputError as error:
-        line = str(error).replace(str(folder), "")
-        if str(folder) in str(error) and "\n" not in line and len(line) < 300:
-            return line
+        assert str(folder) in str(error) and "\n" not in str(error)
+        return str(error)
     return ""
 
 
@@ -140,8 +136,7 @@ def resize(folder, rows):
     (320, [], True, "rows of the embedding without a token: 20 of 320"),
     (300, ["[PAD]"], False, "added tokens: 1 ([PAD])"),     # without a row
     (304, ["[PAD]", "<|im_start|>", "é"], True, "added tokens: 2 ([PAD], <|im_start|>); rows of "
-                                                "the embedding without a token: 2 of 304"),
-    (303, ["日", "Ġkite", "<|pad|>"], False, "added tokens: 3 (日, Ġkite, <|pad|>)")])
+                                                "the embedding without a token: 2 of 304")])
 def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, json_file):
     """A vocabulary padded to 50,304 rows, a [PAD] of somebody's, GPT-2's own tokenizer.json without
     "type" and "use_regex": refused. Or their rows move the mean that new tokens start from; or an
@@ -183,19 +178,18 @@ def test_where_it_cannot_be_the_way_is_named(copies):
 
 
 def test_other_containers(copies):
-    """The weights as pytorch_model.bin, new and old, with a prefix, with a copy of the tied head,
-    and as float16; the masks of every version; in parts with an index."""
+    """The weights as pytorch_model.bin, new and old, as float16, with a prefix, with a copy of the
+    tied head, with the masks of old versions; in parts with an index."""
     folder = copies / "published"
     weights = copied(read_folder(folder)[1])
     path, raw = read_weights(folder)
     tensors = copied(raw)
     path.unlink()
     path = folder / "pytorch_model.bin"
-    for dtype, new in ((torch.float32, True), (torch.uint8, False), (torch.bool, True)):
-        tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril().to(dtype)
-        tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
-        torch.save(tensors, path, _use_new_zipfile_serialization=new)
-        assert same_weights(read_folder(folder)[1], weights)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril().to(torch.uint8)
+    tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    assert same_weights(read_folder(folder)[1], weights)
     torch.save({name: x.half() for name, x in tensors.items()}, path)
     assert torch.equal(read_folder(folder)[1]["wpe.weight"], weights["wpe.weight"].half())
     tensors = {f"transformer.{name}": x for name, x in tensors.items()}
@@ -216,41 +210,32 @@ def test_other_containers(copies):
 THEIRS = read_json(FOLDERS / "saved/tokenizer.json")
 SPLIT = THEIRS["pre_tokenizer"]
 BPE = THEIRS["model"]
-MERGES = BPE["merges"]
 WRONG = {
     "published/config.json": [
         (dict(model_type="gpt_neox"), "model_type is 'gpt_neox', but gpt.py's is 'gpt2'"),
         (dict(activation_function="relu"), "activation_function is 'relu'"),
-        (dict(tie_word_embeddings=False), "tie_word_embeddings"),
-        (dict(n_inner=33), "n_inner"), (dict(n_head=3), "n_head"),
-        (dict(n_layer="2"), "n_layer is '2'"), (dict(n_layer=10 ** 12), "n_layer 1000000000000"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings"), (dict(n_inner=33), "n_inner"),
         (dict(n_layer=3), "h.2.ln_1.weight is missing"), (dict(n_layer=1), "none of a GPT-2's"),
         (dict(n_positions=8), "wpe.weight is (16, 8)"),
-        (dict(vocab_size=299), "vocab_size is 299"),
         (dict(vocab_size=302), "wte.weight is (300, 8), but by config.json"),
         (None, "config.json: no such file")],
     "saved/tokenizer.json": [
         (dict(normalizer={"type": "NFC"}), "normalizer"),
         (dict(pre_tokenizer={**SPLIT, "add_prefix_space": True}), "pre_tokenizer"),
         (dict(model={**BPE, "type": "Unigram"}), "type"),
-        (dict(model={**BPE, "dropout": 0.1}), "dropout"),
-        (dict(model={**BPE, "merges": MERGES[::-1]}), "not a whole file"),
-        (dict(model={**BPE, "merges": MERGES[:-1]}), "no merge makes the token"),
+        (dict(model={**BPE, "merges": BPE["merges"][:-1]}), "no merge makes the token"),
         (None, "vocab.json: no such file")],
-    "published/tokenizer_config.json": [(dict(add_prefix_space=True), "add_prefix_space")],
-    "published/merges.txt": [(None, "merges.txt")],
     "published/model.safetensors": [(None, "model.safetensors: no such file")],
-    "saved/model.safetensors.index.json": [(dict(weight_map={}), "json: not a whole file")],
     "saved/model-00002-of-00002.safetensors": [(None, "00002.safetensors: no such file")]}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_gpt2_is_named(copies, name):
     """A model that runs, but computes something else than the published one, or whose tokenizer
-    splits, normalizes or pads otherwise, says nothing about it. A folder that a download left half
-    full (None)."""
+    splits or normalizes otherwise, and no word of it. A folder that a download left half full
+    (None)."""
     path = copies / name
-    whole = path.read_bytes() if path.exists() else b"{}"
+    whole = path.read_bytes()
     assert refusal(path.parent) == ""
     for changes, said in WRONG[name]:
         path.write_bytes(whole)
@@ -262,40 +247,25 @@ def test_what_is_no_gpt2_is_named(copies, name):
 
 
 def test_damaged_weights_are_named(copies):
-    """Tensors that overlap, or are other ones than the index says; a download that broke off, a
-    flipped bit, a pickle that would run code: no traceback, no model of garbage."""
+    """A download that broke off, a flipped bit, a pickle that would run code: no traceback, no
+    model of garbage."""
     folder = copies / "published"
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     weights = copied(read_folder(folder)[1])
-    start = 8 + int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8:start])
-    entry = header["ln_f.bias"]
-    begin, end = entry["data_offsets"]
-    for changed, said in (({"dtype": "F8_E4M3"}, "the tensor ln_f.bias is F8_E4M3"),
-                          ({"data_offsets": [begin - 4, end - 4]}, "overlap")):
-        text = json.dumps({**header, "ln_f.bias": {**entry, **changed}}).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
-        assert said in refusal(folder) and "model.safetensors: " in refusal(folder)
-
+    header = 8 + int.from_bytes(whole[:8], "little")
     rng = random.Random(0)
     for _ in range(40):
         path.write_bytes(whole[:rng.randint(0, len(whole) - 1)])
         assert "model.safetensors" in refusal(folder)
         data = bytearray(whole)
-        data[rng.randrange(start)] ^= 1 << rng.randrange(8)
+        data[rng.randrange(header)] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         # What is not refused was a mask's name or shape, or a blank.
         assert refusal(folder) or same_weights(read_folder(folder)[1], weights)
     path.unlink()
     torch.save({"wte.weight": Path}, folder / "pytorch_model.bin")
     assert "pytorch_model.bin: not a whole file" in refusal(folder)
-
-    index = copies / "saved/model.safetensors.index.json"
-    parts = read_json(index)["weight_map"]
-    name = next(name for name, part in parts.items() if part.startswith("model-00002"))
-    edit(index, weight_map={**parts, name: "model-00001-of-00002.safetensors"})
-    assert f"00001-of-00002.safetensors: the tensor {name} is missing" in refusal(copies / "saved")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,11 +294,8 @@ def test_every_stage_goes_out(tmp_path, stage, architecture, head):
 @pytest.mark.parametrize("flags, message", [
     ("load SAVED --stage dpo", "its vocabulary is not that of"),
     ("load SFT --stage dpo --name ppo-x", "--name ppo-x: must be dpo"),
-    ("load SFT --name=", "--name: is empty"),
-    ("load NEW", "new/config.json: no such file"),
     ("export SFT --stage sft", "sft: already exists"),
-    ("export NEW --stage ppo-none", "ppo-none.*no such checkpoint"),
-    ("export NEW --stage best_of_n", "--stage best_of_n: must be gpt, sft")])
+    ("export NEW --stage ppo-none", "ppo-none.*no such checkpoint")])
 def test_refusals_leave_everything_as_it_was(tmp_path, flags, message):
     """A policy compared with a reference of another vocabulary; a folder overwritten; a stage's
     checkpoint overwritten by a slip in a name."""
@@ -346,7 +313,7 @@ def test_padding_and_layout(tmp_path):
     """Padding with <|end|> makes trainers mask the very token that they should teach, and reward
     models read too early. transformers continues a batch after its last column: padded on the
     right, prompts of different lengths get broken texts; a reward model is padded there. Weights
-    with gaps, unaligned, or under other names than those that safetensors wrote."""
+    without "format", which transformers refuses. A temperature that is lost."""
     tokenizer = Tokenizer(train("a fox and a kite ÿ", 280))
     policy = tiny_gpt(0, tokenizer.n_vocab)
     judge = tiny_reward_model(0, tokenizer.n_vocab)
@@ -366,18 +333,9 @@ def test_padding_and_layout(tmp_path):
     assert again.vocabulary == tokenizer.vocabulary and again.pattern == "words" and not begins
     assert same_weights(weights, policy.state_dict())
 
-    headers = []
-    for folder in (FOLDERS / "published", tmp_path / "left"):
-        data = (folder / "model.safetensors").read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        headers.append(json.loads(data[8:start]))
-        assert start % 8 == 0
-    theirs, ours = headers
-    assert ours.pop("__metadata__") == theirs["__metadata__"] == {"format": "pt"}
-    for name, entry in ours.items():
-        like = theirs[name.removeprefix("transformer.")]
-        assert entry.keys() == like.keys() and entry["dtype"] == like["dtype"]
-        assert len(entry["shape"]) == len(like["shape"])
+    data = (tmp_path / "left/model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert start % 8 == 0 and json.loads(data[8:start])["__metadata__"] == {"format": "pt"}
 
 
 def test_reward_model_without_a_bias(tmp_path):
@@ -427,12 +385,11 @@ def test_the_chat_template():
     escaped = "Ho<\ufdd0|end|>"
     assert render([user], add_generation_prompt=True) == "<|user|> Hi <|assistant|>"
     assert render([user, assistant]) == f"<|user|> Hi <|assistant|>[{escaped}<|end|>]"
-    for content in (None, ["Hi"], [{"type": "text", "text": "Hi"}]):
-        for messages in ([{**user, "content": content}], [user, {**assistant, "content": content}]):
-            with pytest.raises(InputError, match="content must be a string"):
-                render(messages)
+    for content in (None, [{"type": "text", "text": "Hi"}]):
+        with pytest.raises(InputError, match="content must be a string"):
+            render([user, {**assistant, "content": content}])
     system = {"role": "system", "content": "be kind"}
-    for messages in ([assistant], [user, user], [user, assistant, user], [system, user]):
+    for messages in ([user, assistant, user], [system, user]):
         with pytest.raises(InputError, match="one exchange"):
             render(messages)
 
@@ -443,7 +400,8 @@ def test_the_chat_template():
 
 def test_later_stages_run_on_what_was_loaded(tmp_path):
     """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other
-    ids than in training. A policy from elsewhere that isn't what was exported, to the last bit."""
+    ids than in training. A policy from elsewhere that isn't what was exported, to the last bit; or
+    is measured against another SFT model than was there when it came."""
     rows = [{"prompt": f"{i}", "completion": "we'd"} for i in range(9)]
     write_jsonl(tmp_path / "own.jsonl", rows)
     common = ["--size", "gpt2", "--out", str(tmp_path)]
@@ -463,19 +421,11 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     assert other.vocabulary == tokenizer.vocabulary and again.config == model.config
     assert other.pattern == tokenizer.pattern == "gpt2"
     assert same_weights(again.state_dict(), model.state_dict())
-    assert checkpoint["loaded"] == str(tmp_path / "sft")
     assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
 
-    # A policy from elsewhere is measured against the SFT model that was there when it came.
     sft.main([*fine_tuning, "--lr", "1e-3"])
     with pytest.raises(InputError, match="load ppo-theirs again, if it is a policy of this one"):
         refuse_stale(path.parent)
-
-    # PPO-ptx would need what the base model was trained on.
-    path = tmp_path / "gpt2/gpt/checkpoint.pt"
-    _, _, base = load_checkpoint(path, "gpt", "gpt2")
-    with pytest.raises(InputError, match=f"came from {FOLDERS / 'published'}"):
-        pretraining_text(base, path, tokenizer, model.config.block_size)
 
 
 def test_settings_of_a_published_model(monkeypatch):
@@ -495,16 +445,14 @@ def test_models_that_do_not_fit_are_refused(monkeypatch, capsys):
     """Out of memory after minutes of sampling, in the first step of the optimizer."""
     model = tiny_gpt(0)
     size = sum(x.numel() for x in model.parameters()) * 4 * (4 + 1)
+    room = SimpleNamespace(total_memory=size)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for room, refusal in (
-            (size, contextlib.nullcontext()),
-            (size - 1, pytest.raises(InputError, match="2 models .* smaller GPT-2"))):
-        properties = SimpleNamespace(total_memory=room)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        with refusal:
-            show_models(("policy",), {"8 samples": 2 ** 21}, policy=model, reference=model)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    show_models(("policy",), {"8 samples": 2 ** 21}, policy=model, reference=model)
     printed = capsys.readouterr().out
     assert "models in memory: 2 (policy, reference)" in printed
     assert "\nbesides, where texts fill the context, about 2 MB for 8 samples\n" in printed
-    note = "if they run out, lower --micro_batch or --sample_batch"
-    assert printed.count(note) == 1     # where the models fit, but not with this
+    assert "if they run out, lower --micro_batch or --sample_batch" in printed
+    room.total_memory -= 1
+    with pytest.raises(InputError, match="2 models .* smaller GPT-2"):
+        show_models(("policy",), policy=model, reference=model)
