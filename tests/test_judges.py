@@ -12,7 +12,7 @@ import torch
 from data.annotator import read_texts
 from data.files import InputError
 from data.judges import (CONSTITUTION, TextReward, both_judges, command_judge, command_reward,
-                         constitution_choice, judge_of, print_agreement, reward_of, verifier)
+                         constitution_choice, judge_of, print_agreement, reward_of)
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, metrics, story_of
 
@@ -30,30 +30,25 @@ def say(choice, **more): print(json.dumps({{'choice': choice, **more}}), flush=T
 
 
 def test_rewards_of_texts_in_the_chat_format(tmp_path):
-    """A program that is asked about "...<|end|>", another prompt's answer, or the padding."""
+    """A program that is asked about "...<|end|>", another prompt's answer, or the padding; nan
+    taken for a reward."""
     tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
     rows = [(PROMPT, story_of(HAPPY)), ("ä <|end|>\n", "Hm."), ("Who?", "")]
     ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows]
     ids.append(ids[0][:-1])     # never ended
+    rows.append(rows[0])
     tokens = torch.tensor([row + [tokenizer.end_token] * (200 - len(row)) for row in ids])
     lengths = torch.tensor(list(map(len, ids)))
-    assert read_texts(tokens, lengths, tokenizer) == rows + rows[:1]
+    assert read_texts(tokens, lengths, tokenizer) == rows
 
     command = program(tmp_path, """
 for row in rows:
     print(json.dumps({'reward': len(row['prompt']) - 0.5 * len(row['response'])}))
 """)
     found = TextReward(command_reward(command), tokenizer).score(tokens, lengths)
-    expected = [len(prompt) - 0.5 * len(text) for prompt, text in rows + rows[:1]]
-    assert found.tolist() == expected
-    right = TextReward(verifier, tokenizer).score(tokens[[0, 3]], lengths[[0, 3]])
-    assert right.tolist() == [1.0, 1.0]
-
-    for answer, found in (("'reward': True", "true"), ("'a': 1", "none"),
-                          ("'reward': float('nan')", "the number nan")):
-        message = f'judge.py: answer 1: "reward" must be a number, found {found}'
-        with pytest.raises(InputError, match=message):
-            command_reward(program(tmp_path, f"print(json.dumps({{{answer}}}))"))(rows)
+    assert found.tolist() == [len(prompt) - 0.5 * len(text) for prompt, text in rows]
+    with pytest.raises(InputError, match='"reward" must be a number, found the number nan'):
+        command_reward(program(tmp_path, "print(json.dumps({'reward': float('nan')}))"))(rows)
 
 
 HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = CONSTITUTION
@@ -103,18 +98,16 @@ def test_both_label_in_turn():
 def test_agreement_by_hand(capsys):
     """An agreement with one draw of the annotator's noise, or with the pairs turned round; reasons
     that no judge gave."""
-    pairs = [(story_of(HAPPY), story_of(SAD), ""), (story_of(SAD), story_of(KIND[0], SAD), "b"),
+    pairs = [(story_of(HAPPY), story_of(SAD), "a"), (story_of(SAD), story_of(KIND[0], SAD), "b"),
              (story_of(SAD), story_of(HAPPY, KIND[0]), "b")]
-    rows = [{"prompt": PROMPT, "chosen": better, "rejected": worse} for better, worse, _ in pairs]
-    print_agreement([{**row, "why": why} if why else row for row, (_, _, why) in zip(rows, pairs)])
+    print_agreement([{"prompt": PROMPT, "chosen": better, "rejected": worse, "why": why}
+                     for better, worse, why in pairs])
     p = [1 / (1 + math.exp(-x)) for x in (1.5, -1, -0.5)]      # by the true rewards' differences
     best = statistics.mean(max(x, 1 - x) for x in p)
     assert capsys.readouterr().out == (
         f"judge   the annotator agrees with {statistics.mean(p):.1%} ± "
         f"{statistics.pstdev(p) / 3 ** 0.5:.1%} of the labels; at best {best:.1%}\n"
-        "        66.7%  b\n        33.3%  no reason given\n")
-    print_agreement(rows)
-    assert capsys.readouterr().out.endswith(f"; at best {best:.1%}\n")
+        "        66.7%  b\n        33.3%  a\n")
 
 
 QUESTIONS = [(f"Who? {i}", f"ä {i}\n", '"' * i + "b") for i in range(8)]
@@ -130,28 +123,21 @@ def test_a_program_as_the_judge(tmp_path):
     expected = [(int(len(second) < len(first)), "shorter") for _, first, second in QUESTIONS]
     assert len(set(expected)) == 2
     assert judge(QUESTIONS[:5] + QUESTIONS[:1], None) == expected[:5] + expected[:1]
-    assert judge(QUESTIONS, None) == expected and judge([], None) == []
+    assert judge(QUESTIONS, None) == expected
     rows = metrics(tmp_path / "asked.jsonl")
     assert [tuple(row.values()) for row in rows] == QUESTIONS
     assert list(rows[0]) == ["prompt", "first", "second"]
-    silent = program(tmp_path, "for row in rows: say(1, why=None)")
-    assert command_judge(silent, tmp_path / "other.jsonl")(QUESTIONS, None) == [(1, "")] * 8
 
 
 @pytest.mark.parametrize("body, given, message", [
     ("[say(1) for row in rows]; raise KeyError('no key')", 8,
      "gave 8 of 8 answers and ended with status 1; it said: KeyError: 'no key'"),
-    ("[say(1) for row in rows[1:]]", 7,
-     "gave 7 of 8 answers and ended with status 0; it said: nothing"),
     ("[say(1) for row in rows]; print('Done.')", 8,
      "gave more answers than the 8 asked for: 'Done.'"),
     ("say(1); print('Sure! I prefer', flush=True); time.sleep(60)", 1,
      "answer 2: not JSON: .*near 'Sure! I prefer'"),
     ("say(0); say(2)", 1,
-     'answer 2: "choice" must be 0, for the first one, or 1, found the number 2'),
-    ("say(True)", 0, "or 1, found true"), ("print('{}')", 0, "or 1, found none"),
-    ("say(0, why=3)", 0, '"why" must be text, found the number 3'),
-    ("sys.stdout.buffer.write(b'\\xff\\n')", 0, "not UTF-8")])
+     'answer 2: "choice" must be 0, for the first one, or 1, found the number 2')])
 def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, given, message):
     """A night of labels lost with the last one; a label guessed from what is no answer; a program
     that hangs."""
@@ -171,19 +157,15 @@ def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, g
     assert [why for _, why in found[given:]] == ["shorter"] * (8 - given)
 
 
-@pytest.mark.parametrize("command", ["", "no-such-program --fast", "'open"])
-def test_a_command_that_there_is_not(command, tmp_path):
+def test_a_command_that_there_is_not(tmp_path):
     """A name that was mistyped, found out after minutes of sampling."""
-    with pytest.raises(InputError, match=f"^--judge {command}: "):
-        judge_of(command, tmp_path / "labels.jsonl")
-    with pytest.raises(InputError, match=f"^--reward {command}: "):
-        reward_of(command)
+    with pytest.raises(InputError, match="^--judge no-such-program --fast: "):
+        judge_of("no-such-program --fast", tmp_path / "labels.jsonl")
+    with pytest.raises(InputError, match="^--reward no-such-program: "):
+        reward_of("no-such-program")
 
 
 def test_rewards_that_know_the_little_world_only():
     """The verifier asked about a user's prompts, of which it knows nothing: it fails halfway."""
-    for name in ("verifier", "process"):
-        with pytest.raises(InputError, match=f"^--reward {name}: knows the little world only"):
-            reward_of(name, "prompts.jsonl")
-    assert reward_of("verifier") is verifier
-    assert reward_of("process") is reward_of("reward_model", "prompts.jsonl") is None
+    with pytest.raises(InputError, match="^--reward verifier: knows the little world only"):
+        reward_of("verifier", "prompts.jsonl")

@@ -14,15 +14,13 @@ import torch
 import gpt
 import ppo
 import reward_model
-import sft
 from data.files import InputError, read_comparisons, write_jsonl
 from data.run import SilentRun, read_torch
 from data.stories import is_held_out
 from data.tokenizer import Tokenizer
 from gpt import load_checkpoint, save_checkpoint, token_logprobs
-from helpers import (END, LIMIT, PROMPTS, V, cpu_only, draw_prompts, first_step, made_up_rollouts,
-                     metrics, noise, optimize, ragged_mask, response_reward, snapshot, tiny_gpt,
-                     tiny_reward_model, untimed)
+from helpers import (END, LIMIT, PROMPTS, V, cpu_only, draw_prompts, metrics, noise, optimize,
+                     ragged_mask, response_reward, snapshot, tiny_gpt, tiny_reward_model, untimed)
 from reward_model import RewardModel
 
 # --------------------------------------------------------------------------------------------------
@@ -58,10 +56,11 @@ def test_score_lands_on_the_last_response_token():
     torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gamma, lam", [(0.9, 0.8), (1.0, 1.0), (0.5, 0.0)])
-def test_gae_is_the_sum_of_residuals(gamma, lam):
+def test_gae_is_the_sum_of_residuals():
     """Bootstrapping from V at the padding, from the prompt's V or across <|end|>; gamma or lambda
     forgotten."""
+    gamma = 0.9
+    lam = 0.8
     mask, prompts, lengths = ragged_mask(4, B=7)
     rewards = torch.where(mask, noise(1, *mask.shape), 0.0)
     values = noise(2, *mask.shape)
@@ -100,20 +99,6 @@ def test_every_pass_takes_every_row_once():
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_rows_of_one_length_stand_together(monkeypatch):
-    """Micro-batches cut from the rows as they come: half of what is computed is padding."""
-    policy = tiny_gpt(0)
-    value_model = tiny_reward_model(1)
-    batch = made_up_rollouts(policy, value_model)
-    shapes = []
-    for model in (policy, value_model.trunk):
-        model.wte.register_forward_hook(
-            lambda module, inputs, output: shapes.append(inputs[0].shape))
-    config = ppo.Config(iterations=1, rollouts=6, micro_batch=2)
-    first_step(monkeypatch, policy, value_model, batch, config, [3, 1, 5, 0, 4, 2])
-    assert shapes == [(2, T) for T in (5, 11, 21) for _ in range(2)]
-
-
 def one_iteration(monkeypatch, reference, value_model, reward, **flags):
     """(Rollouts with their advantages, figures) of one iteration of tiny_gpt(0) with a learning
     rate of 0."""
@@ -142,7 +127,6 @@ def test_first_minibatch_is_on_policy(monkeypatch):
                                    minibatch=32, micro_batch=5, temperature=0.7)
     mask = batch.mask
     assert len(set(mask.sum(dim=1).tolist())) > 1
-    assert len(set(mask.int().argmax(dim=1).tolist())) > 1
     assert figures["clip_fraction"] == 0 and abs(figures["approx_kl"]) < 1e-6
     assert figures["length"] == pytest.approx(mask.sum().item() / 32)
     entropy = -batch.old_logprobs[mask].mean().item()
@@ -183,18 +167,16 @@ def test_rollouts_follow_the_scored_distribution():
 
 def test_value_explained_is_measured_against_what_came(monkeypatch):
     """Values compared with λ-returns, which are half made of those values: whatever V says, it
-    explains itself. And -1e8, a rounding error over another, where all responses earn the same."""
+    explains itself."""
     def all_values(value_model, rollout, mask, micro_batch):
         G = torch.where(rollout.ended(END), 2.0 * mask.sum(dim=1), -5.0)  # the score: no KL
         return torch.where(mask, 3 * G[:, None] + 7, 0.0)  # leaves (1 - 3)² of its variance
 
-    for factor, fine, explained in ((2, -5.0, 1 - (1 - 3) ** 2), (0, 0.0, 0.0)):
-        with monkeypatch.context() as patch:
-            patch.setattr(ppo, "all_values", all_values)
-            reward = response_reward(lambda response: factor * len(response))
-            _, figures = one_iteration(patch, tiny_gpt(1), tiny_reward_model(2), reward, lam=0.5,
-                                       beta=0.0, missing_end_score=fine)
-        assert figures["value_explained"] == pytest.approx(explained, abs=1e-4)
+    monkeypatch.setattr(ppo, "all_values", all_values)
+    reward = response_reward(lambda response: 2 * len(response))
+    _, figures = one_iteration(monkeypatch, tiny_gpt(1), tiny_reward_model(2), reward, lam=0.5,
+                               beta=0.0, missing_end_score=-5.0)
+    assert figures["value_explained"] == pytest.approx(1 - (1 - 3) ** 2, abs=1e-4)
 
 
 def test_what_a_response_earns(monkeypatch):
@@ -246,52 +228,38 @@ def train(out, flags="", *more):
     return metrics(out / "cpu" / name / "metrics.jsonl")
 
 
-def test_main(out, capsys):
+def test_main(out):
     """A run that cannot be repeated, a figure that the README explains and nothing logs, a
     checkpoint that won't load."""
     before = snapshot(out)
     rows = train(out, "--iterations 3")
-    printed = capsys.readouterr().out
     assert untimed(train(out, "--iterations 3 --name ppo-again")) == untimed(rows)
     assert untimed(train(out, "--iterations 1 --name ppo-other --seed 2"))[0] != untimed(rows)[0]
-    hidden = {"beta", "approx_kl", "value_loss", "memory_mb", "rollout_s", "scoring_s", "update_s",
-              "seconds"}
-    assert rows[0].keys() - hidden == {
+    assert rows[0].keys() == {
         "step", "reward", "gold", "kl", "J", "entropy", "clip_fraction", "value_explained",
-        "length", "no_end"}
-    assert [row["step"] for row in rows] == [1, 2, 3]
+        "length", "no_end", "beta", "approx_kl", "value_loss", "memory_mb", "rollout_s",
+        "scoring_s", "update_s", "seconds"}
     for row in rows:
         assert row["beta"] == 0.2  # the README's, and the default
         assert row["J"] == pytest.approx(row["reward"] - 0.2 * row["kl"], abs=1e-4)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[2]["kl"] != 0
     load_checkpoint(out / "cpu/ppo/checkpoint.pt", "ppo", "cpu")
     assert before.items() <= snapshot(out).items()  # the stages before it are as they were
-    assert "next: python dpo.py" in printed and "pretraining loss" not in printed
-    header = next(line for line in printed.splitlines() if line.startswith("     step  ")).split()
-    # The names' last words; the words before them are in the line above.
-    shown = [name.split("_")[-1] for name in rows[0] if name not in hidden]
-    assert header == shown + ["left"]
 
 
-def test_kl_target_moves_beta(out, monkeypatch):
+def test_kl_target_moves_beta(out):
     """A controller that sees another KL than the one that is logged; a checkpoint that names the
-    first beta, or does not say how it was trained; also of a run killed after its last step."""
-    flags = ("--iterations 3 --kl_target 3 --lr 1e-2 --temperature 0.8 --missing_end_score -3 "
-             "--name ppo-killed")
-
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(ppo, "save_checkpoint", None)
-        train(out, flags)
-    rows = train(out, flags, "--resume")
+    first beta, or the next iteration's, or does not say how it was trained."""
+    rows = train(out, "--iterations 3 --kl_target 3 --lr 1e-2 --temperature 0.8 "
+                      "--missing_end_score -3")
     assert len({row["beta"] for row in rows}) == 3
     expected = 0.2
     for row in rows:
         assert row["beta"] == pytest.approx(expected, rel=1e-5)
         expected = ppo.adapt_beta(row["beta"], row["kl"], 3.0)
-    checkpoint = read_torch(out / "cpu/ppo-killed/checkpoint.pt")
+    checkpoint = read_torch(out / "cpu/ppo/checkpoint.pt")
     assert checkpoint["beta"] == rows[-1]["beta"]
     assert (checkpoint["temperature"], checkpoint["missing_end_score"]) == (0.8, -3)
-    assert untimed(checkpoint["metrics"]) == untimed(rows)
 
 
 def test_no_held_out_request_is_trained_on(out, monkeypatch):
@@ -300,28 +268,23 @@ def test_no_held_out_request_is_trained_on(out, monkeypatch):
     _, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     pairs, held_out_pairs = read_comparisons(out / "cpu/reward_model")
     trained_on = [row["prompt"] for row in pairs]
-    held_out = [row["prompt"] for row in held_out_pairs]
 
     def loop(policy, reference, value_model, task, config, run):
         prompts = task.draw_prompts(1500, random.Random(0))
         trained_on.extend(tokenizer.decode(ids[1:-1]) for ids in prompts)
-        run.record(beta=0.2)
-
-    def generate(model, prompts, *rest, **more):
-        held_out.extend(tokenizer.decode(ids[1:-1]) for ids in prompts)
-        return gpt.generate(model, prompts, *rest, **more)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(ppo, "ppo", loop)
-    monkeypatch.setattr(sft, "generate", generate)
-    ppo.main(["--out", str(out), *FLAGS])
-    assert (len(trained_on), len(held_out)) == (64 + 1500, 16 + 33 + 33)
-    assert not any(map(is_held_out, trained_on)) and all(map(is_held_out, held_out))
+    with pytest.raises(KeyboardInterrupt):
+        train(out)
+    assert len(trained_on) == 64 + 1500 and not any(map(is_held_out, trained_on))
+    assert all(is_held_out(row["prompt"]) for row in held_out_pairs)
 
 
 @cpu_only
 def test_a_prompt_is_answered_by_the_policy(out, capsys):
-    """--prompt that asks another policy than --name's, a --top_k that does not reach the sampler, a
-    temperature that is not the trained one times the given one."""
+    """--prompt that asks another policy than --name's, or at a temperature that is not the trained
+    one times the given one."""
     question = "Tell me a story about a shy fox and a kite."
     policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     with torch.no_grad():
@@ -329,21 +292,13 @@ def test_a_prompt_is_answered_by_the_policy(out, capsys):
     (out / "cpu/ppo-sharp").mkdir()
     save_checkpoint(out / "cpu/ppo-sharp/checkpoint.pt", "ppo", "cpu", policy, tokenizer,
                     temperature=0.5)
-    before = snapshot(out)
-
-    def ask(flags=""):
+    for flags, seed, temperature in (("", 1, 0.5), ("--seed 3 --temperature 2", 3, 1.0),
+                                     ("--top_k 1", 2, 1e-4)):
         ppo.main(["--out", str(out), "--size", "cpu", "--name", "ppo-sharp", "--prompt", question,
                   "--max_new_tokens", "12", *flags.split()])
-        return capsys.readouterr().out.removesuffix("\n")
-
-    def sampled(seed, temperature):
         prompt = tokenizer.prompt(question)
-        return gpt.respond(policy, tokenizer, [prompt], 12, seed, temperature)[0][0]
-
-    assert ask() == sampled(1, 0.5)
-    assert ask("--seed 3 --temperature 2") == sampled(3, 1.0) != sampled(3, 1.5)
-    assert ask("--top_k 1") == sampled(2, 1e-4)
-    assert snapshot(out) == before
+        [text], _ = gpt.respond(policy, tokenizer, [prompt], 12, seed, temperature)
+        assert capsys.readouterr().out == text + "\n"
 
 
 @pytest.mark.parametrize("flags, reason", [
@@ -352,13 +307,8 @@ def test_a_prompt_is_answered_by_the_policy(out, capsys):
     ("--reward verifyer", "--reward verifyer: no such program"),
     ("--reward process --data {data}", "--reward process: knows the little world only"),
     # Ten runs with a flag tuned, of a method that has no use for it.
-    ("--method reinforce --clip 0.1", "--clip 0.1: goes with --method ppo or grpo"),
-    ("--penalty 2", "--penalty 2.0: goes with --method ppo_penalty only"),
     ("--method grpo --lam 0.5", "--lam 0.5: goes with --method ppo or ppo_penalty or a2c only"),
-    ("--method grpo --gamma 0.9", "--gamma 0.9: goes with --method ppo or ppo_penalty or a2c or"),
     ("--method reinforce --epochs 4", "--epochs 4: goes with --method ppo or ppo_penalty or grpo"),
-    ("--method ppo_penalty --kl_target 3", "--kl_target 3.0: goes with --method ppo only"),
-    ("--method a2c --group 4", "--group 4: goes with --method rloo or grpo"),
     # A group of one, compared with itself: no gradient at all.
     ("--method grpo --group 1", "--group 1: must be at least 2 and divide --rollouts 64"),
     ("--method grpo --group 3", "--group 3: must be at least 2 and divide --rollouts 64")])
@@ -381,10 +331,8 @@ def test_reward_model_of_another_vocabulary(out):
     strings = list(tokenizer.vocabulary)  # the same size
     strings[-2:] = reversed(strings[-2:])
     save_checkpoint(path, "reward_model", "cpu", model, Tokenizer(strings))
-    before = snapshot(out)
     with pytest.raises(InputError, match="reward_model.checkpoint.pt: its vocabulary"):
         train(out)
-    assert snapshot(out) == before
 
 
 @pytest.mark.parametrize("fine, noted", [("9", True), ("-9", False)])
@@ -401,14 +349,11 @@ def test_a_fine_that_pays_is_told(out, fine, noted, capsys):
 
 def test_the_verifier_needs_no_reward_model(out, capsys):
     """A reward model that is trained first, and never asked; a fine for missing ends, under which
-    J* is not that of a reward of 0 and 1; a value model that starts from nowhere."""
+    J* is not that of a reward of 0 and 1."""
     shutil.rmtree(out / "cpu/reward_model")
     rows = train(out, "--iterations 2 --reward verifier --max_new_tokens 4")
-    printed = capsys.readouterr().out
-    assert "plan" not in printed and not (out / "cpu/reward_model").exists()
-    assert "; reward: verifier\n" in printed
-    assert "models in memory: 3 (policy, reference, value_model)" in printed
-    assert "before and after on 33 held-out prompts: reward 0.00 → 0.00" in printed
+    assert "models in memory: 3 (policy, reference, value_model)" in capsys.readouterr().out
+    assert not (out / "cpu/reward_model").exists()
     assert [row["reward"] for row in rows] == [0.0, 0.0]
     assert read_torch(out / "cpu/ppo/checkpoint.pt")["missing_end_score"] == 0.0
     assert any(row["no_end"] > 0 for row in rows)
@@ -435,9 +380,9 @@ def test_a_program_as_the_reward(out, tmp_path):
     assert runs.read_text() == (3 + 2) * "run\n"  # once an iteration, and before and after
 
 
-def test_ppo_on_the_process_model(out, monkeypatch, capsys):
+def test_ppo_on_the_process_model(out, monkeypatch):
     """The outcome model's scores under the name of the process model; a stage that is missing, and
-    is not trained."""
+    is not trained; a value model that starts from nowhere."""
     loop = ppo.ppo
     seen = []
 
@@ -456,4 +401,3 @@ def test_ppo_on_the_process_model(out, monkeypatch, capsys):
 
     monkeypatch.setattr(ppo, "ppo", spy)
     assert len(train(out, "--iterations 2 --reward process")) == 2 and seen
-    assert "plan    process_model → ppo, " in capsys.readouterr().out
