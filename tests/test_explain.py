@@ -12,8 +12,8 @@ import gpt
 import ppo
 import reward_model
 import sft
-from data.annotator import gold_reward, mark, rubric
-from data.corpus import draw_demonstrations, encode_documents, held_out_documents
+from data.annotator import mark, rubric
+from data.corpus import encode_documents, held_out_documents
 from data.files import InputError, hold_out, read_comparisons, read_demonstrations
 from data.tokenizer import encode_demonstrations
 from helpers import explained, snapshot
@@ -56,66 +56,45 @@ def test_a_document_beside_its_source(trained, monkeypatch, capsys):
 
     (table,), _ = explained(gpt, trained, monkeypatch, "--explain", "Once there")
     assert table["x_t"] == ["<|end|>", "Once", "·there", "(next)"]
-    assert table["rank"][0] is table["rank"][3] is None and table["likeliest"][3]
-    assert "source" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("world", [True, False])
-def test_a_demonstrations_mask(world, out, monkeypatch, capsys):
+def test_a_demonstrations_mask(out, monkeypatch, capsys):
     """The mask off by one: <|assistant|> is trained, or <|end|> isn't; the base model's figures
     under SFT's name; another divisor than the one that trained; a demonstration of another file."""
     path = out / "demonstrations.jsonl"
     rows, held_out = hold_out(read_demonstrations(path), path)
-    if world:
-        sft.main(["--out", str(out), "--size", "cpu", "--demonstrations", "40", "--questions", "2",
-                  "--max_new_tokens", "60"])
-        rows, _ = draw_demonstrations(random.Random("demonstrations 1"), 40)
-        rng = random.Random("held-out demonstrations")
-        held_out, logprobs = draw_demonstrations(rng, 500, held_out=True)
     (table,), _ = explained(sft, out, monkeypatch, "--explain")
     policy, tokenizer, checkpoint = load(out, "sft")
     demonstrations, _ = encode_demonstrations(held_out, tokenizer, 128)
     ids, start = random.Random("demonstration 1").choice(demonstrations)
     assert table["token"] == tokenizer.shown(ids[1:])
     assert table["mask"] == [0] * (start - 1) + [1] * (len(ids) - start)
-
-    printed = capsys.readouterr().out
-    means = []
     for name, model in (("-log π before", load(out, "gpt")[0]), ("after", policy)):
-        means.append(gpt.held_out_loss(model, [ids], start))
+        mean = gpt.held_out_loss(model, [ids], start)
         total = sum(table[name][start - 1:])
-        assert total == pytest.approx(means[-1] * (len(ids) - start), rel=1e-5)
-    assert f"{means[0]:.4f} → {means[1]:.4f} a token\n" in printed
-    if world:
-        log_p = logprobs[[one.ids for one in demonstrations].index(ids)]
-        assert f"-log p(y|x) = {-log_p:.3f} nats" in printed
-    batch, batches = (32, 2) if world else (16, -(-len(rows) // 16))
+        assert total == pytest.approx(mean * (len(ids) - start), rel=1e-5)
+
     tokens = sum(len(tokenizer.response(row["completion"])) for row in rows)
-    assert f"In training {batch} such sums" in printed
-    assert checkpoint["tokens_per_batch"] == tokens / batches
+    assert "In training 16 such sums" in capsys.readouterr().out
+    assert checkpoint["tokens_per_batch"] == tokens / -(-len(rows) // 16)
 
 
-def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
+def test_a_pair_beside_the_rubric(trained, monkeypatch):
     """r_φ one token beside the sentence's end; the rejected response in the place of the chosen."""
     (*tables, parts), _ = explained(reward_model, trained, monkeypatch, "--explain")
     model, tokenizer, _ = load(trained, "reward_model", reward_model.RewardModel)
     rng = random.Random("pair 1")
     row = rng.choice(read_comparisons(trained / "cpu/reward_model")[1])
     prompt = tokenizer.prompt(row["prompt"])
-    scores = []
     for kind, table in zip(("chosen", "rejected"), tables):
         prefix = prompt + tokenizer.encode(table[kind][0])  # up to the first sentence
         whole = prompt + tokenizer.response(row[kind])
         first, last = reward_model.score_all(model, [prefix, whole]).tolist()
-        scores.append(last)
         assert (table["r_φ"][0], table["r_φ"][-1]) == pytest.approx((first, last), abs=1e-5)
         true = rubric(row["prompt"], row[kind])
         expected = [*true.values(), sum(true.values()), last]
         assert parts[kind] == pytest.approx(expected, abs=1e-5)
         assert (table[kind][-1], table["gold"][-1]) == ("<|end|>", parts[kind][5])
-    margin = torch.tensor(scores[0] - scores[1])
-    expected = f"σ(Δr_φ) = {margin.sigmoid():.3f}, -log σ(Δr_φ) = {-F.logsigmoid(margin):.3f}: "
-    assert expected in capsys.readouterr().out
 
     tables, _ = explained(reward_model, trained, monkeypatch, "--explain", "--process")
     model, tokenizer, _ = load(trained, "process_model", reward_model.RewardModel)
@@ -127,37 +106,26 @@ def test_a_pair_beside_the_rubric(trained, monkeypatch, capsys):
     loss = F.binary_cross_entropy_with_logits(r, good).item()
     assert sum(found["-log P"]) / len(good) == pytest.approx(loss, abs=1e-5)
     assert found["Δgold"] == marked[0].steps + marked[1].steps
-    gold = gold_reward(row["prompt"], row["chosen"])
-    assert sum(tables[0]["Δgold"]) == pytest.approx(gold + 0.5, abs=1e-5)  # no text: no ending
 
 
-def test_any_text_gets_a_number(trained, monkeypatch, capsys):
+def test_any_text_gets_a_number(trained, monkeypatch):
     """The rubric for a prompt that is no request: a traceback."""
     flags = ("--prompt", "Who are you?", "--response", "A fox.\nWho\nelse?")
     (score, parts), _ = explained(reward_model, trained, monkeypatch, *flags)
-    assert list(parts) == ["", "response"] and parts[""] == ["r_φ"] and "gold" not in score
+    assert parts[""] == ["r_φ"] and "gold" not in score
     assert score["response"] == ["A fox.", "Who else?", "<|end|>"]
-    assert "no gold: the prompt is not one of" in capsys.readouterr().out
     (step,), _ = explained(reward_model, trained, monkeypatch, "--process", *flags)
     assert list(step) == ["response", "r_φ", "σ(r_φ)"]
 
 
 @pytest.mark.parametrize("script, flags, words", [
-    (gpt, "--explain x --seed 2", "--seed 2: cannot be used with --explain"),
-    (gpt, ["--explain", "word " * 200], "exceed the context"),
-    (gpt, "--explain --name gpt-none", "gpt-none/checkpoint.pt: no such checkpoint; python"),
-    (sft, "--explain --prompt x", "--prompt x: cannot be used with --explain"),
     (reward_model, "--prompt x", "--prompt x: goes with --response only"),
-    (reward_model, "--explain --judge both", "--judge both: cannot be used with --explain"),
-    (reward_model, "--explain --process --out none", "python reward_model.py --process makes"),
     (ppo, "--explain --lr 1", "--lr 1.0: cannot be used with --explain"),
-    (ppo, "--explain --name ppo-none", "ppo-none/checkpoint.pt: no such checkpoint"),
-    (dpo, "--explain --lr 1", "--lr 1.0: cannot be used with --explain"),
     (dpo, "--explain", "dpo/checkpoint.pt: no such checkpoint")], ids=str)
 def test_what_cannot_be_explained(script, flags, words, trained, monkeypatch):
     """--explain trained a missing stage, ignored a flag, or left a file."""
     before = snapshot(trained)
     with pytest.raises(InputError) as error:
-        explained(script, trained, monkeypatch, *(flags.split() if type(flags) is str else flags))
+        explained(script, trained, monkeypatch, *flags.split())
     assert words in str(error.value) and "\n" not in str(error.value)
     assert snapshot(trained) == before
