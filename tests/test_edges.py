@@ -1,6 +1,7 @@
 """What lies at the edge: batches of one, full contexts, responses that end at once; very few
 prompts, strange texts; how much is in memory at once."""
 
+import contextlib
 import json
 import random
 
@@ -13,29 +14,22 @@ import gpt
 import ppo
 import reward_model
 import sft
-from data.files import InputError, hold_out, write_jsonl
+from data.files import InputError, write_jsonl
 from data.run import SilentRun
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, save_checkpoint
-from helpers import END, PROMPTS, V, metrics, response_reward, snapshot
+from helpers import END, PROMPTS, V, metrics, response_reward
 from reward_model import RewardModel
 
 BLOCK = 8       # the context
-ALWAYS = 60.0
-NEVER = -60.0
 
 
-def tiny(seed, kind=GPT, end=0.0):
-    """A random GPT or RewardModel; end is added to the logit of <|end|> after every prefix."""
+def tiny(seed, kind=GPT):
+    """A random GPT or RewardModel."""
     torch.manual_seed(seed)
     model = kind(GPTConfig(V, BLOCK, n_layer=1, n_head=2, n_embd=16))
     if kind is RewardModel:
         torch.nn.init.normal_(model.head.weight)
-    elif end:
-        with torch.no_grad():   # the first hidden number is always 1, and only <|end|> asks for it
-            model.ln_f.weight[0] = 0.0
-            model.ln_f.bias[0] = 1.0
-            model.wte.weight[:, 0] = end * (torch.arange(V) == END)
     return model
 
 
@@ -49,10 +43,7 @@ EDGES = {
         prompts=[[1, 2, 3, 0, 1, 2, 3], [2]], max_new_tokens=1),
     "a batch of one": dict(rollouts=1),
     "micro-batch and minibatch that do not fit": dict(rollouts=5, minibatch=3, micro_batch=64),
-    "a minibatch larger than the batch": dict(rollouts=3, minibatch=64, micro_batch=2),
     "all rewards equal": dict(reward=7.3),
-    "no response ends": dict(prompts=[[2, 0], [1, 1]], end=NEVER),
-    "every response ends at once": dict(end=ALWAYS, still=True),
     "one token in the whole batch": dict(rollouts=1, max_new_tokens=1, still=True),
     "nothing to prefer": dict(      # 50: their mean in float32 is not 7.3
         prompts=[[2, 0]], rollouts=50, minibatch=50, micro_batch=50, max_new_tokens=1, reward=7.3,
@@ -69,11 +60,10 @@ def test_ppo_at_the_edges(case):
                     max_new_tokens=3, beta=0.3, missing_end_score=-4.0)
     settings.update(case)
     prompts = settings.pop("prompts", PROMPTS)
-    end = settings.pop("end", 0.0)
     still = settings.pop("still", False)
     constant = settings.pop("reward", None)
     config = ppo.Config(**settings)
-    policy = tiny(0, end=end)
+    policy = tiny(0)
     reference = tiny(1)
     value_model = tiny(2, RewardModel)
 
@@ -86,16 +76,11 @@ def test_ppo_at_the_edges(case):
     run = SilentRun(report=1)
     task = ppo.Task(draw_prompts, response_reward(score), END)
     ppo.ppo(policy, reference, value_model, task, config, run)
-    moved = largest_change(policy, tiny(0, end=end))
+    moved = largest_change(policy, tiny(0))
     assert moved < 1e-3 * config.lr if still else moved > 0.1 * config.lr
     assert largest_change(value_model, tiny(2, RewardModel)) > 0
     assert largest_change(reference, tiny(1)) == 0
-    if end:
-        length = 3 if end == NEVER else 1
-        assert (run.rows[0]["no_end"], run.rows[0]["length"]) == (end == NEVER, length)
-    ppo.ppo(policy, reference, value_model, task, config, run)      # one step more
-    for row in run.rows:
-        json.dumps(row, allow_nan=False)
+    json.dumps(run.rows, allow_nan=False)
     for model in (policy, value_model):
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -108,7 +93,6 @@ NEW = 8         # the longest response
 STAGES = {sft: "--batch 4", reward_model: "--batch 4", dpo: "--batch 4",
           ppo: "--iterations 2 --rollouts 3 --minibatch 2",
           best_of_n: "--samples 2 --policies ,"}    # the yardstick of the SFT model alone
-every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 
 
 @pytest.fixture
@@ -132,21 +116,16 @@ def run_stage(stage, untrained, prompts, chosen="So."):
     path = untrained.parent / "rows.jsonl"
     write_jsonl(path, [{"prompt": prompt, "chosen": chosen, "rejected": "No."}
                        for prompt in prompts])
-    before = snapshot(untrained)
     try:
         stage.main(["--size", "cpu", "--out", str(untrained), "--data", str(path),
                     "--max_new_tokens", str(NEW), *STAGES[stage].split()])
     except InputError as error:
-        message = str(error)
-        assert message.startswith(f"{path}: ") and "\n" not in message
-        after = snapshot(untrained)
-        assert all(after[path] == content for path, content in before.items())
-        assert {path.name for path in after.keys() - before.keys()} <= {"lock"}
-        return message
+        assert str(error).startswith(f"{path}: ")
+        return str(error)
     assert metrics(untrained / "cpu" / stage.__name__ / "metrics.jsonl")
 
 
-@every_stage
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 def test_few_and_long_prompts(stage, untrained):
     """Statistics over one prompt, pair or sample: NaN, a traceback out of random.choices, or an
     empty held-out set. An off-by-one at the context: a row that just fits is dropped, or one that
@@ -164,40 +143,17 @@ def test_few_and_long_prompts(stage, untrained):
         assert "leaves room for --max_new_tokens 8" in message
 
 
-@every_stage
-def test_a_long_prompt_on_one_side_of_the_split(stage, untrained):
-    """Nothing to train on, or to measure on, and a mean over an empty list; refused only where that
-    side is needed."""
-    def prompts(length):
-        """A prompt of this length that is trained on, and one that is held out."""
-        train, held_out = hold_out([{"prompt": f"{n:0{length}d}"} for n in range(100)])
-        return train[0]["prompt"], held_out[0]["prompt"]
-
-    short = prompts(3)
-    long = prompts(CONTEXT)
-    refused = run_stage(stage, untrained, [long[0], short[1]]) is not None
-    assert refused == (stage is not best_of_n)
-    refused = run_stage(stage, untrained, [short[0], long[1]]) is not None
-    assert refused == (stage is not ppo)
-
-
 # Nine tenths must hold a window of 9 tokens, and the last tenth at least 2 tokens.
-@pytest.mark.parametrize("text, enough", [
-    ("a", False), ("a" * 10, False), ("a" * 11, True),
-    ("\ufeff" * 40 + "🦊\u2028<|end|>" * 9, True)])
+@pytest.mark.parametrize("text, enough", [("a" * 10, False), ("\ufeff" * 40 + "🦊" * 9, True)])
 def test_strange_texts_to_pretrain_on(text, enough, tmp_path):
     """A text without one whole window, or a held-out part of one token, which predicts nothing: a
     mean of nothing. A text editor's leftovers that end in a traceback minutes later."""
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     flags = "--batch 2 --block_size 9 --vocab_size 259 --n_layer 1 --n_head 1 --n_embd 8 --steps 1"
-    argv = ["--size", "cpu", "--out", str(tmp_path), "--text", str(path), *flags.split()]
-    if enough:
-        gpt.main(argv)
-        assert len(metrics(tmp_path / "cpu/gpt/metrics.jsonl")) == 1
-    else:
-        with pytest.raises(InputError, match=rf"^{path}: .*$"):
-            gpt.main(argv)
+    with contextlib.nullcontext() if enough else pytest.raises(InputError, match=f"^{path}: "):
+        gpt.main(["--size", "cpu", "--out", str(tmp_path), "--text", str(path), *flags.split()])
+    assert (tmp_path / "cpu/gpt/checkpoint.pt").exists() == enough
 
 
 # --------------------------------------------------------------------------------------------------
