@@ -31,7 +31,7 @@ def random_demonstrations(seed=0):
     return demonstrations
 
 
-@pytest.mark.parametrize("batch, micro_batch, epochs", [(7, 3, 1), (7, 64, 1), (3, 2, 3)])
+@pytest.mark.parametrize("batch, micro_batch, epochs", [(7, 3, 1), (3, 2, 3)])
 def test_every_response_token_counts_equally(batch, micro_batch, epochs, monkeypatch):
     """A mean of micro-batches' or batches' means weighs a token of a short answer more (Hugging
     Face's Trainer until October 2024); a model whose <|end|> is masked out never learns to stop
@@ -97,7 +97,7 @@ def fine_tune(folder, *flags):
 def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     """A file of demonstrations that trains nothing, is trained on in full without anything held
     out, or not to the end; a model that does not stop after its answer. A prompt that fits, but
-    leaves no room for the longest sample. An entropy, which is not known."""
+    leaves no room for the longest sample."""
     rows = []
     for prompt, answer in DEMONSTRATIONS:
         rows += [{"prompt": f"{prompt} {i}", "completion": answer} for i in range(10)]
@@ -117,11 +117,7 @@ def test_fine_tuning_on_your_own_file(base, tmp_path, capsys):
     rows = [{"prompt": "z" * 50 + letter, "completion": "Red."} for letter in "abcdefgh"]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     fine_tune(base, *data)
-    printed = capsys.readouterr().out
-    assert "7 demonstrations, 1 held out; dropped 0 longer" in printed and "\nprompt" not in printed
-    fine_tune(base, *data, "--learning_curve")
-    *_, header, row = capsys.readouterr().out.splitlines()
-    assert header == "demonstrations  held out, nats a token" and len(row.split()) == 2
+    assert "7 demonstrations, 1 held out; dropped 0 longer" in capsys.readouterr().out
 
 
 def test_what_is_refused_costs_nothing(base):
@@ -133,12 +129,10 @@ def test_what_is_refused_costs_nothing(base):
     write_torch(stale, {"made_from": {"gpt-colors/checkpoint.pt": 1}})
     before = snapshot(base)
     for flags, message in (("--demonstrations 4", "too short for the little world"),
-                           ("--data none.jsonl", "^none.jsonl: no such file"),
                            ("--base gpt-curated", "gpt-colors/checkpoint.pt; train .* again")):
         with pytest.raises(InputError, match=message):
             fine_tune(base, *flags.split())
     assert snapshot(base) == before
-    sft.refuse_own_text(base, {"own_text": ""})
     with pytest.raises(InputError, match=f"^{base}: comes from mine.txt, .* --data"):
         sft.refuse_own_text(base, {"own_text": "mine.txt"})
 
@@ -161,15 +155,13 @@ def test_the_world_and_its_learning_curve(out, monkeypatch, capsys):
     with torch.no_grad():
         estimate = token_losses(model, *zip(*held_out[:40])).mean().item()
     assert last["held_out"] == pytest.approx(estimate, rel=0.05)
-    assert 0 <= told["answers"] <= 1 and told["flawless"] == 0  # after so few steps
 
     before = snapshot(out)
     capsys.readouterr()
     monkeypatch.setattr(sft, "doublings", lambda first, total: [8, total])
     fine_tune(out, *world, "--learning_curve")
-    *_, header, first, second = capsys.readouterr().out.splitlines()
-    assert "excess" in header and first.split()[0] == "8"
+    *_, first, second = capsys.readouterr().out.splitlines()
     figure = f"{last['held_out']:.3f}"
-    assert first.split()[1] != figure
+    assert first.split()[0] == "8" and first.split()[1] != figure
     assert second.split()[:3] == ["24", figure, f"{last['excess']:.1%}"]
     assert f"  {100 * told['answers']:.1f} ± " in second and snapshot(out) == before
