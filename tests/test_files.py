@@ -3,7 +3,6 @@ where and why. Writing ours, locks, and how a script ends."""
 
 import bz2
 import errno
-import fcntl
 import gzip
 import io
 import json
@@ -15,7 +14,6 @@ import shlex
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -78,8 +76,7 @@ def row_of(reader, line):
 
 
 ODD = ' x " \\ \r\n\t é 日本 🦊 \u2028 \x85 \ufeff {"a": 1}, '
-WRONG_VALUES = [7, 10 ** 30, False, None, ["fox"], {"role": "user"}, math.nan, "", "\n\t ",
-                "\u3000", "a\0b", "\ud83e", "\udd8a\ud83e"]
+WRONG_VALUES = [7, None, ["fox"], math.nan, "", "\n\t ", "\u3000", "a\0b", "\ud83e", "\udd8a\ud83e"]
 
 
 def wrong_lines(row):
@@ -87,18 +84,15 @@ def wrong_lines(row):
     good = json.dumps(row).encode()
     start = good[:-1]
     yield from (json.dumps({**row, "prompt": value}).encode() for value in WRONG_VALUES)
-    yield from (good[1:], good + good, b"[" + good + b"]", b"null", b'"fox"', b"{}", b"NaN")
+    yield from (good[1:], good + good, b"[" + good + b"]", b"null", b'"fox"', b"{}")
     yield from (start + b', "x": 1, "x": 2}', start + b', "\\u0070rompt": "again"}')
-    yield from (start + b', "x": ' + b"9" * 5000 + b"}", b"[" * 50_000, (good + b"\r") * 500)
-    yield from (b'{"' + b"k" * 50_000 + b'": 1}', b'{"x": "' + b"x" * 50_000 + b'\xff"}')
-    yield from (start + b', "\xed\xa0\x80": 1}', start + b', "x": "\x07"}', good + b"\0")
-    yield from (BOM + good, start + b', "x": "\\u12"}', good.decode().encode("utf-16-le"))
+    yield from (start + b', "x": ' + b"9" * 5000 + b"}", b"[" * 50_000, BOM + good)
 
 
 def odd_files(rng, fields):
     """A file of odd texts and of fields that nobody asked for: as it is, cut off anywhere, each of
     its bytes changed; and with two wrong lines behind it."""
-    rows = [{"id": [1, {"prompt": None}], **{field: ODD for field in fields}},
+    rows = [{"id": [1, {"prompt": None}], **dict.fromkeys(fields, ODD)},
             {**{field: field for field in fields}, "id": -math.inf}]
     lines = [json.dumps(rows[0], ensure_ascii=False), " ", "", *map(json.dumps, rows)]
     whole = BOM + "\r\n".join(lines).encode() + b"\n"
@@ -120,17 +114,15 @@ def test_rows_are_read_or_the_first_wrong_line_is_named(reader, tmp_path):
     several = 0
     for data in odd_files(random.Random(f"rows {reader.__name__}"), FIELDS[reader]):
         put(path, data)
-        rows = []
-        wrong = []
-        for number, line in enumerate(data.removeprefix(BOM).split(b"\n"), start=1):
-            if line.strip():
-                rows.append(row_of(reader, line))
-                if rows[-1] is None:
-                    wrong.append(number)
+        lines = data.removeprefix(BOM).split(b"\n")
+        rows = {number: row_of(reader, line) for number, line in enumerate(lines, start=1)
+                if line.strip()}
+        wrong = [number for number, row in rows.items() if row is None]
         if rows and not wrong:
+            expected = list(rows.values())
             if reader is read_prompts:
-                rows = list(dict.fromkeys(row["prompt"] for row in rows))
-            assert reader(path) == rows
+                expected = list(dict.fromkeys(row["prompt"] for row in expected))
+            assert reader(path) == expected
             read += 1
             continue
         with pytest.raises(InputError) as error:
@@ -141,7 +133,7 @@ def test_rows_are_read_or_the_first_wrong_line_is_named(reader, tmp_path):
         assert len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
         message.encode()    # can be printed
         several += len(wrong) > 1
-    assert read > 70 and several > 30     # the test sees all sorts
+    assert read > 70 and several > 20     # the test sees all sorts
 
 
 def conversation(*turns):
@@ -161,14 +153,9 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
 @pytest.mark.parametrize("reader, row, reason", [
     (read_demonstrations, {"prompt": "a", "completion": 3},
      '"completion" must be text, found the number 3; put it in quotes'),
-    (read_demonstrations, {"prompt": "a", "completion": "x\0"},
-     '"completion" holds a NUL character at character 2; remove it'),
-    (read_labels, {**LABEL, "completion": "\ud83e"},
-     '"completion" holds half a surrogate pair, U+D83E, at character 1'),
     (read_labels, {**LABEL, "label": 0}, '"label" must be true or false, found the number 0'),
     (read_labels, {"prompt": "a", "completion": "b"},
      'the field "label" is missing; true for a good completion, false for a bad one'),
-    (read_labels, {**LABEL, "completion": " "}, '"completion" is blank; give it a text or '),
     # HH-RLHF has no "prompt": chosen and rejected both begin with it.
     (read_pairs, {"chosen": "Human: q A: a", "rejected": "Human: q A: b"},
      "the field \"prompt\" is missing; found 'chosen', 'rejected'; if both texts begin with the "
@@ -176,16 +163,12 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
     (read_demonstrations, {"messages": LONG},
      "\"messages\" has the turns 'user, assistant, user, assistant', but only one exchange is "
      "supported, user then assistant; keep its first one, or remove the line"),
-    (read_demonstrations, {"messages": [{"role": "developer", "content": "x"}]},
-     '"messages" has a system message'),
     (read_demonstrations, {"messages": SYSTEM + conversation("q", "a")},
      '"messages" has a system message, and the chat format here has none; write its text at the '
      "beginning of the user's, or remove it"),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
      '"messages" begins with another prompt than the row has; keep one of them'),
-    (read_pairs, {**TRL, "prompt": LONG[:3]}, '"prompt" has the turns'),
-    (read_pairs, {**TRL, "chosen": [{"from": "gpt", "value": "a"}]},
-     '"chosen" must be text, found a list')])
+    (read_pairs, {**TRL, "prompt": LONG[:3]}, '"prompt" has the turns')])
 def test_the_message_says_what_to_do(reader, row, reason, tmp_path):
     """ "KeyError: 'completion'" helps nobody: line, field, what stands there, what should. A
     dialogue cut to its last turn trains on something that nobody wrote."""
@@ -200,26 +183,22 @@ def test_the_message_says_what_to_do(reader, row, reason, tmp_path):
     # Whoever has only pairs can still fine-tune: on the chosen answer, never on the rejected one.
     (read_demonstrations, [{**PAIR, "completion": "c"}, PAIR], ["c", "a fox"], ""),
     # SFT on KTO's labels: half of what the model is taught is what people called bad.
-    (read_demonstrations, [{**LABEL, "completion": f"c{i}", "label": label}
-                           for i, label in enumerate([True, False, 0, None, "fable"])],
-     ["c0", "c3", "c4"], 'left out 2 of 5 rows, whose "label" is false\n'),
-    # A label that is turned round; a rejected answer that is lost; a label beside a pair overruled.
-    (read_labels, [LABEL, {**LABEL, "label": False, "n": 1}, PAIR, {**PAIR, **LABEL}],
-     [("a", True), ("a", False), ("a fox", True), ("a\nkite", False), ("a", True)], ""),
+    (read_demonstrations, [LABEL, {**LABEL, "label": False}], ["a"],
+     'left out 1 of 2 rows, whose "label" is false\n'),
+    # A label that is turned round; a rejected answer that is lost.
+    (read_labels, [LABEL, {**LABEL, "label": False}, PAIR],
+     [("a", True), ("a", False), ("a fox", True), ("a\nkite", False)], ""),
     # DPO drops a pair of equal texts; KTO called the same answer good and bad.
     (read_labels, [{**PAIR, "chosen": "same", "rejected": "same"}, PAIR],
      [("a fox", True), ("a\nkite", False)], "left out 1 pairs of two equal texts\n"),
     # A set would shuffle the prompts anew in every run.
     (read_prompts, [{"prompt": prompt} for prompt in "babca"], ["b", "a", "c"], ""),
-    # TRL's messages; a text that nobody wants may be anything.
-    *((read_pairs, [row], [("a fox", "a\nkite")], "") for row in (
-        TRL, {"chosen": conversation("q", "a fox"), "rejected": conversation("q", "a\nkite")},
-        {**TRL, "prompt": "q", "messages": LONG})),
-    *((read_demonstrations, [row], ["a"], "") for row in (
-        {"messages": conversation("q", "a")}, {"prompt": "q", "messages": conversation("q", "a")},
-        {"prompt": "q", "chosen": "a", "rejected": LONG})),
-    (read_labels, [{"prompt": "q", "messages": conversation("q", "a"), "label": True}],
-     [("a", True)], ""),
+    # TRL's messages, with and without a prompt of their own.
+    (read_pairs, [TRL], [("a fox", "a\nkite")], ""),
+    (read_pairs, [{"chosen": conversation("q", "a fox"), "rejected": conversation("q", "a\nkite")}],
+     [("a fox", "a\nkite")], ""),
+    (read_demonstrations, [{"messages": conversation("q", "a")}], ["a"], ""),
+    (read_demonstrations, [{"prompt": "q", "messages": conversation("q", "a")}], ["a"], ""),
     (read_prompts, [{"prompt": "q", "messages": LONG}, TRL], ["q"], "")])
 def test_what_a_row_means(reader, rows, expected, printed, tmp_path, capsys):
     """One format's rows in another one's place: refused, or read as something that they do not
@@ -269,15 +248,10 @@ def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
 def test_a_tenth_of_the_prompts_but_one_at_least():
     """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to
     train on; trained on and measured on the same prompt."""
-    rows = [{"prompt": f"{i}"} for i in range(5000)]
-    train, held_out = hold_out(rows)
+    train, held_out = hold_out([{"prompt": f"{i}"} for i in range(5000)])
     assert 400 < len(held_out) < 600
-
-    def checksum(row):
-        return files.prompt_checksum(row["prompt"])
-
-    assert hold_out(train[:20])[1] == [min(train[:20], key=checksum)]
-    assert hold_out(held_out[:20])[0] == [max(held_out[:20], key=checksum)]
+    for rows in (train[:20], held_out[:20]):
+        assert sorted(map(len, hold_out(rows))) == [1, 19]
     with pytest.raises(InputError, match="^x: all have the same prompt"):
         hold_out([{"prompt": "a"}] * 3, "x")
 
@@ -286,21 +260,20 @@ def test_a_tenth_of_the_prompts_but_one_at_least():
 # Files of other kinds
 
 
-@pytest.mark.parametrize("name, module, magic", [("gzip", gzip, 3), ("bzip2", bz2, 11),
-                                                 ("xz", lzma, 7)])
-def test_packed_files(tmp_path, name, module, magic):
+@pytest.mark.parametrize("name, module", [("gzip", gzip), ("bzip2", bz2), ("xz", lzma)])
+def test_packed_files(tmp_path, name, module):
     """A packed file whose download broke off is not a shorter file."""
     rows = [{**PAIR, "chosen": f"{i}"} for i in range(90)]
     whole = module.compress("\n".join(json.dumps(row) for row in rows).encode())
     path = put(tmp_path / "pairs.jsonl.packed", whole)
     assert read_pairs(path) == rows
+    with pytest.raises(InputError, match=f"is a {name} file; unpack it: {name} -dk "):
+        read_text(path)
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
-    for data in (whole[:-1], whole[:len(whole) // 2], whole[:magic], bytes(damaged)):
+    for data in (whole[:-1], whole[:len(whole) // 2], bytes(damaged)):
         with pytest.raises(InputError, match=f"pairs.jsonl.packed: not a whole {name} file"):
             read_pairs(put(path, data))
-    with pytest.raises(InputError, match=f"is a {name} file; unpack it: {name} -dk "):
-        read_text(put(path, whole))
 
 
 @pytest.mark.parametrize("name, start, command", [
@@ -314,17 +287,14 @@ def test_other_formats_are_named(tmp_path, name, start, command):
     path.parent.mkdir()
     put(path, start + bytes(100))
     for reader in (read_text, read_pairs):
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=f"is .*{name}") as error:
             reader(path)
-        message = str(error.value)
-        assert message.startswith(f"{path}: is ") and name in message and "\n" not in message
-        words = shlex.split(message.removeprefix(f"{path}: ").partition(": ")[2])
+        words = shlex.split(str(error.value).removeprefix(f"{path}: ").partition(": ")[2])
         if "python" not in words:
             assert words == [*command.split(), str(path)]
             continue
         python, flag, code, *paths = words
         assert (python, flag) == ("python", "-c") and command in code
-        assert code.endswith(".to_json(sys.argv[2], orient='records', lines=True)")
         compile(code, "the advice", "exec")
         assert paths == [str(path), str(path.with_suffix(".jsonl"))]
 
@@ -334,16 +304,12 @@ def test_files_that_are_none(reader, tmp_path):
     """Missing, a folder, empty, blank: the commonest mistakes of all, each one line that names the
     file. --text <(...): the first reading gets the text, the next one nothing or waits for ever."""
     os.mkfifo(tmp_path / "pipe")
-    cases = [(tmp_path / "missing", "no such file"), (tmp_path, "is a folder"),
-             (put(tmp_path / "a", b""), "the file is empty"),
-             (put(tmp_path / "b", b" \r\n\n\t"), "the file is empty"),
-             (put(tmp_path / "c", BOM), "the file is empty"),
-             (tmp_path / "a/below", "cannot be read: Not a directory"),
-             (tmp_path / "pipe", "is a pipe or a device"), (os.devnull, "is a pipe or a device")]
-    for path, reason in cases:
-        with pytest.raises(InputError) as error:
+    for path, reason in ((tmp_path / "missing", "no such file"), (tmp_path, "is a folder"),
+                         (put(tmp_path / "b", b" \r\n\n\t"), "the file is empty"),
+                         (put(tmp_path / "c", BOM), "the file is empty"),
+                         (tmp_path / "pipe", "is a pipe or a device")):
+        with pytest.raises(InputError, match=f"^{path}: {reason}.*$"):
             reader(path)
-        assert str(error.value).startswith(f"{path}: {reason}") and "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,41 +323,37 @@ def test_text_is_read_or_refused(tmp_path):
     pieces = [b"fox ", b"\r\n", b"\r", b"\n", b"\t", b"\x0b", b"\x1c", b'"', b"<|end|>", BOM,
               "\x85\u2028\u2029".encode(), "日本🦊".encode()]
     broken = [b"\xff", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", "🦊".encode()[:3], b"\0"]
-    found = {"read": 0, "UTF-8": 0, "NUL": 0}
-    for n in range(1000):
+    found = {"read": 0, "not UTF-8": 0, "NUL": 0}
+    for n in range(500):
         parts = [BOM] * (n % 3) + rng.choices(pieces, k=rng.randint(0, 60)) + [b"."]
         if n % 2:
             parts.insert(rng.randint(1, len(parts)), rng.choice(broken))
         data = b"".join(parts)
         path = put(tmp_path / "corpus.txt", data)
         size = rng.choice([rng.randint(1, 20), 2 ** 20])
+        kind = "read"
         try:
             # newline=None: Python's own treatment of line ends.
             good = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
         except UnicodeDecodeError as wrong:
-            found["UTF-8"] += 1
+            kind = "not UTF-8"
             start = wrong.start + 3 * data.startswith(BOM)      # Python counts from behind it
-            message = (f"not UTF-8: byte 0x{data[start]:02x} at offset {start}; save the file as "
-                       "UTF-8")
+            message = f"not UTF-8: byte 0x{data[start]:02x} at offset {start}; save the file as"
         else:
-            if "\0" not in good:
-                found["read"] += 1
-                assert read_text(path, size) == good
-                continue
-            found["NUL"] += 1
-            message = (f"holds a NUL at character {good.index(chr(0)) + 1}; save the file as UTF-8 "
-                       "text")
-        with pytest.raises(InputError) as error:
+            if "\0" in good:
+                kind = "NUL"
+                message = f"holds a NUL at character {good.index(chr(0)) + 1}; save the file as"
+        found[kind] += 1
+        if kind == "read":
+            assert read_text(path, size) == good
+            continue
+        with pytest.raises(InputError, match=f"^{path}: {message}"):
             read_text(path, size)
-        assert str(error.value) == f"{path}: {message}"
-    assert min(found.values()) > 30
+    assert min(found.values()) > 15
 
 
-def test_texts_that_look_like_something_else(tmp_path):
-    """A story of a BZh and a PAR1, refused for its first letters. One line without a blank: every
-    block that is read searches all those before it again."""
-    for text in ("PAR1 was his name.", "BZh91 said the fox.", "ARROW1", "PK"):
-        assert read_text(put(tmp_path / "text.txt", text.encode())) == text
+def test_one_line_without_a_blank(tmp_path):
+    """Every block that is read searches all those before it again."""
     path = put(tmp_path / "dna.txt", b"ACGT" * 2 ** 19)
     began = time.process_time()
     assert read_text(path, 2 ** 10) == "ACGT" * 2 ** 19
@@ -404,10 +366,10 @@ def test_texts_that_look_like_something_else(tmp_path):
 
 def test_write_replaces_and_leaves_nothing_behind(tmp_path):
     """Bytes and text go in unchanged (no CRLF on Windows), rows come back, legibly, and a link goes
-    on pointing to the file."""
+    on pointing to the file; os.replace would turn a device into a file."""
     path = tmp_path / "model.pt"
     link = tmp_path / "latest.pt"
-    for data in (b"\0\xff\r\n", "é\r\n🦊\n", b""):
+    for data in (b"\0\xff\r\n", "é\r\n🦊\n"):
         write_atomic(path, data)
         assert path.read_bytes() == (data.encode() if isinstance(data, str) else data)
     rows = [dict.fromkeys(PAIR, ODD), PAIR]
@@ -417,19 +379,13 @@ def test_write_replaces_and_leaves_nothing_behind(tmp_path):
     write_atomic(link, b"new")
     assert link.is_symlink() and path.read_bytes() == b"new"
     assert sorted(os.listdir(tmp_path)) == ["latest.pt", "model.pt"]
-    for wrong in (tmp_path, os.devnull):    # os.replace would turn the device into a file
-        with pytest.raises(InputError, match="is a folder or a device"):
-            write_atomic(wrong, b"x")
-
-
-def rows_that_fail():
-    yield {"prompt": "fine"}
-    raise RuntimeError
+    with pytest.raises(InputError, match="is a folder or a device"):
+        write_atomic(os.devnull, b"x")
 
 
 @pytest.mark.parametrize("step, error, rows", [
     ("fsync", OSError(28, "No space left on device"), [{}]), ("replace", KeyboardInterrupt(), [{}]),
-    ("", RuntimeError(), rows_that_fail()), ("", ValueError(), [{"prompt": "\ud83e"}])])
+    ("", ValueError(), [{"prompt": "\ud83e"}])])
 def test_failed_write_leaves_the_old_file(step, error, rows, tmp_path, monkeypatch):
     """A full disk, Ctrl-C in the middle of a save, or data that can't be written must not cost the
     last good checkpoint."""
@@ -447,24 +403,6 @@ def test_failed_write_leaves_the_old_file(step, error, rows, tmp_path, monkeypat
 
 # --------------------------------------------------------------------------------------------------
 # Locks
-
-
-def test_a_lock_on_windows(tmp_path, monkeypatch):
-    """Two runs in one folder there, where a lock is another function; a folder that stays locked.
-    (On Unix: test_what_resume_refuses.)"""
-    flock = files.fcntl.flock
-
-    def locking(descriptor, mode, size):
-        assert (mode, size) == (2, 1)
-        flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(files, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
-    lock = lock_folder(tmp_path)
-    with pytest.raises(InputError, match="another run is using this folder; wait for it, or cho"):
-        lock_folder(tmp_path)
-    lock.close()
-    lock_folder(tmp_path).close()
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -515,12 +453,9 @@ def memory(found=""):
 @pytest.mark.parametrize("error, status, message", [
     (InputError("two\nlines"), 1, "two lines"),
     (FileNotFoundError(2, "No such file", "/no/such"), 1, "/no/such: No such file"),
-    (OSError("disk"), 1, "disk"),
     (FloatingPointError("norm nan: no step"), 1, "norm nan: no step"),
-    (KeyboardInterrupt(), 130, "interrupted"),
     (KeyboardInterrupt("saved; --resume"), 130, "saved; --resume"),
     (MemoryError(), 1, memory()), (OSError(12, "Cannot allocate memory"), 1, memory()),
-    (RuntimeError("std::bad_alloc"), 1, memory()),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
                             "capacity of 7.60 GiB\nof which"), 1,
      memory(" (tried to allocate 2.00 GiB)")),
@@ -580,9 +515,6 @@ def test_closed_pipe(tmp_path):
     exit."""
     _, stdout, stderr = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
     assert stdout == "step 0\n" and stderr == "script.py: no one reads the output any more\n"
-    # A short output stays in the buffer until the end, and meets the closed pipe only there.
-    _, _, stderr = run("import time; time.sleep(0.5); print('step')", tmp_path, "{} | true")
-    assert stderr == "script.py: no one reads the output any more\n"
 
 
 def test_printing_never_fails(tmp_path):
@@ -593,8 +525,4 @@ def test_printing_never_fails(tmp_path):
         status, stdout, stderr = run(body, tmp_path, f"PYTHONIOENCODING={encoding} {{}}")
         assert status == 1 and stdout == f"sft {arrow} ppo\ncaf?.jsonl\n"
         assert stderr == f"script.py: {delta} ?\n"
-    put(tmp_path / "kept", b"")
-    body = "print('lost'); file = open('{}', 'w'); file.write('kept'); file.close()"
-    assert run(body.format(tmp_path / "kept"), tmp_path, "{} >&-") == (0, "", "")
-    assert (tmp_path / "kept").read_text() == "kept"
-    assert run("raise InputError('no')", tmp_path, "{} >&- 2>&-") == (1, "", "")
+    assert run("print('lost'); raise InputError('no')", tmp_path, "{} >&- 2>&-") == (1, "", "")
