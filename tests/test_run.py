@@ -2,13 +2,11 @@
 tests/test_resume.py."""
 
 import importlib
-import io
 import os
 import re
 import runpy
 import sys
-import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,9 +17,8 @@ import torch
 import gpt
 from data import files, run
 from data.files import InputError, lock_folder
-from data.run import (Run, SilentRun, allow_flags, check_name, complete, memory_mapped,
-                      parse_config, progress, refuse_flags, refused_if_broken, train_missing,
-                      write_torch)
+from data.run import (Run, SilentRun, check_name, complete, memory_mapped, parse_config,
+                      refused_if_broken, train_missing, write_torch)
 from helpers import metrics, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,23 +27,6 @@ BROKEN = "not a whole file of this project"
 
 # --------------------------------------------------------------------------------------------------
 # The command line
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_every_flag(name, monkeypatch, capsys):
-    """A flag that the help doesn't show; a --size whose values it doesn't tell."""
-    module = importlib.import_module(name)
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--help"])
-    parts = capsys.readouterr().out.split("\n  --")
-    assert stop.value.code == 0
-    assert typing.get_args(module.Config.__annotations__["size"]) == ("auto", "cpu", "gpu", "gpt2")
-    for flag in fields(module.Config):
-        help, = [part for part in parts if re.match(rf"{flag.name}[ ,]", part)]
-        assert f"(default: {flag.default!r}" in help
-        if typing.get_origin(flag.type) is Literal:
-            assert help.startswith(f"{flag.name} {{{','.join(typing.get_args(flag.type))}}}")
 
 
 def test_training_on_a_system_without_file_locks(tmp_path, monkeypatch, capsys):
@@ -149,20 +129,9 @@ def test_flags_that_would_be_ignored_are_refused(argv, message):
         choose(*argv.split())
 
 
-def test_flags_that_a_job_has_no_use_for():
-    """A flag that is ignored: somebody thinks that it has done something. A default is no flag."""
-    config = choose(*"--count 0 --width 3 --text a".split())
-    refuse_flags(config, ("size", "rate"), "is not said")
-    allow_flags(config, ("count", "width"), "text")
-    with pytest.raises(InputError, match="^--width 3: is too much$"):
-        refuse_flags(config, ("rate", "width"), "is too much")
-    with pytest.raises(InputError, match="^--count 0: cannot be used with --text$"):
-        allow_flags(config, ("width", "rate"), "text")
-
-
 def test_presets(capsys):
     """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or is
-    not in --help."""
+    not in --help, which a "%" ends in a traceback."""
     def found(*argv):
         config = choose("--size", *argv)
         return config.rate, config.width
@@ -281,60 +250,27 @@ def test_a_stage_that_is_stale_is_refused(calls, tmp_path, capsys):
     trained(tmp_path / "elsewhere", "gpt", seed=2)
     folder = tmp_path / "cpu/sft"
     base = tmp_path / "cpu/gpt/checkpoint.pt"
-    other = tmp_path / "elsewhere/cpu/gpt/checkpoint.pt"
     data = tmp_path / "cpu/gpt/pairs.jsonl"
     data.write_text("{}")
     config = gpt.Config(size="cpu", out=str(tmp_path))
-    with Run("sft", folder, config, 1, [other]) as one:
+    with Run("sft", folder, config, 1, [tmp_path / "elsewhere/cpu/gpt/checkpoint.pt"]) as one:
         assert one.made_from() == {}
     with Run("sft", folder, config, 1, [base, data]) as one:
-        made_from = one.made_from()
-        write_torch(one.folder / "checkpoint.pt", {"made_from": made_from})
+        write_torch(one.folder / "checkpoint.pt", {"made_from": one.made_from()})
         one.finish()
-    assert list(made_from) == ["gpt/checkpoint.pt", "gpt/pairs.jsonl"]
-
-    def check():
-        train_missing(config, ["gpt", "sft"], "ppo")
-        return capsys.readouterr().out
-
     capsys.readouterr()
-    assert check() == ""
+
+    train_missing(config, ["gpt", "sft"], "ppo")
+    assert capsys.readouterr().out == ""
     data.write_text("{}\n")     # policies of several judges may be compared
-    assert check() == f"note    sft was made from other comparisons than {data} has now\n"
+    train_missing(config, ["gpt", "sft"], "ppo")
+    note = f"note    sft was made from other comparisons than {data} has now\n"
+    assert capsys.readouterr().out == note
     trained(tmp_path, "gpt", seed=3)
-    with pytest.raises(InputError) as error:
-        check()
-    message = f"{folder / 'checkpoint.pt'}: was made from another {base}; train sft again"
-    assert str(error.value) == message
+    message = f"^{folder / 'checkpoint.pt'}: was made from another {base}; train sft again$"
+    with pytest.raises(InputError, match=message):
+        train_missing(config, ["gpt", "sft"], "ppo")
     assert calls == []
-
-
-# --------------------------------------------------------------------------------------------------
-# The screen
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock to be set: [seconds]."""
-    now = [100.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def test_progress(clock, monkeypatch):
-    """A terminal that shows nothing for minutes; rests of a longer line behind a shorter one; a
-    division by zero before anything is done."""
-    stream = io.StringIO()
-    stream.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdout", stream)
-    began = clock[0]
-    report = progress("texts", 1000)
-    for seconds, done in ((0.55, 0), (0.8, 7), (33, 50), (62, 100), (90, 1000)):
-        clock[0] = began + seconds
-        report(done)
-    lines = ["texts: 0 of 1,000", "texts: 50 of 1,000, 10:27 left",
-             "texts: 100 of 1,000, 9:18 left", "texts: 1,000 in 90 s"]
-    assert stream.getvalue() == "".join(f"\r{line:70s}" for line in lines) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,10 +296,12 @@ def test_figures_are_means_since_the_last_row():
         {"step": 5, "loss": (3 * 4 + 10) / 4, "held_out": 4.0}]
 
 
-def test_a_runs_figures(tmp_path, clock, monkeypatch, capsys):
+def test_a_runs_figures(tmp_path, monkeypatch, capsys):
     """A figure that is neither printed nor written; "0:60" left, or time that was never left; 1.000
     for 100 %; seconds of one part of a step counted to another."""
     monkeypatch.setattr(run, "peak_memory", lambda: {"memory_mb": 5.0})
+    clock = [100.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
     common = {"hidden": 7.0, "rollout_s": 1.0, "update_s": 1.5}
     rows = [{"step": 6, "loss": 0.5, **common, "lr": 1.5e-5, "tall_name": -12.0, "excess": 0.25,
              "seconds": 159.25, "memory_mb": 5.0},
@@ -451,7 +389,6 @@ def test_a_file_of_documents_that_is_not_whole(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=re.escape(f"{path}: {BROKEN} (")):
             memory_mapped(path, None)
-        assert path.read_bytes() == content     # the user is told; nothing is thrown away
 
 
 @pytest.mark.parametrize("error, message", [
