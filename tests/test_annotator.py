@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from data.annotator import (answers, choose, gold_reward, mark, scored, step_ends, steps, verify)
+from data.annotator import (answers, choose, gold_reward, mark, step_ends, steps, verify)
 from data.stories import request, split_sentences, story
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from helpers import ASKED as PROMPT, HAPPY, KIND, SAD, UNKIND, story_of
@@ -39,13 +39,6 @@ def test_another_request_earns_less():
         assert gold_reward(prompt, story_of(HAPPY)) == pytest.approx(gold)
     with pytest.raises(ValueError, match="Sing a song"):
         gold_reward("Sing a song.", story_of(HAPPY))
-
-
-def test_scores_before_a_text():
-    """The annotator asked about a prompt that it cannot judge, which is an error; a score of 0 that
-    isn't shown."""
-    assert scored(PROMPT, "", 0.0) == "[reward +0.00, gold -0.50] "
-    assert scored("Sing a song.", "La.", -1.234) == "[reward -1.23] La."
 
 
 def test_steps_add_up_to_the_reward():

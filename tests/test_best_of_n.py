@@ -16,13 +16,12 @@ import torch
 
 import best_of_n
 import dpo
-import gpt
 import ppo
 import reward_model
 import sft
 from best_of_n import Policy, Samples, best_of_n_kl, forgetting, select, top_k_overall
 from data import stories
-from data.answer_key import (best_of_n_win_rate, cell, optimality_gap, pass_at_k, subset_weights,
+from data.answer_key import (best_of_n_win_rate, optimality_gap, pass_at_k, subset_weights,
                              win_rate)
 from data.corpus import held_out_documents
 from data.files import InputError, hold_out, read_demonstrations, write_jsonl
@@ -156,9 +155,8 @@ def response_by_response(folder, name, rollouts):
 
 @cpu_only
 def test_figures_of_the_yardstick(yard, trained):
-    """A policy left out, one policy's gold beside another's, ours and theirs swapped in the win
-    rate, all rows of best-of-N with the same N; log-ratios of another policy, or of rows that were
-    sorted by length and not put back."""
+    """One policy's gold beside another's, ours and theirs swapped in the win rate, one N for all
+    rows; log-ratios of another policy, or of rows sorted by length and not put back."""
     assert all(map(stories.is_held_out, yard.prompts[0])) and yard.prompts == yard.prompts[:1] * 3
     reward = yard.samples[0].figures["reward"]
     gold = yard.samples[0].figures["gold"]
@@ -183,28 +181,18 @@ def test_figures_of_the_yardstick(yard, trained):
             row = yard.rows[under, name]
             assert row["J"] == pytest.approx(J.mean().item(), abs=1e-5)
             assert row["own_J_star"] == pytest.approx(J_star.mean().item(), abs=1e-5)
+        row = yard.rows["gold", name]   # the parts of the way to J*
+        way = row["share"] + row["left_by_policy"] + row["lost_to_reward_model"]
+        assert way == pytest.approx(1, abs=1e-4) and row["lost_to_reward_model"] > -1e-6
 
 
 @cpu_only
-def test_what_the_yardstick_prints(yard, trained, monkeypatch):
-    """Parts of the way to J* that don't add up to it, or other figures on the screen than in the
-    file; the pretraining loss of other text than pretraining's."""
-    shares = ("share", "left_by_policy", "lost_to_reward_model")
-    block = re.search(r"where gold is lost(.|\n)*?\n\n", yard.printed).group()
-    for (under, name), row in yard.rows.items():
-        if under == "gold":
-            assert sum(row[figure] for figure in shares) == pytest.approx(1, abs=1e-4)
-            assert row["lost_to_reward_model"] > -1e-6
-            parts = [cell(row[figure], row[f"{figure}_error"], ".1%") for figure in shares]
-            assert re.search(rf"^{name} +{' +'.join(parts)}$", block, re.M)
-
-    loss = {name: row["loss"] for (under, name), row in yard.rows.items() if under == "pretraining"}
-    assert list(loss) == ["base", "sft", "ppo", "dpo"]
+def test_what_is_forgotten_is_measured_on_pretrainings_text(trained, monkeypatch):
+    """A pretraining loss of other documents than gpt.py's, beside which it is printed."""
     base, tokenizer, checkpoint = load(trained, "gpt")
-    assert loss["base"] == checkpoint["metrics"][-1]["held_out"]
     monkeypatch.setattr(best_of_n, "held_out_documents", held_out_documents)
-    again = forgetting([dict(held_out=0.0)], {"gpt": Policy(base)}, tokenizer)
-    assert again["gpt"] == pytest.approx(loss["base"])  # on the same documents as pretraining
+    found = forgetting([dict(held_out=0.0)], {"gpt": Policy(base)}, tokenizer)
+    assert found["gpt"] == pytest.approx(checkpoint["metrics"][-1]["held_out"])
 
 
 def test_who_is_right_how_often(trained, yard, monkeypatch):
@@ -284,9 +272,9 @@ def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
     learnt by heart. Gold columns for prompts that the annotator cannot judge."""
     rows = [{"prompt": f"Who sings {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(30)]
     rows += [{**row, "chosen": "Maybe."} for row in rows[::9]]  # some prompts have two rows
-    path = tmp_path / "pairs.jsonl"
-    write_jsonl(path, rows)
-    trained_on, held_out = [{row["prompt"] for row in part} for part in hold_out(rows)]
+    data = ["--data", str(tmp_path / "pairs.jsonl")]
+    write_jsonl(data[1], rows)
+    split = [{row["prompt"] for row in part} for part in hold_out(rows)]
     _, tokenizer, _ = load(out, "sft")
 
     def prompts_of(items):
@@ -303,20 +291,17 @@ def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
     for stage, function in ((sft, "fine_tune"), (reward_model, "fit"), (dpo, "dpo"), (ppo, "ppo")):
         monkeypatch.setattr(stage, function, stop)
         with pytest.raises(Stopped) as error:
-            stage.main(["--out", str(out), "--size", "cpu", "--max_new_tokens", "4",
-                        "--data", str(path)])
+            stage.main(["--out", str(out), "--size", "cpu", "--max_new_tokens", "4", *data])
         if stage is ppo:
             items = error.value.args[3].draw_prompts(400, random.Random(0))
-            assert prompts_of(items) == trained_on
+            assert prompts_of(items) == split[0]
         else:
             lists = [x for x in error.value.args if isinstance(x, list)]
-            assert [prompts_of(items) for items in lists] == [trained_on, held_out]
+            assert [prompts_of(items) for items in lists] == split
 
     drawn = watch(monkeypatch)
-    printed = run(out, "--data", str(path), "--samples", "4")
-    # SFT, PPO and DPO are compared on prompts that none of them has seen.
-    assert [set(x.prompts) for x in drawn] == [held_out] * 3
-    assert "gold" not in printed and "win_rate" not in printed
+    run(out, *data, "--samples", "4")
+    assert [set(x.prompts) for x in drawn] == [split[1]] * 3    # of SFT, PPO and DPO
     assert {under for under, _ in found_rows(out)} == {None, "reward model", "best of N"}
 
 
@@ -375,22 +360,6 @@ def test_what_the_yardstick_finds_wrong_costs_nothing(out, monkeypatch):
     (out / "cpu/best_of_n").write_text("a file")
     with pytest.raises(FileExistsError):
         run(out, "--policies", "dpo")
-
-
-def test_all_that_is_missing_is_trained_under_one_plan(out, monkeypatch):
-    """A plan that names PPO's minutes and not DPO's, or an existing policy trained again."""
-    plans = []
-
-    def train_missing(config, needed, stage):
-        plans.append((needed[3:], stage))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(best_of_n, "train_missing", train_missing)
-    for gone in ("none", "dpo", "ppo"):
-        shutil.rmtree(out / "cpu" / gone, ignore_errors=True)
-        with pytest.raises(KeyboardInterrupt):
-            run(out)
-    assert plans == [([], "best_of_n"), (["dpo"], "best_of_n"), (["ppo", "dpo"], "best_of_n")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -487,9 +456,8 @@ def test_rounds_of_finetuning(how, tuned):
 
 
 def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
-    """Held-out prompts that are learnt; the world's requests put to a policy of other prompts; a
-    prompt asked twice and another one never; prompts too long to answer, left out without a word;
-    responses of a longer run left behind."""
+    """Held-out prompts that are learnt; a prompt asked twice and another one never; prompts too
+    long to answer, left out without a word; responses of a longer run left behind."""
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"Who sings {i}?"} for i in range(20)]
     rows += [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
@@ -503,8 +471,7 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
     first, second, third = [x.prompts for x in rounds]
     assert sorted(first) == sorted(second) == sorted(short) and len(short) < 20
     assert len(set(third)) == 7 and set(third) < set(short)
-    kept = (out / "cpu/rsft-per_prompt").glob("kept-*.jsonl")
-    assert [path.name for path in kept] == ["kept-1.jsonl"]
+    assert not (out / "cpu/rsft-per_prompt/kept-2.jsonl").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -522,17 +489,12 @@ def test_what_a_run_would_ignore_is_refused(argv, message, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_finetuned_policy_in_the_yardstick(tuned, monkeypatch):
+def test_a_finetuned_policy_in_the_yardstick(tuned):
     """A policy that the yardstick does not find, or takes for another stage's; the best-of-N that
-    it distils, which the table leaves out unless N is 4, 16 or 64; --prompt that asks the SFT model
-    whatever was fine-tuned."""
+    it distils, which the table leaves out unless N is 4, 16 or 64."""
     out, _ = tuned
     run(out, *"--prompts 3 --samples 9 --policies rsft-overall,ppo".split())
     rows = found_rows(out)
     names = ["sft", "best of 4", "best of 9", "rsft-overall", "ppo"]
     assert [name for under, name in rows if under is None] == names
     assert rows[None, "rsft-overall"]["kl"] != 0
-
-    drawn = watch(monkeypatch)
-    run(out, "--finetune", "per_prompt", "--prompt", "Who are you?", "--n", "2")
-    assert equal(drawn[0].weights, load(out, "rsft-per_prompt")[2]["model"])

@@ -13,7 +13,7 @@ import reward_model
 import sft
 from data import stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
-from data.judges import annotator_judge, constitution_judge
+from data.judges import constitution_judge
 from data.run import SilentRun, read_torch, write_torch
 from data.tokenizer import Pair, Tokenizer, encode_pairs, labels_of, train as train_vocabulary
 from dpo import dpo_loss, kto_baseline, orpo_loss
@@ -64,7 +64,7 @@ def test_gradient_of_the_lecture():
 def test_large_values_stay_finite(loss):
     """log(sigmoid(z)) is -inf at z = -1000, its gradient nan; at 0, for a text known by heart,
     ORPO's odds are infinite."""
-    for values in ((-2000.0, 0.0), (0.0, -2000.0), (-2000.0, -2000.0), (0.0, 0.0), (-80.0, 0.0)):
+    for values in ((-2000.0, 0.0), (0.0, -2000.0), (-2000.0, -2000.0), (0.0, 0.0), (-1e-8, -1.0)):
         a, b = [torch.tensor([value], requires_grad=True) for value in values]
         c, d = torch.zeros(2, 1)
         arguments = {"dpo": (a, b, c, d, 0.5), "simpo": (a, b, 2.0, 0.5), "orpo": (a, b, 0.5)}
@@ -72,13 +72,6 @@ def test_large_values_stay_finite(loss):
         found.backward()
         assert found.dim() == 0 and math.isfinite(found.item())
         assert all(x.grad.isfinite().all() for x in (a, b))
-
-
-def test_odds_of_a_text_known_by_heart():
-    """log(1 - exp(m)) of float32 is -inf long before m is 0."""
-    loss = orpo_loss(torch.tensor([-1e-5]), torch.tensor([-1.0]), lam=0.5)
-    ratio = (1 / math.expm1(1e-5)) * math.expm1(1.0)
-    assert loss.item() == pytest.approx(1e-5 + 0.5 * math.log1p(1 / ratio), rel=1e-4)
 
 
 @torch.no_grad()
@@ -287,7 +280,6 @@ def test_main_on_the_collected_pairs(out, capsys):
     assert before.items() <= snapshot(out).items()
     printed = capsys.readouterr().out
     assert "64 pairs" in printed and "16 held out" in printed
-
     policy, tokenizer = load(out / "cpu/dpo")
     reference, _ = load(out / "cpu/sft", "sft")
     held_out = read_pairs(out / "cpu/reward_model/held_out.jsonl")
@@ -309,33 +301,22 @@ def test_losses_without_a_reference(loss, start, out, monkeypatch, capsys):
     assert "models in memory: 1 (policy)" in capsys.readouterr().out
 
 
-FILES = {
-    "equal.jsonl": [{"prompt": x, "chosen": "No.", "rejected": "No."} for x in "abcd"],
-    "data.jsonl": [{"prompt": f"Say {x}.", "chosen": "Yes.", "rejected": "No."} for x in "abcd"]}
-
-
 @pytest.mark.parametrize("argv, message", [
     ("--loss kto --gamma 1", "--gamma 1.0: goes with --loss simpo only"),
     ("--loss orpo --beta 0.1", "--beta 0.1: goes with --loss dpo or ipo or kto or simpo only"),
     ("--judge annotator", "--judge annotator: goes with --online only"),
     ("--loss ipo --beta 0", "--beta 0.0: must be positive"),
     ("--online 2 --loss orpo", "--online 2: a base model cannot answer"),
-    ("--online 2 --data data.jsonl --judge annotator",
-     "--judge annotator: knows the little world only, not .*data.jsonl"),
     ("--name dpo/../sft", "--name dpo/../sft: must be dpo"),
-    ("--data equal.jsonl", ".*equal.jsonl: no pair is left")])
+    ("--data {equal}", ".*equal.jsonl: no pair is left")])
 def test_what_is_refused_costs_nothing(argv, message, out, tmp_path):
     """A sweep over a flag that changes nothing; the policy written over its reference; an empty
     batch and its nan weights; minutes of training before a refusal."""
-    words = []
-    for word in argv.split():
-        if word in FILES:
-            write_jsonl(tmp_path / word, FILES[word])
-            word = str(tmp_path / word)
-        words.append(word)
+    equal = tmp_path / "equal.jsonl"
+    write_jsonl(equal, [{"prompt": x, "chosen": "No.", "rejected": "No."} for x in "abcd"])
     before = snapshot(out)
     with pytest.raises(InputError, match=f"^{message}") as error:
-        run_dpo(out, *words)
+        run_dpo(out, *argv.format(equal=equal).split())
     assert "\n" not in str(error.value) and snapshot(out) == before
 
 
@@ -343,16 +324,14 @@ def test_a_loss_brings_its_defaults(monkeypatch):
     """SimPO with DPO's β, ORPO from the SFT model or at DPO's rate; a flag that is overruled."""
     seen = []
     monkeypatch.setattr(dpo, "train", seen.append)
-    for argv in ("", "--loss kto", "--loss simpo", "--loss orpo",
-                 "--loss orpo --start sft --lr 0.5", "--loss ipo"):
+    for argv in ("", "--loss kto", "--loss simpo", "--loss orpo", "--loss orpo --start sft"):
         dpo.main(["--size", "cpu", *argv.split()])
-    plain, kto, simpo, orpo, own_orpo, ipo = seen
-    assert plain == dpo.Config(size="cpu")
+    plain, kto, simpo, orpo, own_orpo = seen
     assert (plain.loss, plain.start, plain.batch) == ("dpo", "sft", 32)
     assert (kto.batch, kto.beta, kto.start) == (64, plain.beta, "sft")  # 64 labels: 32 pairs
     assert (simpo.beta, simpo.start, simpo.lr) == (10.0, "sft", plain.lr / 2)
     assert (orpo.start, orpo.lr) == ("gpt", sft.Config.lr)  # it learns to answer, as SFT does
-    assert (own_orpo.start, own_orpo.lr, ipo.beta) == ("sft", 0.5, 0.05)
+    assert own_orpo.start == "sft"
 
 
 @pytest.mark.parametrize("good, bad, weight, said", [(9, 0, 1.0, True), (9, 1, 9.0, False)])
@@ -366,19 +345,17 @@ def test_labels_of_one_kind_are_told(good, bad, weight, said, capsys):
     assert ("KTO wants about as much of both" in capsys.readouterr().out) == said
 
 
-def test_labels_of_somebodys_own(out, tmp_path, capsys):
-    """Labels that are turned round or cut to fit; a reward model asked for that nobody needs."""
+def test_labels_of_somebodys_own(out, tmp_path):
+    """Labels that are turned round; a reward model asked for that nobody needs."""
     rows = []
     for i in range(40):  # KTO needs no pairs
         rows.append({"prompt": f"Say {i}.", "completion": "Yes.", "label": True})
         if i % 2:
             rows.append({"prompt": f"Say {i}.", "completion": "No.", "label": False})
-    rows.append({"prompt": "Say 1.", "completion": "So. " * 200, "label": True})
     write_jsonl(tmp_path / "labels.jsonl", rows)
     (out / "cpu/reward_model/checkpoint.pt").unlink()
     flags = "--loss kto --lr 1e-2 --warmup 1 --epochs 2 --batch 8"
     run_dpo(out, "--data", str(tmp_path / "labels.jsonl"), *flags.split())
-    assert "dropped 1 longer" in capsys.readouterr().out
     policy, tokenizer = load(out / "cpu/dpo")
     reference, _ = load(out / "cpu/sft", "sft")
     prompt = tokenizer.prompt("Say 7.")
@@ -395,8 +372,7 @@ def rounds_of(out):
     return [read_pairs(out / f"cpu/dpo/pairs-{number}.jsonl") for number in (1, 2)]
 
 
-@pytest.mark.parametrize("loss, judge", [
-    ("dpo", "reward_model"), ("kto", "constitution"), ("simpo", "annotator")])
+@pytest.mark.parametrize("loss, judge", [("dpo", "reward_model"), ("kto", "constitution")])
 def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
     """Every round on samples of the SFT model; a reference that moves along; a round trained on
     another's pairs; an optimizer or a schedule that starts again; a judge who isn't asked."""
@@ -404,12 +380,11 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
     learnt = record(monkeypatch, "kto" if loss == "kto" else "fit_pairs")
     steps = record(monkeypatch, "optimizer_step")
     collect_pairs = dpo.collect_pairs
-    judges = []
     sampled = []    # the policy's weights
 
     def recorded_collect(policy, *rest):
         sampled.append({name: x.clone() for name, x in policy.state_dict().items()})
-        judges.append(rest[3])
+        assert (rest[3] is constitution_judge) == (judge == "constitution")
         return collect_pairs(policy, *rest)
 
     def is_start(weights):
@@ -417,10 +392,7 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
 
     monkeypatch.setattr(dpo, "collect_pairs", recorded_collect)
     run_dpo(out, "--loss", loss, "--judge", judge, *ONLINE)
-    others = {"annotator": annotator_judge, "constitution": constitution_judge}
-    assert judges[0] == judges[1] and (judge not in others or judges[0] is others[judge])
     assert is_start(sampled[0]) and not is_start(sampled[1])
-
     count = 12 if loss == "kto" else 6
     assert len(steps) == count and len({id(optimizer) for optimizer, _, _ in steps}) == 1
     rates = [lr for _, _, lr in steps]
@@ -429,12 +401,11 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
 
     prompts = []
     for rows, (_, reference, items, *_) in zip(rounds_of(out), learnt, strict=True):
-        assert reference is None if loss == "simpo" else is_start(reference.state_dict())
+        assert is_start(reference.state_dict()) and len(rows) == 12
         prompts.append([row["prompt"] for row in rows])
-        assert len(rows) == 12 and all(map(stories.parse_request, prompts[-1]))
         pairs, _, _ = encode_pairs(rows, tokenizer, 128)
         assert items == (labels_of(pairs) if loss == "kto" else pairs)
-    assert prompts[0] != prompts[1]
+    assert prompts[0] != prompts[1] and all(map(stories.parse_request, sum(prompts, [])))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model"])

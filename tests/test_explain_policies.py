@@ -12,7 +12,7 @@ import dpo
 import gpt
 import ppo
 from data.annotator import gold_reward
-from data.files import InputError, read_pairs, write_jsonl
+from data.files import InputError, read_pairs
 from data.tokenizer import Pair
 from helpers import explained
 from reward_model import RewardModel, score_all
@@ -105,17 +105,6 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
     assert shown == pytest.approx(expected.item(), abs=2e-3)
     gradient = torch.autograd.grad(expected, logprobs)
     assert sums["∂L/∂log π_θ(y|x)"] == pytest.approx([x.item() for x in gradient], rel=1e-2)
-
-
-def test_a_label_of_somebodys_own(trained, tmp_path, monkeypatch):
-    """KTO's single label taken for half of a pair; gold of a prompt that is not the world's."""
-    rows = [{"prompt": f"Say {i}.", "completion": "Yes.", "label": i % 2 == 0} for i in range(40)]
-    write_jsonl(tmp_path / "labels.jsonl", rows)
-    (tokens, sums, rewards), texts, _ = explained_pair(
-        "kto", trained, monkeypatch, "--data", str(tmp_path / "labels.jsonl"))
-    good = int(texts["prompt"][4:-1]) % 2 == 0
-    assert sums["label"] == ["good" if good else "bad"]
-    assert list(rewards) == ["", "y"] and len(rewards["y"]) == 1  # r_φ alone
 
 
 def test_settings_are_the_policys_own(trained, monkeypatch):

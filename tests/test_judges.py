@@ -163,9 +163,3 @@ def test_a_command_that_there_is_not(tmp_path):
         judge_of("no-such-program --fast", tmp_path / "labels.jsonl")
     with pytest.raises(InputError, match="^--reward no-such-program: "):
         reward_of("no-such-program")
-
-
-def test_rewards_that_know_the_little_world_only():
-    """The verifier asked about a user's prompts, of which it knows nothing: it fails halfway."""
-    with pytest.raises(InputError, match="^--reward verifier: knows the little world only"):
-        reward_of("verifier", "prompts.jsonl")

@@ -53,10 +53,6 @@ def sigma(x):
     return 1 / (1 + math.exp(-x))
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss
-
-
 def test_only_differences_count():
     """A loss that depends on the rewards' level pushes it somewhere; Bradley-Terry leaves it
     free."""
@@ -260,10 +256,6 @@ def rollout_of(rows, tokenizer):
     return gpt.Rollout(tokens, torch.tensor(prompt_lengths), lengths)
 
 
-# --------------------------------------------------------------------------------------------------
-# Before and after
-
-
 def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys):
     """The luckiest of 33 prompts shown as the rule; the reward model's opinion where the true
     reward is known; two seeds, or a temperature at which the policy was not trained."""
@@ -302,12 +294,8 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
 # The stage
 
 
-def color_pairs(count):
-    return [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud {i % 7}."}
-            for i in range(count)]
-
-
-PAIRS = color_pairs(60)
+PAIRS = [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud {i % 7}."}
+         for i in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -362,38 +350,10 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
     assert " 57 pairs, dropped 57 longer than the context, 57 equal texts\n" in printed
 
 
-def test_the_learning_curve_uses_the_file(policy, tmp_path, monkeypatch, capsys):
-    """With --data, a curve over the stage's own pairs; one whose points start from one another, or
-    that costs the checkpoint."""
-    write_jsonl(tmp_path / "given.jsonl", color_pairs(340))
-    before = snapshot(policy)
-    sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    points = []
-    fit = reward_model.fit
-
-    def spy(model, *rest):
-        for ours, theirs in zip(model.trunk.parameters(), sft_model.parameters()):
-            assert torch.equal(ours, theirs)
-        assert not model.head.weight.any()
-        points.append((model, *rest[:2]))
-        fit(model, *rest)
-
-    monkeypatch.setattr(reward_model, "fit", spy)
-    train(policy, "--learning_curve", "--batch", "64", "--data", str(tmp_path / "given.jsonl"))
-    pairs, held_out = [encode_pairs(rows, tokenizer, 128)[0] for rows in hold_out(color_pairs(340))]
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    for (model, *rest), line, part in zip(points, lines, (pairs[:256], pairs), strict=True):
-        assert rest == [part, held_out] and int(line.split()[0]) == len(part)
-        accuracy = share_right(reward_model.held_out_margins(model, held_out))
-        assert float(line.split()[1]) == pytest.approx(accuracy, abs=6e-4)
-    assert snapshot(policy) == before and len(pairs) > 256
-
-
 @pytest.mark.parametrize("argv, message", [
     ("--judge constitution --data good",
      "--judge constitution: compares nothing where --data has the pairs"),
     ("--learning_curve --pairs 8", "--pairs 8: .*reward_model has its comparisons already"),
-    ("--judge anotator", "--judge anotator: no such program"),
     ("--process --data good", "--process True: cannot be used with --data")])
 def test_what_is_refused_is_one_line_and_costs_nothing(argv, message, policy, tmp_path):
     """A typing error that costs last night's checkpoint or minutes of sampling; the file's labels
@@ -424,7 +384,7 @@ def told(stages, tmp_path_factory):
 
 def test_collecting_and_training_on_the_world(told, capsys):
     """Held-out pairs that are trained on too; figures that belong to other pairs than the files
-    that were written; a learning curve that leaves the annotator's noise in."""
+    that were written; a learning curve that leaves the annotator's noise in, or is saved."""
     stage = told / "cpu/reward_model"
     pairs = metrics(stage / "pairs.jsonl")
     held_out = metrics(stage / "held_out.jsonl")
@@ -437,8 +397,10 @@ def test_collecting_and_training_on_the_world(told, capsys):
     expected, _ = reward_model_figures(margin, annotator.gold_margins(held_out))
     assert expected == pytest.approx({name: figures[name] for name in expected}, rel=1e-3, abs=1e-5)
 
-    # The learning curve's last point has all pairs.
+    # The learning curve's last point has all pairs, and costs no checkpoint.
+    before = snapshot(told)
     train(told, "--learning_curve")
+    assert snapshot(told) == before
     line = capsys.readouterr().out.splitlines()[-1].replace("%", "")
     count, accuracy, _, _, share, *_ = line.split()
     bayes = expected["bayes_accuracy"]
@@ -456,9 +418,7 @@ for row in rows[:{most}]:
 
 def test_a_program_labels_every_pair_once(out, tmp_path):
     """A label paid for twice, or given to another pair, when the program died and the run is
-    resumed; labels that stay beside the checkpoint. Held-out figures against the program's labels,
-    which are no truth."""
-    held_out = (out / "cpu/reward_model/held_out.jsonl").read_bytes()   # the annotator's labels
+    resumed."""
     asked = tmp_path / "asked.jsonl"
     program = tmp_path / "judge.py"
     flags = "--size cpu --pairs 64 --held_out 16 --batch 8 --max_new_tokens 16 --sample_batch 32"
@@ -477,8 +437,6 @@ def test_a_program_labels_every_pair_once(out, tmp_path):
         labelled.append(dict(prompt=row["prompt"], chosen=texts[choice], rejected=texts[1 - choice],
                              why="parity"))
     assert metrics(out / "cpu/reward_model/pairs.jsonl") == labelled and len(labelled) == 64
-    assert (out / "cpu/reward_model/held_out.jsonl").read_bytes() == held_out
-    assert not list(out.glob("cpu/reward_model/**/labels.jsonl"))
 
 
 # --------------------------------------------------------------------------------------------------
