@@ -6,7 +6,6 @@ processes of its own; of every other stage one test asks that all it needs is in
 """
 
 import contextlib
-import ctypes
 import io
 import itertools
 import math
@@ -14,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import re
 import resource
 import runpy
 import shutil
@@ -353,11 +351,11 @@ def test_killed_at_every_step_and_write(small, tmp_path):
 
 @pytest.mark.parametrize("kind, n, message", [
     ("step", 1, ""), ("step", 3, "sft: saved after step 3 of 6"), ("replace", 5, "saved after"),
-    ("step", 6, "saved after step 6 of 6"), ("replace", 15, ""), ("step", -3, "")])
+    ("step", 6, "saved after step 6 of 6"), ("step", -3, "")])
 def test_ctrl_c_at_the_edges(kind, n, message, small, tmp_path, monkeypatch):
-    """In the first step or the last, between two rounds, or while a file is written or moved:
-    nothing to save yet, or nothing to do. Pressed twice (-3), a step of an hour, and no way out but
-    kill -9."""
+    """In the first step or the last, between two rounds, or while a file is written: nothing to
+    save yet, or nothing to do. Pressed twice (-3), a step of an hour, and no way out but kill
+    -9."""
     folder = tmp_path / "cpu/sft"
     an_earlier_run(folder, small)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
@@ -365,18 +363,9 @@ def test_ctrl_c_at_the_edges(kind, n, message, small, tmp_path, monkeypatch):
         small_stage(folder)
     assert message in str(interrupt.value) and bool(message) == bool(str(interrupt.value))
     assert not list(folder.rglob("*.tmp"))
-    if n == 15:
-        small_stage(folder, 1)  # the next run completes it, too, before it begins
-        shutil.rmtree(folder / "unfinished")
-    else:
-        check_unfinished(folder, small)
-        small_stage(folder, resume=True)
+    check_unfinished(folder, small)
+    small_stage(folder, resume=True)
     check_finished(folder, small)
-
-
-def without_privileges():
-    """Even root may write only where the permissions say so: all capabilities are given up."""
-    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
 
 
 def script(argv):
@@ -387,27 +376,22 @@ def script(argv):
 
 def test_how_a_command_ends_that_is_stopped(given, tmp_path):
     """Of Ctrl-C, a traceback, or a user who isn't told how to continue. The disk is full: the old
-    checkpoint is gone, half of the new one is there, and Python prints forty lines. A folder of
-    somebody else's: a traceback, or a run that notices after hours that it cannot save."""
+    checkpoint is gone, half of the new one is there, and Python prints forty lines."""
     argv, reference = before("gpt", given, tmp_path / "whole")
     gpt.main(argv)
     room = (reference / "checkpoint.pt").stat().st_size     # a state is larger: it has moments
-    full_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
     for case, setup, status, message in (
             ("Ctrl-C", partial(at_call, ["step"], 9, signal.SIGINT), 130,
              "gpt: saved after step 9 of 20; --resume continues"),
-            ("full", full_disk, 1, "{}/unfinished/state.pt: File too large"),
-            ("read-only", without_privileges, 1, r"{}/\S+: Permission denied")):
+            ("full", partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)), 1,
+             "{}/unfinished/state.pt: File too large")):
         argv, folder = before("gpt", given, tmp_path / case)
         an_earlier_run(folder, reference)
-        read_only = case == "read-only"
-        folder.chmod(0o555 if read_only else 0o755)
         found, stderr = run(tmp_path, setup, script, argv)
-        folder.chmod(0o755)
-        assert found == status and re.fullmatch(f"gpt.py: {message.format(folder)}\n", stderr)
-        assert not list(folder.rglob("*.tmp")) and (folder / "unfinished").exists() != read_only
+        assert found == status and stderr == f"gpt.py: {message.format(folder)}\n"
+        assert not list(folder.rglob("*.tmp"))
         check_unfinished(folder, reference)
-        gpt.main(argv if read_only else [*argv, "--resume"])
+        gpt.main([*argv, "--resume"])
         check_finished(folder, reference)
 
 
