@@ -1,6 +1,5 @@
 """The tokenizer against a brute-force trainer, a naive encoder, and hostile strings."""
 
-import json
 import random
 import time
 from collections import Counter
@@ -199,12 +198,3 @@ def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_
     assert said in text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path).description
 
 
-def test_vocabularies_come_back_or_are_refused(tokenizer):
-    """Every checkpoint stores the vocabulary; one that doesn't come back byte for byte loads
-    another language. A damaged one says so before a byte that has no id is met in a text."""
-    again = Tokenizer.from_strings(json.loads(json.dumps(tokenizer.to_strings())))
-    assert again.vocabulary == tokenizer.vocabulary
-    with pytest.raises(ValueError, match="^the vocabulary holds .*$"):
-        Tokenizer(BYTES + BYTES[:1])
-    with pytest.raises(ValueError, match="^the vocabulary lacks .*$"):
-        Tokenizer(BYTES[1:])
