@@ -269,9 +269,6 @@ def test_top_k_keeps_k_and_renormalizes():
     counts = torch.tensor(rollout.responses()).flatten().bincount(minlength=5).double()
     p = torch.tensor([2.0, -math.inf, 4.0, -math.inf, 2.8], dtype=torch.float64).softmax(0)
     assert ((counts - n * p).abs() <= 4 * (n * p * (1 - p)).sqrt()).all()
-    whole = generate(model, [[0]], 9, seed=1).responses()
-    for k in (5, 50):  # nothing to cut
-        assert generate(model, [[0]], 9, top_k=k, seed=1).responses() == whole
 
 
 def test_an_impossible_token_is_never_sampled(monkeypatch):
@@ -386,31 +383,25 @@ TEXT = ("The fox had a kite. The hen had a drum. The fox and the hen sang, and t
         "the hill.\n") * 40
 
 
-def pretrain(folder, flags):
-    """(rows, loaded checkpoint) of a model of TEXT. In its context there is no room for the 60
-    tokens of the samples before and after."""
-    path = folder / "corpus.txt"
-    path.write_text(TEXT)
-    small = ("--size cpu --n_layer 1 --n_head 2 --n_embd 32 --batch 8 --warmup 5 --block_size 32 "
-             "--vocab_size 280 --report 10 --lr 0.01 --name gpt-text")
-    gpt.main([*small.split(), "--text", str(path), "--out", str(folder), *flags.split()])
-    folder = folder / "cpu/gpt-text"
-    loaded = load_checkpoint(folder / "checkpoint.pt", "gpt", "cpu")
-    return metrics(folder / "metrics.jsonl"), loaded
-
-
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory):
-    """A folder with such a model, and what pretrain returned."""
-    folder = tmp_path_factory.mktemp("text")
-    return folder, *pretrain(folder, "--steps 40")
+    """(folder, rows, loaded checkpoint) of a model of TEXT. In its context there is no room for the
+    60 tokens of the samples before and after."""
+    out = tmp_path_factory.mktemp("text")
+    path = out / "corpus.txt"
+    path.write_text(TEXT)
+    flags = ("--size cpu --n_layer 1 --n_head 2 --n_embd 32 --batch 8 --warmup 5 --block_size 32 "
+             "--vocab_size 280 --report 10 --lr 0.01 --name gpt-text --steps 40")
+    gpt.main([*flags.split(), "--text", str(path), "--out", str(out)])
+    folder = out / "cpu/gpt-text"
+    loaded = load_checkpoint(folder / "checkpoint.pt", "gpt", "cpu")
+    return out, metrics(folder / "metrics.jsonl"), loaded
 
 
 @cpu_only
-def test_pretraining_on_a_text_learns(text_run, tmp_path):
+def test_pretraining_on_a_text_learns(text_run):
     """A loss that falls because the model sees the answer, or that doesn't fall: both end far from
-    this text's. A figure that is not that of the saved weights on the last tenth of the text. A
-    seed that changes nothing."""
+    this text's. A figure that is not that of the saved weights on the last tenth of the text."""
     _, rows, (model, tokenizer, checkpoint) = text_run
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert untimed(checkpoint["metrics"]) == untimed(rows)
@@ -420,9 +411,6 @@ def test_pretraining_on_a_text_learns(text_run, tmp_path):
     rest = tokens[len(tokens) * 9 // 10:]
     windows = [rest[start:start + 32] for start in range(0, len(rest), 32)]
     assert rows[-1]["held_out"] == pytest.approx(gpt.held_out_loss(model, windows, 1), rel=1e-4)
-    one, _ = pretrain(tmp_path, "--steps 2")
-    other, _ = pretrain(tmp_path, "--steps 2 --seed 2")
-    assert one[0]["loss"] != other[0]["loss"]
 
 
 def test_every_token_of_pretraining_counts_equally(monkeypatch):
@@ -473,10 +461,6 @@ def test_samples(text_run, stages, capsys, monkeypatch):
     assert [arguments[4:6] for arguments in calls] == [(1.0, None), (3.0, 7)]
     assert calls[0][1] == [of_text.encode("The fox")] * 3
     assert calls[1][1] == [[of_world.end_token, *of_world.encode("The fox")]] * 3
-
-
-# --------------------------------------------------------------------------------------------------
-# Mid-training
 
 
 @cpu_only
