@@ -384,10 +384,6 @@ def test_the_chat_template():
             render(messages)
 
 
-# --------------------------------------------------------------------------------------------------
-# At real size
-
-
 def test_later_stages_run_on_what_was_loaded(tmp_path):
     """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other
     ids than in training. A policy from elsewhere that isn't what was exported, to the last bit; or
