@@ -443,10 +443,6 @@ def test_what_resume_refuses(small, tmp_path):
     check_finished(folder, small)
 
 
-# --------------------------------------------------------------------------------------------------
-# Damaged files
-
-
 class Evil:
     """A pickle that runs code: it makes a folder."""
 
