@@ -134,10 +134,6 @@ def test_strange_texts_to_pretrain_on(text, enough, tmp_path):
     assert (tmp_path / "cpu/gpt/checkpoint.pt").exists() == enough
 
 
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-
 @pytest.mark.parametrize("stage, flags", [
     (sft, "--demonstrations 24 --questions 12 --batch 8"),
     (reward_model, "--pairs 8 --held_out 8 --batch 4"),
