@@ -73,10 +73,6 @@ def test_rates_and_figures_of_fine_tuning(monkeypatch):
     assert last["entropy"] == 0.5 and last["excess"] == pytest.approx(last["held_out"] / 0.5 - 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The stage
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny base model of a text about colors."""
