@@ -1,7 +1,6 @@
-"""What lies at the edge: batches of one, full contexts, responses that end at once; very few
-prompts, strange texts; how much is in memory at once."""
+"""What lies at the edge: batches of one, full contexts; very few prompts; how much is in memory at
+once."""
 
-import contextlib
 import json
 import random
 
@@ -10,7 +9,6 @@ import torch
 
 import best_of_n
 import dpo
-import gpt
 import ppo
 import reward_model
 import sft
@@ -119,19 +117,6 @@ def test_few_and_long_prompts(stage, untrained):
         assert run_stage(stage, untrained, fits) is None            # 2 + 38 + 8 = 48
         message = run_stage(stage, untrained, ["y" * 39, "z" * 39])
         assert "leaves room for --max_new_tokens 8" in message
-
-
-# Nine tenths must hold a window of 9 tokens, and the last tenth at least 2 tokens.
-@pytest.mark.parametrize("text, enough", [("a" * 10, False), ("\ufeff" * 40 + "🦊" * 9, True)])
-def test_strange_texts_to_pretrain_on(text, enough, tmp_path):
-    """A text without one whole window, or a held-out part of one token, which predicts nothing: a
-    mean of nothing. A text editor's leftovers that end in a traceback minutes later."""
-    path = tmp_path / "text.txt"
-    path.write_text(text, encoding="utf-8")
-    flags = "--batch 2 --block_size 9 --vocab_size 259 --n_layer 1 --n_head 1 --n_embd 8 --steps 1"
-    with contextlib.nullcontext() if enough else pytest.raises(InputError, match=f"^{path}: "):
-        gpt.main(["--size", "cpu", "--out", str(tmp_path), "--text", str(path), *flags.split()])
-    assert (tmp_path / "cpu/gpt/checkpoint.pt").exists() == enough
 
 
 @pytest.mark.parametrize("stage, flags", [
