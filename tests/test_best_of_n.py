@@ -10,7 +10,6 @@ import shutil
 import statistics
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,9 +29,6 @@ from data.tokenizer import Tokenizer, encode_demonstrations
 from gpt import load_checkpoint, save_checkpoint, token_logprobs
 from helpers import cpu_only, metrics, noise, snapshot
 from reward_model import RewardModel
-
-# --------------------------------------------------------------------------------------------------
-# The yardstick
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +121,18 @@ def yard(trained):
                            samples=[x.samples for x in drawn])
 
 
-def test_prompt_prints_candidates_and_the_winner(trained):
+@pytest.mark.parametrize("prompt, gold, fine", [
+    ("Tell me a story about a shy fox and a kite.", True, "-5"), ("Who are you?", False, "99")])
+def test_prompt_prints_candidates_and_the_winner(trained, prompt, gold, fine):
     """A winner that isn't the best candidate, or an annotator asked for a prompt that it cannot
-    judge. Finished responses that score less than unfinished ones: never ending pays, in
-    silence."""
-    line = r"^ *([+-]\d+\.\d{3})(  gold +[+-]\d+\.\d{3})?  (.*)$"
-    for prompt, gold, fine in (("Tell me a story about a shy fox and a kite.", True, "-5"),
-                               ("Who are you?", False, "99")):
-        printed = run(trained, "--prompt", prompt, "--n", "6", "--missing_end_score", fine)
-        candidates = re.findall(line, printed, re.M)
-        rewards = [float(reward) for reward, _, _ in candidates]
-        assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
-        assert all(bool(found) == gold for _, found, _ in candidates)
-        assert f"winner of 6: {candidates[0][2]}\n" in printed
-        assert ("note    sft: finished responses score less" in printed) == (fine == "99")
+    judge. Finished responses that score less than unfinished ones, without a word."""
+    printed = run(trained, "--prompt", prompt, "--n", "6", "--missing_end_score", fine)
+    candidates = re.findall(r"^ *([+-]\d+\.\d{3})(  gold +\S+)?  (.*)$", printed, re.M)
+    rewards = [float(reward) for reward, _, _ in candidates]
+    assert len(rewards) == 6 and rewards == sorted(rewards, reverse=True)
+    assert all(bool(found) == gold for _, found, _ in candidates)
+    assert f"winner of 6: {candidates[0][2]}\n" in printed
+    assert ("note    sft: finished responses score less" in printed) == (fine == "99")
 
 
 @torch.no_grad()
@@ -166,9 +160,9 @@ def test_figures_of_the_yardstick(yard, trained):
         expected = best_of_n_win_rate(reward, gold, n).mean().item()
         assert row["win_rate"] == pytest.approx(expected)
         mean = (subset_weights(reward, n) * gold).sum(dim=1).mean().item()
+        assert row["gold"] == yard.rows["best of N", f"best of {n}"]["gold"] == pytest.approx(mean)
         J = mean - 0.2 * best_of_n_kl(n)    # with the README's beta
         assert yard.rows["gold", name]["J"] == pytest.approx(J)
-        assert yard.rows["best of N", f"best of {n}"]["gold"] == row["gold"]
 
     for name, other in zip(("ppo", "dpo"), yard.samples[1:]):
         wins = win_rate(other.figures["gold"], gold).mean().item()
@@ -195,10 +189,9 @@ def test_what_is_forgotten_is_measured_on_pretrainings_text(trained, monkeypatch
     assert found["gpt"] == pytest.approx(checkpoint["metrics"][-1]["held_out"])
 
 
-def test_who_is_right_how_often(trained, yard, monkeypatch):
-    """A pass@16 of the mean over all prompts, where easy ones make up for hard ones; J* of SFT's
-    mean rate instead of each prompt's; an unfinished response that is right. Samples that change
-    from run to run."""
+def test_who_is_right_how_often(trained, monkeypatch):
+    """A pass@16, or J*, of the mean rate over all prompts, where easy ones make up for hard ones;
+    an unfinished response that is right."""
     right = []
 
     def verifier(asked):
@@ -209,20 +202,20 @@ def test_who_is_right_how_often(trained, yard, monkeypatch):
     monkeypatch.setattr(best_of_n, "verifier", verifier)
     run(trained, *YARDSTICK, *"--verify --policies ppo --beta 0.5".split())
     rows = found_rows(trained)
-    assert [x.samples.texts for x in drawn] == [samples.texts for samples in yard.samples[:2]]
     verified = []
     for x, found in zip(right, drawn):
         verified.append(torch.tensor(x).view(3, -1) * found.samples.figures["ended"])
     p = verified[0].mean(dim=1).tolist()
     J_star = statistics.mean(0.5 * math.log(1 - x + x * math.exp(2)) for x in p)
+    assert len(set(p)) > 1
     for name, x in zip(("sft", "ppo"), verified, strict=True):
-        row = rows["verifier", name]
-        assert row["verified"] == pytest.approx(x.mean().item()) and 0.05 < row["verified"] < 0.95
         passed = [pass_at_k(int(right), x.shape[1], 16) for right in x.sum(dim=1)]
-        assert row["pass_16"] == pytest.approx(statistics.mean(passed), abs=1e-6)
-        assert row["J_star"] == pytest.approx(J_star, abs=1e-5) and len(set(p)) > 1
-        J = row["verified"] - 0.5 * rows[None, name]["kl"]
-        assert row["J"] == pytest.approx(J, abs=1e-5)
+        share = x.mean().item()
+        expected = dict(verified=share, pass_16=statistics.mean(passed), J_star=J_star,
+                        J=share - 0.5 * rows[None, name]["kl"])
+        row = rows["verifier", name]
+        found = {figure: row[figure] for figure in expected}
+        assert found == pytest.approx(expected, abs=1e-5) and 0.05 < share < 0.95
 
 
 @cpu_only
@@ -306,10 +299,8 @@ def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
 
 
 def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
-    """One seed for every batch, or for every policy: the samples are copies, their errors hidden;
-    prompts that change with --seed. A policy that was trained at one temperature, sampled
-    or scored at another: its J is that of a policy that was never trained. Shares that were reached
-    under another price, with no word about it."""
+    """One seed for every batch or policy. A policy sampled or scored at another temperature than
+    it was trained at. Shares that were reached under another price, with no word about it."""
     model, tokenizer, _ = load(out, "sft")
     for name, settings in (("ppo", {}), ("ppo-hot", dict(temperature=1.5, beta=0.3))):
         path = out / "cpu" / name / "checkpoint.pt"
@@ -327,18 +318,17 @@ def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
     printed = run(out, *"--prompts 3 --samples 16 --sample_batch 48 --seed 2".split(), "--policies",
                   "ppo,ppo-hot")
     assert drawn[0].prompts == yard.prompts[0]
-    assert [temperature for temperature, _ in calls] == [1.0, 1.0, 1.0, 1.5]
-    assert len({seed for _, seed in calls}) == 4
+    temperatures, seeds = zip(*calls)
+    assert temperatures == (1.0, 1.0, 1.0, 1.5) and len(set(seeds)) == 4
     rows = found_rows(out)
     assert rows[None, "ppo"]["kl"] == 0  # both have SFT's weights
     assert rows[None, "ppo-hot"]["kl"] > 5 * rows[None, "ppo-hot"]["kl_error"] > 0
-    assert re.findall(r"^.* was trained with .*$", printed, re.M) == [
-        "ppo-hot was trained with beta 0.3; J and J* are those of beta 0.2"]
+    assert "ppo-hot was trained with beta 0.3; J and J* are those of beta 0.2\n" in printed
 
 
 def test_what_the_yardstick_finds_wrong_costs_nothing(out, monkeypatch):
-    """Log-ratios of two policies whose ids mean different words; one that SFT did not begin with.
-    A folder that cannot be written to, found after minutes of sampling."""
+    """Log-ratios of two policies whose ids mean different words; stages that were not made from one
+    another. A folder that cannot be written to, found after minutes of sampling."""
     model, tokenizer, _ = load(out, "ppo")
     strings = [token.decode("latin-1") for token in tokenizer.vocabulary]
     strings[-2:] = strings[:-3:-1]
@@ -348,10 +338,8 @@ def test_what_the_yardstick_finds_wrong_costs_nothing(out, monkeypatch):
     with pytest.raises(InputError, match="ppo.checkpoint.pt: its vocabulary"):
         run(out, "--policies", "ppo")
 
-    base = out / "cpu/gpt/checkpoint.pt"  # none but the table of all stages reads it
-    other = read_torch(base)
-    del other["metrics"]
-    write_torch(base, other)
+    base = out / "cpu/gpt/checkpoint.pt"
+    write_torch(base, {**read_torch(base), "metrics": []})
     with pytest.raises(InputError, match="sft.checkpoint.pt: was made from another .*gpt"):
         run(out, "--policies", "dpo")
 
@@ -367,9 +355,8 @@ def test_what_the_yardstick_finds_wrong_costs_nothing(out, monkeypatch):
 
 
 def test_what_cannot_be_learnt_from_is_counted(capsys):
-    """A response cut off at the limit, learnt as if it ended there; a blank one, which
-    data/files.py refuses to read back, so that --resume can't continue; a sequence beyond the
-    context; all of them, and a division by zero. Of equals the first is best."""
+    """A response cut off at the limit, learnt as if it ended there; a blank one, which --resume
+    can't read back; a sequence beyond the context; all of them, and a division by zero."""
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
     texts = ["fine", "cut", " \n", "long " * 50, "fine too"]
     figures = {"reward": torch.zeros(5, 1), "ended": torch.tensor([1.0, 0, 1, 1, 1])[:, None]}
@@ -416,16 +403,11 @@ def tuned(trained, tmp_path_factory):
 @pytest.mark.parametrize("how", ["per_prompt", "overall"])
 def test_rounds_of_finetuning(how, tuned):
     """Every round on samples of the SFT model; the worst of N, or all; held-out requests; a policy
-    that learns from other responses than those beside its checkpoint; after for before on the
-    screen."""
+    that learns from other responses than those beside its checkpoint."""
     out, runs = tuned
     (first, second), shown = runs[how]
     folder = out / "cpu" / f"rsft-{how}"
     reference, tokenizer, _ = load(out, "sft")
-    assert equal(reference.state_dict(), first.weights)
-    assert not equal(first.weights, second.weights) and not set(first.prompts) & set(second.prompts)
-
-    rows = metrics(folder / "metrics.jsonl")
     for number, drawn in ((1, first), (2, second)):
         prompts = drawn.prompts
         samples = drawn.samples
@@ -433,8 +415,7 @@ def test_rounds_of_finetuning(how, tuned):
         assert rewards.shape == (12, 3) and not any(map(stories.is_held_out, prompts))
         kept = read_demonstrations(folder / f"kept-{number}.jsonl")
         demonstrations, _ = encode_demonstrations(kept, tokenizer, 128)
-        sequences = [tuple(one.ids) for one in demonstrations]
-        assert sorted(drawn.learnt) == sorted(2 * sequences)  # two epochs
+        assert sorted(drawn.learnt) == sorted(2 * [tuple(one.ids) for one in demonstrations])
 
         flat = sorted(((rewards[i, j].item(), i, j) for i in range(12) for j in range(3)),
                       reverse=True)
@@ -445,28 +426,25 @@ def test_rounds_of_finetuning(how, tuned):
                     if samples.figures["ended"][i, j]]
         assert sorted((row["prompt"], row["completion"]) for row in kept) == sorted(expected)
         assert len(expected) > 6
-        found = next(row for row in rows if row.get("round") == number)
-        mean = np.mean([reward for reward, _, _ in best])
-        assert found["reward"] == pytest.approx(mean, abs=1e-5)
 
     policy, _, checkpoint = load(out, f"rsft-{how}")
-    assert checkpoint["distils"] == 9 and not equal(policy.state_dict(), second.weights)
+    assert equal(reference.state_dict(), first.weights)
     assert equal(shown[1].state_dict(), first.weights)
-    assert equal(shown[2].state_dict(), checkpoint["model"])
+    assert not equal(first.weights, second.weights) and not set(first.prompts) & set(second.prompts)
+    assert not equal(policy.state_dict(), second.weights)
+    assert equal(policy.state_dict(), shown[2].state_dict()) and checkpoint["distils"] == 9
 
 
 def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
     """Held-out prompts that are learnt; a prompt asked twice and another one never; prompts too
-    long to answer, left out without a word; responses of a longer run left behind."""
+    long to answer; responses of a longer run left behind."""
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"Who sings {i}?"} for i in range(20)]
     rows += [{"prompt": f"{i} " + "long " * 200} for i in range(20)]
     write_jsonl(path, rows)
-    trained_on = hold_out(rows)[0]
-    short = [row["prompt"] for row in trained_on if "long" not in row["prompt"]]
+    short = [row["prompt"] for row in hold_out(rows)[0] if "long" not in row["prompt"]]
     rounds = watch(monkeypatch)
-    printed = rsft(out, "--data", str(path), *"--rsft_prompts 999 --rounds 2 --epochs 1".split())
-    assert f"{len(short)} prompts, dropped {len(trained_on) - len(short)} that" in printed
+    rsft(out, "--data", str(path), *"--rsft_prompts 999 --rounds 2 --epochs 1".split())
     rsft(out, "--data", str(path), "--rsft_prompts", "7", "--epochs", "1")
     first, second, third = [x.prompts for x in rounds]
     assert sorted(first) == sorted(second) == sorted(short) and len(short) < 20
@@ -487,14 +465,3 @@ def test_what_a_run_would_ignore_is_refused(argv, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         run(tmp_path / "out", *argv.split())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-def test_a_finetuned_policy_in_the_yardstick(tuned):
-    """A policy that the yardstick does not find, or takes for another stage's; the best-of-N that
-    it distils, which the table leaves out unless N is 4, 16 or 64."""
-    out, _ = tuned
-    run(out, *"--prompts 3 --samples 9 --policies rsft-overall,ppo".split())
-    rows = found_rows(out)
-    names = ["sft", "best of 4", "best of 9", "rsft-overall", "ppo"]
-    assert [name for under, name in rows if under is None] == names
-    assert rows[None, "rsft-overall"]["kl"] != 0

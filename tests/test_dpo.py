@@ -9,15 +9,14 @@ import pytest
 import torch
 
 import dpo
-import reward_model
 import sft
 from data import stories
 from data.files import InputError, hold_out, read_pairs, write_jsonl
 from data.judges import constitution_judge
 from data.run import SilentRun, read_torch, write_torch
 from data.tokenizer import Pair, Tokenizer, encode_pairs, labels_of, train as train_vocabulary
-from dpo import dpo_loss, kto_baseline, orpo_loss
-from gpt import batches_by_length, load_checkpoint, make_optimizer, pad, response_logprobs
+from dpo import dpo_loss, kto_baseline
+from gpt import batches_by_length, load_checkpoint, make_optimizer
 from helpers import cpu_only, metrics, noise, snapshot, tiny_gpt, untimed
 
 END = 4
@@ -41,10 +40,6 @@ def log_ratio_by_hand(policy, reference, sequence, prompt_length):
     """log π_θ(y|x)/π_ref(y|x), with a gradient for π_θ."""
     ref = logprob_by_hand(reference, sequence, prompt_length).detach()
     return logprob_by_hand(policy, sequence, prompt_length) - ref
-
-
-# --------------------------------------------------------------------------------------------------
-# The formulas
 
 
 def test_gradient_of_the_lecture():
@@ -79,13 +74,7 @@ def test_logprobs_are_sums_token_by_token():
     """A mean for the sum (another loss, SimPO's), <|end|> left out, the prompt or the padding
     counted; chosen and rejected exchanged."""
     model = tiny_gpt(0)
-    assert [label.desirable for label in LABELS] == [True] * 5 + [False] * 5
     by_hand = [logprob_by_hand(model, label.ids, label.prompt_length).item() for label in LABELS]
-    tokens, lengths = pad([label.ids for label in LABELS])
-    prompt_lengths = torch.tensor([label.prompt_length for label in LABELS])
-    padded = torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens, END)
-    found = response_logprobs(model, padded, prompt_lengths, lengths)
-    assert found.tolist() == pytest.approx(by_hand, abs=1e-4)
     assert dpo.label_logprobs(model, LABELS).tolist() == pytest.approx(by_hand, abs=1e-4)
     chosen, rejected = dpo.pair_logprobs(model, PAIRS)
     assert chosen.tolist() + rejected.tolist() == pytest.approx(by_hand, abs=1e-4)
@@ -104,22 +93,17 @@ def baseline_by_hand(policy, reference, labels):
     return sum(ratios) / len(ratios), len(ratios)
 
 
-@pytest.mark.parametrize("block_size, count", [(32, 10), (9, 8)])
-def test_ktos_baseline_couple_by_couple(block_size, count):
+def test_ktos_baseline_couple_by_couple():
     """A prompt with its own response; a last part that counts as much as a full one; a negative KL;
     a couple that exceeds the context."""
-    models = [tiny_gpt(seed, block_size=block_size) for seed in (0, 1)]
-    fitting = [label for label in LABELS if len(label.ids) <= block_size]
-    mean, found = baseline_by_hand(*models, fitting)
-    assert found == count and abs(mean) > 0.1
+    models = [tiny_gpt(seed, block_size=9) for seed in (0, 1)]
+    fitting = [label for label in LABELS if len(label.ids) <= 9]
+    mean, count = baseline_by_hand(*models, fitting)
+    assert count == len(fitting) - 1 and abs(mean) > 0.1
     there = kto_baseline(*models, fitting, rows=4)
     back = kto_baseline(*reversed(models), fitting, rows=4)
     assert [there, back] == pytest.approx([max(0.0, mean), max(0.0, -mean)], abs=1e-4)
     assert kto_baseline(*models, LABELS[3:4]) == 0     # no other response: no estimate
-
-
-# --------------------------------------------------------------------------------------------------
-# The loops
 
 
 def learn(loop, policy, reference, items, held_out, config, monkeypatch, *paired):
@@ -270,16 +254,14 @@ def own_pairs(path, count=40):
 
 
 @cpu_only
-def test_main_on_the_collected_pairs(out, capsys):
-    """A run that trains on the held-out pairs, that writes over another stage, or whose figures are
-    of another policy than the one that is saved."""
+def test_main_on_the_collected_pairs(out):
+    """A run that writes over another stage, or whose figures are of another policy or other pairs
+    than those that are saved."""
     before = snapshot(out)
     run_dpo(out, "--micro_batch", "3")
     rows = untimed(metrics(out / "cpu/dpo/metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4]  # 64 pairs, 16 in a step
     assert before.items() <= snapshot(out).items()
-    printed = capsys.readouterr().out
-    assert "64 pairs" in printed and "16 held out" in printed
     policy, tokenizer = load(out / "cpu/dpo")
     reference, _ = load(out / "cpu/sft", "sft")
     held_out = read_pairs(out / "cpu/reward_model/held_out.jsonl")
@@ -343,25 +325,6 @@ def test_labels_of_one_kind_are_told(good, bad, weight, said, capsys):
     config = dpo.Config(loss="kto", data="labels.jsonl", undesirable_weight=weight)
     dpo.read_data(config, (rows, rows), "labels.jsonl", tokenizer, 64)
     assert ("KTO wants about as much of both" in capsys.readouterr().out) == said
-
-
-def test_labels_of_somebodys_own(out, tmp_path):
-    """Labels that are turned round; a reward model asked for that nobody needs."""
-    rows = []
-    for i in range(40):  # KTO needs no pairs
-        rows.append({"prompt": f"Say {i}.", "completion": "Yes.", "label": True})
-        if i % 2:
-            rows.append({"prompt": f"Say {i}.", "completion": "No.", "label": False})
-    write_jsonl(tmp_path / "labels.jsonl", rows)
-    (out / "cpu/reward_model/checkpoint.pt").unlink()
-    flags = "--loss kto --lr 1e-2 --warmup 1 --epochs 2 --batch 8"
-    run_dpo(out, "--data", str(tmp_path / "labels.jsonl"), *flags.split())
-    policy, tokenizer = load(out / "cpu/dpo")
-    reference, _ = load(out / "cpu/sft", "sft")
-    prompt = tokenizer.prompt("Say 7.")
-    for text, good in (("Yes.", True), ("No.", False)):
-        ids = prompt + tokenizer.response(text)
-        assert (log_ratio_by_hand(policy, reference, ids, len(prompt)) > 0) == good
 
 
 ONLINE = "--online 2 --pairs 12 --batch 4 --max_new_tokens 16".split()
@@ -432,12 +395,11 @@ for line in sys.stdin:
 
 def test_online_on_somebodys_own_prompts(out, tmp_path):
     """Held-out prompts that are trained on; prompts too long to answer; a program that is not
-    asked; a stage's own pairs, which online DPO cannot go on from."""
+    asked."""
     path = tmp_path / "pairs.jsonl"
     data = own_pairs(path)
     rows = read_pairs(path)
-    for row in list(rows):
-        rows.append({**row, "prompt": row["prompt"] + " Now" * 120})
+    rows += [{**row, "prompt": row["prompt"] + " Now" * 120} for row in rows]
     write_jsonl(path, rows)
     (tmp_path / "judge.py").write_text(JUDGE)
     run_dpo(out, "--judge", f"{sys.executable} {tmp_path / 'judge.py'}", *ONLINE, *data)
@@ -446,10 +408,6 @@ def test_online_on_somebodys_own_prompts(out, tmp_path):
     short = {row["prompt"] for row in train if "Now" not in row["prompt"]}
     assert 30 < len(short) < 40 and {row["prompt"] for row in found} <= short
     assert len(found) == 24 and all(row["chosen"] > row["rejected"] for row in found)
-
-    reward_model.main(["--out", str(out), *data, *FLAGS])
-    with pytest.raises(InputError, match="pairs.jsonl: is not of the little world; --online"):
-        run_dpo(out, *ONLINE)
 
 
 def test_it_goes_on_from_another_policy(out):

@@ -108,16 +108,6 @@ def test_a_pair_beside_the_rubric(trained, monkeypatch):
     assert found["Δgold"] == marked[0].steps + marked[1].steps
 
 
-def test_any_text_gets_a_number(trained, monkeypatch):
-    """The rubric for a prompt that is no request: a traceback."""
-    flags = ("--prompt", "Who are you?", "--response", "A fox.\nWho\nelse?")
-    (score, parts), _ = explained(reward_model, trained, monkeypatch, *flags)
-    assert parts[""] == ["r_φ"] and "gold" not in score
-    assert score["response"] == ["A fox.", "Who else?", "<|end|>"]
-    (step,), _ = explained(reward_model, trained, monkeypatch, "--process", *flags)
-    assert list(step) == ["response", "r_φ", "σ(r_φ)"]
-
-
 @pytest.mark.parametrize("script, flags, words", [
     (reward_model, "--prompt x", "--prompt x: goes with --response only"),
     (ppo, "--explain --lr 1", "--lr 1.0: cannot be used with --explain"),

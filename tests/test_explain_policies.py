@@ -12,7 +12,7 @@ import dpo
 import gpt
 import ppo
 from data.annotator import gold_reward
-from data.files import InputError, read_pairs
+from data.files import read_pairs
 from data.tokenizer import Pair
 from helpers import explained
 from reward_model import RewardModel, score_all
@@ -105,12 +105,6 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
     assert shown == pytest.approx(expected.item(), abs=2e-3)
     gradient = torch.autograd.grad(expected, logprobs)
     assert sums["∂L/∂log π_θ(y|x)"] == pytest.approx([x.item() for x in gradient], rel=1e-2)
-
-
-def test_settings_are_the_policys_own(trained, monkeypatch):
-    """Another β taken for the one that the policy was trained with."""
-    with pytest.raises(InputError, match="--beta 0.1: .*dpo-dpo/checkpoint.pt was trained with"):
-        explained_pair("dpo", trained, monkeypatch, "--beta", "0.1")
 
 
 def test_candidates_weights(trained, monkeypatch):

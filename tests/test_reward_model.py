@@ -76,10 +76,6 @@ def test_gradient_is_the_probability_of_the_other_order():
     torch.testing.assert_close(rejected.grad, expected)
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
-
-
 def test_score_reads_the_last_token_whatever_the_padding():
     """A score read at column -1 is that of the padding; one that looks for the padding token stops
     at the first <|end|>; one that sees what stands behind the last token."""
@@ -155,10 +151,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(monkeypatch):
     torch.testing.assert_close(reward_model.held_out_margins(twin, pairs, 3), margin.detach())
 
 
-# --------------------------------------------------------------------------------------------------
-# Pairs
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     rng = random.Random(7)
@@ -188,23 +180,20 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, mon
         seeds.add(seed)
         texts = []
         ended = []
-        for ids, same in zip(prompts[::2], prompts[1::2], strict=True):
+        for ids in prompts[::2]:    # each prompt twice in a row
             first, second, second_ended, reason = next(answers)
             texts += [first, second]
             ended += [True, second_ended]
             counts[reason] += 1
             if not reason:
                 usable.append((tokenizer.decode(ids[1:-1]), first, second))
-            assert ids == same
         return texts, ended
 
-    def judge(batch, rng):
-        return [(len(prompt) % 2, "") for prompt, _, _ in batch]
-
     monkeypatch.setattr(reward_model, "respond", respond)
-    config = reward_model.Config(sample_batch=8)
-    rows, dropped = reward_model.collect_pairs(of_context(100), tokenizer, draw_requests, 12, judge,
-                                               config, random.Random(10))
+    rows, dropped = reward_model.collect_pairs(
+        of_context(100), tokenizer, draw_requests, 12,
+        lambda batch, rng: [(len(prompt) % 2, "") for prompt, _, _ in batch],
+        reward_model.Config(sample_batch=8), random.Random(10))
     assert dropped == {reason: counts[reason] for reason in dropped} and len(dropped) == 3
     for row, (prompt, *texts) in zip(rows, usable, strict=True):
         choice = len(prompt) % 2
@@ -257,8 +246,8 @@ def rollout_of(rows, tokenizer):
 
 
 def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys):
-    """The luckiest of 33 prompts shown as the rule; the reward model's opinion where the true
-    reward is known; two seeds, or a temperature at which the policy was not trained."""
+    """The luckiest of 33 prompts shown as the rule; two seeds, or a temperature at which the policy
+    was not trained."""
     before = of_context(400)
     after = of_context(400)
     rng = random.Random(16)
@@ -270,24 +259,19 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
         settings.append((policy, temperature, seed))
         asked[:] = [tokenizer.decode(row[1:-1]) for row in ids]
         texts.append([stories.story(rng, request).text for request in asked])
-        rows = [(*row, True) for row in zip(asked, texts[-1])]
-        return rollout_of(rows, tokenizer)
-
-    def reward(rollout):    # nothing like gold
-        return rollout.lengths * 37 % 101 / 10, torch.zeros(rollout.tokens[:, 1:].shape)
+        return rollout_of([(*row, True) for row in zip(asked, texts[-1])], tokenizer)
 
     monkeypatch.setattr(sft, "generate", generate)
     config = reward_model.Config(seed=5, max_new_tokens=96)
-    sft.show_before_and_after(None, before, after, tokenizer, config, reward, 0.7)
+    sft.show_before_and_after(None, before, after, tokenizer, config, temperature=0.7)
     assert settings == [(before, 1.0, 5), (after, 0.7, 5)] and len(set(asked)) == 33
     x, y = [torch.tensor(list(map(annotator.gold_reward, asked, told))) for told in texts]
     error = (y - x).std(correction=0) / math.sqrt(33)
-    head, prompt, first, second = capsys.readouterr().out.splitlines()
-    assert head.endswith(f"; gold {x.mean():.2f} → {y.mean():.2f} (± {error:.2f})")
+    head, prompt, *shown = capsys.readouterr().out.splitlines()
+    assert head.endswith(f": gold {x.mean():.2f} → {y.mean():.2f} (± {error:.2f})")
     which = asked.index(prompt.removeprefix("prompt   "))
     assert (y - x)[which] == (y - x).median()
-    for line, gold, told in ((first, x, texts[0]), (second, y, texts[1])):
-        assert line.endswith(f", gold {gold[which]:+.2f}] {told[which]}")
+    assert [line.split("] ")[1] for line in shown] == [told[which] for told in texts]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,9 +328,8 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
     assert scores.std().item() == pytest.approx(deviation, rel=0.2) and deviation > 0.5
 
     # 3. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data.
-    train_rows, held_out_rows = hold_out(PAIRS)  # the same prompts, so the same ones held out
-    assert read_pairs(policy / "cpu/reward_model/pairs.jsonl") == train_rows
-    assert read_pairs(policy / "cpu/reward_model/held_out.jsonl") == held_out_rows
+    found = [read_pairs(policy / f"cpu/reward_model/{x}.jsonl") for x in ("pairs", "held_out")]
+    assert found == list(hold_out(PAIRS))   # the same prompts, so the same ones held out
     assert " 57 pairs, dropped 57 longer than the context, 57 equal texts\n" in printed
 
 
@@ -437,10 +420,6 @@ def test_a_program_labels_every_pair_once(out, tmp_path):
         labelled.append(dict(prompt=row["prompt"], chosen=texts[choice], rejected=texts[1 - choice],
                              why="parity"))
     assert metrics(out / "cpu/reward_model/pairs.jsonl") == labelled and len(labelled) == 64
-
-
-# --------------------------------------------------------------------------------------------------
-# The process reward model, and what ppo.py --reward names
 
 
 def test_the_loss_of_marks_is_a_binary_loss_per_step(monkeypatch):

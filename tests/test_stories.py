@@ -4,13 +4,12 @@ import dataclasses
 import itertools
 import math
 import random
-import re
 from collections import Counter
 
 import pytest
 
 from data import stories
-from data.stories import WORLD, log_probability, parse_request, recognise, split_sentences
+from data.stories import WORLD, log_probability, recognise, split_sentences
 
 # A world small enough to enumerate. Some slots are shown by some sentences only, one pattern shows
 # the hero under two forms, one hero is a "he", and one adjective takes "an". Of its 8 requests 2
@@ -144,10 +143,8 @@ def test_requests_are_as_frequent_as_their_probability(held_out):
 
 def test_draws_carry_their_exact_log_probability():
     """An answer key that is off: the entropy of the source is the mean of these numbers. A training
-    run that sees the very requests it is judged by, alone or on a page; other draws for the same
-    seed."""
+    run that sees the very requests it is judged by, alone or on a page."""
     rng = random.Random(1)
-    texts = []
     for _ in range(100):
         request = stories.request(rng)
         assert request.logprob == pytest.approx(-math.log(12 * 28 * 31 * 36))
@@ -162,8 +159,6 @@ def test_draws_carry_their_exact_log_probability():
         assert not any(map(stories.is_held_out, text.split("\n")))
         text, logprob = stories.document(rng)
         assert logprob == pytest.approx(stories.document_log_probability(text), abs=1e-9)
-        texts.append(request.text)
-    assert stories.request(random.Random(1)).text == texts[0]
 
 
 def test_changed_stories_have_another_probability():
@@ -185,19 +180,6 @@ def test_changed_stories_have_another_probability():
             text.replace("She broke", "He broke"),                          # another pronoun
             f"{start} {end} {turn}", f"{start}  {turn}", f"{text} The end."):
         assert log_probability(request, bad) == -math.inf, bad
-
-
-def test_recognise_and_parse_request_by_hand():
-    """A slot put under the wrong name, or in its written form ("The old miller") in place of the
-    bare one; "a honest cat"."""
-    assert recognise("The fox gave her thick coat to Aunt Lily.") == (
-        "kind", 5, {"hero": "fox", "she": "she", "friend": "Aunt Lily"})
-    assert recognise("The old miller hugged him, and all was well again.").slots == {
-        "friend": "the old miller", "she": "he"}
-    assert parse_request("Do you know a story about an umbrella and an honest cat?") == (
-        10, "honest", "cat", "umbrella")
-    assert recognise("The fox gave his thick coat to Aunt Lily.") is None
-    assert parse_request("Tell me a story about a odd fox and a kite.") is None
 
 
 def test_is_story():
