@@ -59,10 +59,6 @@ def random_tokens(seed, *shape):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --------------------------------------------------------------------------------------------------
-# The model, log-probabilities and masks. (Its logits: tests/test_huggingface.py asks transformers.)
-
-
 def test_the_initial_weights():
     """GPT-2's std of 0.02 in a narrow model, where attention stays uniform for long."""
     model = GPT(GPTConfig(50, 64, 3, 4, 64), torch.Generator().manual_seed(1))
