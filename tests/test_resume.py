@@ -1,5 +1,4 @@
-"""Runs that are killed, interrupted, starved of disk or fed a damaged state, and continue bit for
-bit.
+"""Runs that are killed, interrupted or starved of disk, and continue bit for bit.
 
 data/run.py saves and continues for every stage. So one cheap stage is killed wherever it can be, in
 processes of its own; of every other stage one test asks that all it needs is in its state.
