@@ -1,5 +1,4 @@
-"""What lies at the edge: batches of one, full contexts; very few prompts; how much is in memory at
-once."""
+"""What lies at the edge: batches of one, full contexts, very few prompts; how much is in memory."""
 
 import json
 import random
