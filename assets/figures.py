@@ -682,8 +682,8 @@ def claims(data):
          "holds"],
         ["several epochs on one batch need the ratio, and the clip", "ECE 7115",
          f"`{LISTED} passes`",
-         "8 passes, nats from π*, on three seeds: no ratio 4.64 to 4.77, ratio 0.47 to 2.23, "
-         "ratio and clip 0.05 to 0.12",
+         "8 passes, nats from π*, on three seeds: no ratio 0.75 to 2.01, ratio 0.96 to 2.26, "
+         "ratio and clip 0.06 to 0.09",
          "holds"],
         ["four models, three, two in memory", "CME 295; ECE 7115", "`ppo.py --method …`",
          f"PPO {of('ppo', 'models', '.0f')}, {of('ppo', 'memory_mb', '.0f')} MB; "

@@ -194,17 +194,26 @@ END = 4
 PROMPT = [1, 2]
 LIMIT = 3   # tokens in the longest response
 BETA = 0.7
-SHAPE = GPTConfig(vocab_size=5, block_size=5, n_layer=1, n_head=2, n_embd=32)
+SHAPE = GPTConfig(vocab_size=5, block_size=5, n_layer=1, n_head=2, n_embd=24)
 ENDED = [(*words, END) for n in range(LIMIT) for words in itertools.product(range(4), repeat=n)]
 RESPONSES = ENDED + list(itertools.product(range(4), repeat=LIMIT))  # the rest has no end
 ROWS = [PROMPT + list(response) for response in RESPONSES]
 UNFINISHED = -1.0  # their reward: ppo.Config.missing_end_score
 
 
-def make_model(cls, seed, n_layer=1):
+def make_model(cls, seed, **shape):
+    """A random model of this world."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return cls(replace(SHAPE, n_layer=n_layer))
+        return cls(replace(SHAPE, **shape))
+
+
+def world_config(**flags):
+    """Settings of ppo.py with which right code ends at the optimum here."""
+    settings = dict(beta=BETA, iterations=20, rollouts=512, epochs=1, minibatch=128,
+                    micro_batch=512, lr=5e-3, value_lr=1.6e-2, lam=0.95, max_new_tokens=LIMIT,
+                    missing_end_score=UNFINISHED)
+    return ppo.Config(**{**settings, **flags})
 
 
 @torch.no_grad()
@@ -231,11 +240,9 @@ def world_task(reward, end_token=END, draw_documents=None):
                     draw_documents=draw_documents)
 
 
-def enumerable_world(n_layer=1):
+def enumerable_world():
     """(reference, its log-probabilities, rewards, log π*, J*)."""
-    reference = make_model(GPT, 3, n_layer)
-    with torch.no_grad():
-        reference.wte.weight *= 1.5  # sharpen it
+    reference = make_model(GPT, seed=8)
     ref = exact_logprobs(reference)
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(len(ROWS), generator=generator, dtype=torch.float64)

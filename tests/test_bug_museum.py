@@ -6,7 +6,7 @@ KL(π || π*) in the world that can be listed.
 
 Where π is π*, r - β log π/π_ref is the same for all responses, and every advantage is 0. A bug
 that only weighs advantages, or adds noise to them, leaves that point where it is, and the distance
-hardly sees it: SEEN_BY names the test that does.
+hardly sees it: SEEN_BY names the test that does. README.md says where each was found.
 """
 
 import inspect
@@ -21,8 +21,8 @@ import dpo
 import ppo
 from data.run import SilentRun
 from gpt import pad, token_logprobs
-from helpers import (BETA, ENDED, LIMIT, ROWS, UNFINISHED, Blocks, all_pairs, exact_logprobs, kl,
-                     make_model, world_task)
+from helpers import (BETA, ENDED, ROWS, Blocks, all_pairs, exact_logprobs, kl,
+                     make_model, world_config, world_task)
 from reward_model import RewardModel, make_reward
 
 BAR = 0.03  # nats: where the right code ends
@@ -70,14 +70,13 @@ def nothing(code):
 
 
 def kl_upside_down(code):
-    """KL estimated with the reference on top: the policy is paid for leaving it. Found in
-    nebuly-ai/optimate#298."""
+    """KL estimated with the reference on top: the policy is paid for leaving it."""
     code.patch(ppo, "shaped_rewards", lambda right, scores, logprobs, ref_logprobs, mask, beta:
                right(scores, ref_logprobs, logprobs, mask, beta))
 
 
 def penalty_twice(code):
-    """The KL penalty in the rewards and in the loss. Discussed in verl-project/verl#265."""
+    """The KL penalty in the rewards and in the loss."""
     code.edit(ppo, "ppo", "(weight * (policy_loss + value_loss)).backward()", """
         _, _, ref_k3 = kl_estimators(logprobs - batch.ref_logprobs)
         policy_loss = policy_loss + beta * masked_mean(ref_k3, batch.mask)
@@ -86,22 +85,20 @@ def penalty_twice(code):
 
 
 def k2_for_k1(code):
-    """½ (log π/π_ref)² in the rewards: never negative, and not the KL divergence. An option in
-    huggingface/trl#486."""
+    """½ (log π/π_ref)² in the rewards: never negative, and not the KL divergence."""
     code.patch(ppo, "shaped_rewards", lambda right, scores, logprobs, ref_logprobs, mask, beta:
                right(scores, (logprobs - ref_logprobs) ** 2 / 2, 0 * logprobs, mask, beta))
 
 
 def reference_trains_along(code):
-    """π_ref is the policy itself, not a copy of it: the penalty is always 0. Found in
-    huggingface/trl#2046."""
+    """π_ref is the policy itself, not a copy of it: the penalty is always 0."""
     code.patch(ppo, "sample", lambda right, policy, reference, *others:
                right(policy, policy, *others))
 
 
 def end_masked_out(code):
     """<|end|> is taken for padding and masked out of the loss: nothing teaches the policy when to
-    stop. Found in rasbt/reasoning-from-scratch#185."""
+    stop."""
     code.edit(ppo, "ppo", "advantages = whiten(advantages, mask)", """
         advantages = whiten(advantages, mask)
         mask = mask & (rollouts.tokens[:, 1:] != task.end_token)
@@ -110,8 +107,7 @@ def end_masked_out(code):
 
 
 def mask_too_long(code):
-    """The mask is one token of padding too long, and the score is paid there. Found in
-    CarperAI/trlx#433."""
+    """The mask is one token of padding too long, and the score is paid there."""
     code.patch(ppo, "response_mask", lambda right, prompt_lengths, lengths, T:
                right(prompt_lengths, lengths + 1, T))
 
@@ -127,15 +123,14 @@ def reward_too_early(code):
 
 
 def score_of_padding(code):
-    """The reward model's score is read at the last column, padding or not. Found in
-    EleutherAI/gpt-neox#1285."""
+    """The reward model's score is read at the last column, padding or not."""
     code.patch(RewardModel, "score", lambda right, model, tokens, lengths:
                right(model, tokens, torch.full_like(lengths, tokens.shape[1])))
 
 
 def unshifted(code):
     """Logits and labels one step apart: the probability of a token in the state that already holds
-    it. Found in lucidrains/PaLM-rlhf-pytorch#31."""
+    it."""
     def late(right, model, tokens, mask, temperature):
         logprobs = token_logprobs(model(tokens).roll(-1, dims=1), tokens, temperature)
         return torch.where(mask, logprobs, 0.0)
@@ -143,35 +138,33 @@ def unshifted(code):
 
 
 def sampled_colder(code):
-    """Sampled at temperature 0.7, scored at 1. Found in OpenRLHF/OpenRLHF#853."""
+    """Sampled at temperature 0.5, scored at 1."""
     code.patch(ppo, "generate", lambda right, model, prompts, new, end, temperature, **named:
-               right(model, prompts, new, end, 0.7 * temperature, **named))
+               right(model, prompts, new, end, 0.5 * temperature, **named))
 
 
 def top_k_rollouts(code):
-    """Rollouts from the 2 likeliest tokens, scored as if from all. Found in
-    NVIDIA/NeMo-Aligner#46."""
+    """Rollouts from the 2 likeliest tokens, scored as if from all."""
     code.patch(ppo, "generate", lambda right, model, prompts, new, end, temperature, **named:
                right(model, prompts, new, end, temperature, top_k=2, **named))
 
 
 def ratio_of_one(code):
     """The old log-probabilities are computed anew in every step: ρ is always 1, and nothing is ever
-    clipped. Found in tensorforce/tensorforce#312."""
+    clipped."""
     code.patch(ppo, "clipped_policy_loss", lambda right, logprobs, old_logprobs, *others:
                right(logprobs, logprobs.detach(), *others))
 
 
 def advantages_with_gradient(code):
     """A = G - V without a detach: the policy's loss, -ρA with ρ near 1, trains V as well, to be
-    small. Found in keras-team/keras-io#194."""
+    small."""
     code.patch(ppo, "clipped_value_loss", lambda right, values, old_values, returns, mask, clip:
                right(values, old_values, returns, mask, clip) + ppo.masked_mean(values, mask))
 
 
 def bootstrapped_past_the_end(code):
-    """V(terminal) is not 0 but what the last state was worth: an end that is no end. Found in
-    RoboVerseOrg/RoboVerse#814."""
+    """V(terminal) is not 0 but what the last state was worth: an end that is no end."""
     def bootstrapped(right, rewards, values, mask, gamma, lam):
         last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
         return right(rewards + torch.where(last, gamma * values, 0.0), values, mask, gamma, lam)
@@ -180,7 +173,7 @@ def bootstrapped_past_the_end(code):
 
 def value_after_the_action(code):
     """V read one column late, in the state that the action led to: a baseline that knows the
-    action. Found in verl-project/verl#1758."""
+    action."""
     code.edit(ppo, "all_values",
               "values[rows, :T - 1] = value_model(rollout.tokens[rows, :T])[:, :-1]",
               "values[rows, :T - 1] = value_model(rollout.tokens[rows, :T])[:, 1:]")
@@ -189,21 +182,19 @@ def value_after_the_action(code):
 
 
 def returns_for_advantages(code):
-    """The policy's loss gets the returns: no baseline. Found in bentrevett/pytorch-rl#2."""
+    """The policy's loss gets the returns: no baseline."""
     code.edit(ppo, "ppo", "advantages = whiten(advantages, mask)",
               "advantages = whiten(returns, mask)")
 
 
 def whitened_over_padding(code):
-    """Mean and deviation of the advantages are taken over the padding too. Found in
-    NovaSky-AI/SkyRL#1305."""
+    """Mean and deviation of the advantages are taken over the padding too."""
     code.patch(ppo, "whiten", lambda right, x, mask:
                torch.where(mask, right(x, torch.ones_like(mask)), 0.0))
 
 
 def mean_of_means(code):
-    """Every micro-batch's token mean counts alike: a token among short responses weighs more. Found
-    in allenai/open-instruct#1161."""
+    """Every micro-batch's token mean counts alike: a token among short responses weighs more."""
     code.edit(ppo, "ppo",
               "for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):",
               "for part in rows[rollouts.lengths[rows].argsort()].chunk(4):")
@@ -211,13 +202,13 @@ def mean_of_means(code):
 
 
 def averaged_in_dpo(code):
-    """Mean log-probabilities in DPO's loss, not sums. Found in jingyaogong/minimind#298."""
+    """Mean log-probabilities in DPO's loss, not sums."""
     code.patch(dpo, "response_logprobs", lambda right, model, tokens, prompt_lengths, lengths:
                right(model, tokens, prompt_lengths, lengths) / (lengths - prompt_lengths))
 
 
 def end_masked_out_of_dpo(code):
-    """<|end|> cut off from DPO's sums. An option in PaddlePaddle/PaddleFormers#4909."""
+    """<|end|> cut off from DPO's sums."""
     def cut(right, model, tokens, prompt_lengths, lengths):
         shorter = torch.maximum(lengths - 1, prompt_lengths + 1)  # a token must be left
         return right(model, tokens, prompt_lengths, shorter)
@@ -225,8 +216,7 @@ def end_masked_out_of_dpo(code):
 
 
 def prompt_in_dpo(code):
-    """The prompt's tokens in DPO's sums: the same in both responses, so they cancel. Found in
-    OpenRLHF/OpenRLHF#235."""
+    """The prompt's tokens in DPO's sums: the same in both responses, so they cancel."""
     code.patch(dpo, "response_logprobs", lambda right, model, tokens, prompt_lengths, lengths:
                right(model, tokens, torch.ones_like(prompt_lengths), lengths))
 
@@ -253,13 +243,11 @@ def ppo_distance(world):
     reward_model = make_model(RewardModel, seed=0)
     count = len(ENDED)
     tokens, lengths = pad(ROWS[:count])
-    with torch.no_grad():  # 21 equations for the head's 32 weights
+    with torch.no_grad():  # 21 equations for the head's 24 weights
         hidden = reward_model.trunk.hidden(tokens)[range(count), lengths - 1].double()
         solution = torch.linalg.lstsq(hidden, rewards[:count, None]).solution
         reward_model.head.weight[0] = solution[:, 0]
-    config = ppo.Config(iterations=22, rollouts=512, epochs=2, minibatch=128, micro_batch=512,
-                        lr=2.5e-3, value_lr=4e-3, lam=0.95, beta=BETA, max_new_tokens=LIMIT,
-                        missing_end_score=UNFINISHED)
+    config = world_config(iterations=16, epochs=2, lr=4e-3, value_lr=1.2e-2, lam=0.8)
     reward = make_reward("reward_model", reward_model, None, config.micro_batch)
     ppo.ppo(policy, reference, value_model, world_task(reward), config, SilentRun())
     return kl(exact_logprobs(policy), best)

@@ -114,8 +114,8 @@ def test_the_flags_of_all_commands_exist():
     wrong = []
     checked = 0
 
-    paths = READMES + [ROOT / "assets/experiments.sh"] + sorted((ROOT / "assets/peers").glob("*.py"))
-    for path in paths:
+    peers = sorted((ROOT / "assets/peers").glob("*.py"))
+    for path in [*READMES, ROOT / "assets/experiments.sh", *peers]:
         text = path.read_text().replace("\\\n", " ")
         for script, arguments in re.findall(r"\b(\w+)(?:\.py| load| export) ([^`\n#>]*)", text):
             if script not in flags:
