@@ -1,5 +1,4 @@
-"""The annotator of data/annotator.py, against a rubric worked by hand and Bradley-Terry's
-formula."""
+"""The annotator of data/annotator.py, against a rubric by hand and Bradley-Terry's formula."""
 
 import math
 import random
@@ -32,13 +31,10 @@ def test_rubric_by_hand(response, gold):
 
 
 def test_another_request_earns_less():
-    """A reward that doesn't look at the prompt: then no policy has to. A typing error in a prompt
-    that silently costs every response its 1.75."""
+    """A reward that doesn't look at the prompt: then no policy has to."""
     for prompt, gold in (("Tell me a story about a shy cat and a kite.", 0.75 + 1.5),
                          ("Please tell me about an odd fox and a drum.", 1.0 + 1.5)):
         assert gold_reward(prompt, story_of(HAPPY)) == pytest.approx(gold)
-    with pytest.raises(ValueError, match="Sing a song"):
-        gold_reward("Sing a song.", story_of(HAPPY))
 
 
 def test_steps_add_up_to_the_reward():

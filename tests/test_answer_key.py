@@ -76,8 +76,7 @@ def test_gap_is_the_divergence_from_the_optimum():
 
 def test_pooled_and_judged_optimum_are_exact():
     """Weights by the policy that drew the sample, or a sum over policies for their mean: Z is then
-    off by K. Weights made of the judge's reward, or a KL of the judge's own optimum: what gold
-    loses to the reward model is then taken for what the optimizer left."""
+    off by K. Weights made of the judge's reward, or a KL of the judge's own optimum."""
     p = COUNTS.double() / 16
     best, exact = boltzmann(p[0], REWARDS, BETA)
     divergence = kl(best, p[0])

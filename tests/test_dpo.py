@@ -272,17 +272,6 @@ def test_main_on_the_collected_pairs(out):
     assert rows[-1]["held_out_accuracy"] == pytest.approx(figures["accuracy"].item())
 
 
-@pytest.mark.parametrize("loss, start", [("simpo", "sft"), ("orpo", "gpt")])
-def test_losses_without_a_reference(loss, start, out, monkeypatch, capsys):
-    """A reference that the loss doesn't need; ORPO on top of SFT, two stages; SimPO's β taken for a
-    price of KL by whoever reads the checkpoint."""
-    loaded = record(monkeypatch, "load_checkpoint")
-    run_dpo(out, "--loss", loss)
-    assert loaded[0][1] == start
-    assert "beta" not in read_torch(out / "cpu/dpo/checkpoint.pt")
-    assert "models in memory: 1 (policy)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("argv, message", [
     ("--loss kto --gamma 1", "--gamma 1.0: goes with --loss simpo only"),
     ("--loss orpo --beta 0.1", "--beta 0.1: goes with --loss dpo or ipo or kto or simpo only"),

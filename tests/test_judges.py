@@ -30,8 +30,7 @@ def say(choice, **more): print(json.dumps({{'choice': choice, **more}}), flush=T
 
 
 def test_rewards_of_texts_in_the_chat_format(tmp_path):
-    """A program that is asked about "...<|end|>", another prompt's answer, or the padding; nan
-    taken for a reward."""
+    """A program that is asked about "...<|end|>", another prompt's answer, or the padding."""
     tokenizer = Tokenizer(train_vocabulary(story_of(*KIND), 300))
     rows = [(PROMPT, story_of(HAPPY)), ("ä <|end|>\n", "Hm."), ("Who?", "")]
     ids = [tokenizer.prompt(prompt) + tokenizer.response(text) for prompt, text in rows]
@@ -47,8 +46,6 @@ for row in rows:
 """)
     found = TextReward(command_reward(command), tokenizer).score(tokens, lengths)
     assert found.tolist() == [len(prompt) - 0.5 * len(text) for prompt, text in rows]
-    with pytest.raises(InputError, match='"reward" must be a number, found the number nan'):
-        command_reward(program(tmp_path, "print(json.dumps({'reward': float('nan')}))"))(rows)
 
 
 HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = CONSTITUTION

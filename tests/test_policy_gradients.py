@@ -1,7 +1,5 @@
-"""The family in ppo.py, from REINFORCE to GRPO, and PPO beside it: each formula and each gradient
-against brute force or float64, each flag against its promise. Where the methods end is measured in
-test_enumerable.py.
-"""
+"""The family in ppo.py, from REINFORCE to GRPO, and PPO beside it: each formula and gradient
+against brute force or float64. Where the methods end is measured in test_enumerable.py."""
 
 import copy
 import itertools
@@ -206,9 +204,8 @@ def step_by_hand(policy, value_model, rollouts, config, rows):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_of_every_loss(method, monkeypatch):
-    """The mean of the micro-batches' means (TRL, transformers 2024); rows mixed up, or real tokens
-    cut off with the padding; max for min, or a clamp on both sides; k3 of π_ref/π_θ turned over,
-    detached, or counted in the rewards and the loss; an advantage that has a gradient."""
+    """The mean of the micro-batches' means (TRL, transformers 2024); max for min, a clamp on both
+    sides; k3 turned over, detached, or in the rewards as well; an advantage with a gradient."""
     policy = tiny_gpt(0)
     value_model = tiny_reward_model(1)
     config = ppo.Config(method=method, iterations=1, rollouts=6, group=3, beta=0.7, penalty=1.3,
@@ -311,22 +308,6 @@ def test_the_penalty_adapts_to_the_whole_update():
 
 # --------------------------------------------------------------------------------------------------
 # The script, on models that nobody trained
-
-
-def test_a_method_changes_only_its_group(monkeypatch):
-    """A method that silently brings other settings than PPO's; a flag that a preset overrules."""
-    configs = []
-    monkeypatch.setattr(ppo, "train", configs.append)
-    ppo.main(["--size", "gpu"])
-    for method in METHODS:
-        ppo.main(["--size", "gpu", "--method", method])
-        plain, *_, config = map(vars, configs)
-        assert config["group"] == (4 if method == "rloo" else 8 if method in ppo.GRPO else 1)
-        changed = {name for name, value in config.items() if value != plain[name]}
-        batch = {"iterations", "rollouts"} if method in ppo.ONE_STEP else set()  # see below
-        assert changed - {"given", "method", "group"} == batch
-    ppo.main("--size gpu --method grpo --group 4 --epochs 3".split())
-    assert (configs[-1].group, configs[-1].epochs) == (4, 3)
 
 
 TINY = ("--size cpu --iterations 4 --rollouts 8 --max_new_tokens 8 --save 2 --lr 1e-2 "

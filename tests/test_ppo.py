@@ -1,6 +1,5 @@
-"""ppo.py against brute force, enumeration, autograd and the lecture's own table. The gradients of a
-minibatch are in test_policy_gradients.py, where training ends is in test_enumerable.py.
-"""
+"""ppo.py against brute force, enumeration and autograd. The gradients of a minibatch are in
+test_policy_gradients.py, where training ends is in test_enumerable.py."""
 
 import math
 import random
@@ -174,27 +173,23 @@ def test_value_explained_is_measured_against_what_came(monkeypatch):
 def test_what_a_response_earns(monkeypatch):
     """A cut response that keeps its score, is paid for its steps, or bootstraps from V; rewards of
     steps that are paid twice. With λ = 1 the returns are sums of rewards, whatever V is."""
-    rollouts = []
-
-    def dense(rollout):
-        steps = rollout.tokens[:, 1:] == 2  # a step ends with a 2
+    def dense(tokens):
+        steps = tokens[:, 1:] == 2  # a step ends with a 2
         return noise(7, *steps.shape) * steps
 
     def reward(rollout):
-        rollouts.append(rollout)
-        return torch.full((32,), 7.0), dense(rollout)
+        return torch.full((32,), 7.0), dense(rollout.tokens)
 
     reference = tiny_gpt(1)
     value_model = RewardModel(reference.config)
     torch.nn.init.constant_(value_model.head.bias, 100.0)  # a bootstrap would be seen
     batch, figures = one_iteration(monkeypatch, reference, value_model, reward, beta=0.3, lam=1.0,
                                    missing_end_score=-4.0)
-    rollout, = rollouts
-    tokens = rollout.tokens
-    ended = tokens[range(32), rollout.lengths - 1] == END
+    tokens = batch.tokens
+    ended = tokens[range(32), batch.lengths - 1] == END
     assert 0 < ended.sum() < 32
-    earned = torch.where(ended[:, None], dense(rollout), 0.0)
-    earned[range(32), rollout.lengths - 2] += torch.where(ended, 7.0, -4.0)
+    earned = torch.where(ended[:, None], dense(tokens), 0.0)
+    earned[range(32), batch.lengths - 2] += torch.where(ended, 7.0, -4.0)
     with torch.no_grad():
         rewards = earned - 0.3 * token_logprobs(tiny_gpt(0)(tokens), tokens)
         rewards += 0.3 * token_logprobs(reference(tokens), tokens)

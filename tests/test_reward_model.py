@@ -62,9 +62,8 @@ def test_only_differences_count():
 
 
 def test_gradient_is_the_probability_of_the_other_order():
-    """-(1 - P) for the winner, +(1 - P) for the loser: a pair that is surely right must not pull
-    any more. A sum for the mean. log(sigmoid(x)) in two steps is -inf from a difference of -104 in
-    float32, and its gradient NaN."""
+    """A pair that is surely right and still pulls; a sum for the mean. log(sigmoid(x)) in two steps
+    is -inf from a difference of -104 in float32, and its gradient NaN."""
     margins = torch.tensor([1.5, -1.5, 0.0, -400.0, 600.0])
     chosen = margins.clone().requires_grad_()
     rejected = torch.zeros(5, requires_grad=True)
@@ -424,8 +423,7 @@ def test_a_program_labels_every_pair_once(out, tmp_path):
 
 def test_the_loss_of_marks_is_a_binary_loss_per_step(monkeypatch):
     """A mean over each response's steps first, in which a sentence of a long story counts less; a
-    mark read at another step; the padding's reward. The oracle is binary cross-entropy over all
-    steps, response by response."""
+    mark read at another step; the padding's reward."""
     rng = random.Random(20)
     responses = []
     for ids in random_rows(20, 9, 60):
@@ -446,9 +444,8 @@ def test_the_loss_of_marks_is_a_binary_loss_per_step(monkeypatch):
 
 
 def test_a_reward_of_rollouts(tokenizer):
-    """Rows that were sorted by length and never put back; a score read at the padding; a step's
-    reward one action too early or too late, at <|end|>, or of the prompt's sentences; an answer
-    judged by another's prompt."""
+    """Rows that were sorted by length and never put back; a step's reward one action too early or
+    too late, at <|end|>, or of the prompt's sentences; an answer judged by another's prompt."""
     model = tiny_reward_model(2, vocab=tokenizer.n_vocab, block_size=128)
     rollout = rollout_of([("", "Hi there. You!", True), ("Why? ", "One", True),
                           ("Why? " * 2, "A. B. C.", False), ("Why? " * 3, "", True)], tokenizer)
