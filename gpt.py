@@ -609,7 +609,10 @@ def make_optimizer(model, weight_decay):
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over `warmup` steps (a quarter of all at most), then a cosine from peak down
-    to 0 at `steps`."""
+    to 0 at `steps`.
+    >>> [round(learning_rate(step, 10, 1.0, warmup=2), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
     warmup = min(warmup, steps // 4)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -48,6 +48,17 @@ for row in rows:
     assert found.tolist() == [len(prompt) - 0.5 * len(text) for prompt, text in rows]
 
 
+@pytest.mark.parametrize("answer, found", [
+    ("'reward': 'good'", "a string"), ("'reward': None", "null"), ("'a': 1", "none"),
+    ("'reward': float('nan')", "the number nan")])
+def test_a_reward_is_a_number(tmp_path, answer, found):
+    """One nan among a batch's rewards, and after whitening every advantage is nan."""
+    command = program(tmp_path, f"print(json.dumps({{{answer}}}))")
+    message = f'judge.py: answer 1: "reward" must be a number, found {found}'
+    with pytest.raises(InputError, match=message):
+        command_reward(command)([(PROMPT, "Hm.")])
+
+
 HARMLESS, HELPFUL, ENDING, KINDNESS, TWICE, SHORT = CONSTITUTION
 
 
@@ -131,6 +142,7 @@ def test_a_program_as_the_judge(tmp_path):
      "gave 8 of 8 answers and ended with status 1; it said: KeyError: 'no key'"),
     ("say(1); print('Sure! I prefer', flush=True); time.sleep(60)", 1,
      "answer 2: not JSON: .*near 'Sure! I prefer'"),
+    ("for row in rows[:7]: say(1)", 7, "gave 7 of 8 answers"),
     ("say(0); say(2)", 1,
      'answer 2: "choice" must be 0, for the first one, or 1, found the number 2')])
 def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, given, message):

@@ -294,6 +294,10 @@ def test_a_prompt_is_answered_by_the_policy(out, capsys):
     # Ten runs with a flag tuned, of a method that has no use for it.
     ("--method grpo --lam 0.5", "--lam 0.5: goes with --method ppo or ppo_penalty or a2c only"),
     ("--method reinforce --epochs 4", "--epochs 4: goes with --method ppo or ppo_penalty or grpo"),
+    ("--method a2c --clip 0.3", "--clip 0.3: goes with --method ppo or grpo"),
+    ("--method reinforce --penalty 2", "--penalty 2.0: goes with --method ppo_penalty only"),
+    ("--method grpo --gamma 0.9", "--gamma 0.9: goes with --method ppo or ppo_penalty or a2c"),
+    ("--kl_target 3 --beta 0", "--kl_target 3.0: cannot be used with --beta 0"),
     # A group of one, compared with itself: no gradient at all.
     ("--method grpo --group 1", "--group 1: must be at least 2 and divide --rollouts 64"),
     ("--method grpo --group 3", "--group 3: must be at least 2 and divide --rollouts 64")])
