@@ -187,8 +187,8 @@ def test_collect_reads_what_was_printed(figures, tmp_path):
     cpu.mkdir()
     (cpu / "sft_curve.txt").write_text(
         "data    1,024 demonstrations\n"
-        "demonstrations  held out, nats a token  excess  answers with a story  with a flawless one\n"
-        "           512                   0.642   18.2%          97.5 ± 1.1 %          70.0 ± 3.2 %\n")
+        "demonstrations  held out, nats a token  excess  with a story  with a flawless one\n"
+        "           512                   0.642   18.2%  97.5 ± 1.1 %         70.0 ± 3.2 %\n")
     (cpu / "reward_model_curve.txt").write_text(
         "pairs   pairs.jsonl\n        10,240 pairs, dropped 0\n"
         "  10,240      0.752 ± 0.007           94.8% ± 0.5%  86.0% ± 1.5%\n")

@@ -1,5 +1,5 @@
-"""Rejection-sampling fine-tuning after RL (ECE 7115, "RSFT": often used along with RL; DeepSeek-R1):
-best_of_n.py --finetune per_prompt, but on samples of PPO's policy and from its weights.
+"""Rejection-sampling fine-tuning after RL (ECE 7115, "RSFT": often used along with RL;
+DeepSeek-R1): best_of_n.py --finetune per_prompt, but from PPO's policy and on its samples.
 
     python -m assets.claims.in_turn --out OUT [--seed S]                after ppo.py
     python best_of_n.py --finetune per_prompt                           RSFT alone

@@ -171,7 +171,7 @@ def main(argv=None):
          Column("KL after", [row["kl"] for row in found], ".2f")],
         ["log π_ref: nats a token under the SFT model. gradient: norm of DPO's first gradient, of "
          "256 pairs.",
-         "σ(-z) after: mean weight of these pairs in the gradient after one pass; 0.5 at the start.",
+         "σ(-z) after: mean weight of these pairs in the gradient after one pass; 0.5 at first.",
          f"gold of the SFT model on the same {arguments.questions} held-out requests: "
          f"{sft_gold:.2f}."])
     found.append({"what": "SFT", "gold": sft_gold})
