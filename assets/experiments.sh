@@ -46,21 +46,15 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
     run ppo.py ppo-beta0 --name ppo-beta0 --beta 0
 
-    # K passes over each batch: 20, 40 or 100 batches of 64; 1e9 is no clip at all
-    passes() {  # prefix of the name, K, learning rate, flags
-        prefix=$1 K=$2 lr=$3
-        shift 3
-        for iterations in 20 40 100; do
-            name=ppo-$prefix-$K-$((64 * iterations))
-            [ "$name" = ppo-passes-1-6400 ] && continue  # that is ppo
-            run ppo.py $name --name $name --iterations $iterations --epochs $K --lr $lr "$@"
-        done
-    }
-    passes passes 1 3e-4
-    passes passes 2 3e-4
-    passes passes 4 2e-4
-    passes passes 8 2e-4
-    passes noclip 8 2e-4 --clip 1e9
+    # K passes over each of 40 batches of 64; 1e9 is no clip at all
+    for K in 1 2; do
+        run ppo.py ppo-passes-$K-2560 --name ppo-passes-$K-2560 --iterations 40 --epochs $K
+    done
+    for K in 4 8; do
+        run ppo.py ppo-passes-$K-2560 --name ppo-passes-$K-2560 --iterations 40 --epochs $K --lr 2e-4
+    done
+    run ppo.py ppo-noclip-8-2560 --name ppo-noclip-8-2560 --iterations 40 --epochs 8 --lr 2e-4 \
+        --clip 1e9
 
     # Right or wrong, without a reward model
     run ppo.py ppo-verifier --name ppo-verifier --reward verifier
@@ -144,14 +138,8 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 8-without-penalty ppo-beta0 --samples 32
 
     yardstick 8-turns rsft-per_prompt,ppo,ppo-after_rsft,rsft-after_ppo --samples 32
-    for iterations in 20 40 100; do
-        policies=ppo
-        for name in passes-1 passes-2 passes-4 passes-8 noclip-8; do
-            name=ppo-$name-$((64 * iterations))
-            [ "$name" = ppo-passes-1-6400 ] || policies=$policies,$name
-        done
-        yardstick 8-passes-$iterations $policies --samples 32
-    done
+    passes=ppo-passes-1-2560,ppo-passes-2-2560,ppo-passes-4-2560,ppo-passes-8-2560
+    yardstick 8-passes $passes,ppo-noclip-8-2560 --samples 32
 
     # Claims with a script of their own: each prints a table and writes OUT/cpu/claim-NAME
     claim() {  # name, flags
