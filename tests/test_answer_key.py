@@ -258,27 +258,27 @@ def test_a_reward_models_figures_by_hand():
     """A share of Bayes accuracy for one above chance; a scale that nobody sees. Two pairs, and
     every figure from its definition."""
     gold = torch.tensor([2.0, -0.5])
-    figures, table = reward_model_figures(torch.tensor([0.5, 1.0]), gold)
-    expected = (sigma(2.0) + sigma(-0.5)) / 2   # the model prefers y_w twice
+    figures, table = reward_model_figures(torch.tensor([-0.5, 1.0]), gold)
+    expected = (sigma(-2.0) + sigma(-0.5)) / 2  # the model prefers y_l once
     bayes = (sigma(2.0) + sigma(0.5)) / 2
     entropies = [-sigma(g) * math.log(sigma(g)) - sigma(-g) * math.log(sigma(-g))
                  for g in gold.tolist()]
-    covariance = 0.5 * 2 - 1 * 0.5
+    covariance = -0.5 * 2 - 1 * 0.5
     by_hand = {
-        "accuracy": 1,
+        "accuracy": 0.5,
         "expected_accuracy": expected,
-        "expected_accuracy_error": (sigma(2.0) - sigma(-0.5)) / 2 / math.sqrt(2),
+        "expected_accuracy_error": (sigma(-0.5) - sigma(-2.0)) / 2 / math.sqrt(2),
         "bayes_accuracy": bayes,
         "share_of_bayes": expected / bayes,
         "above_chance": (expected - 0.5) / (bayes - 0.5),
-        "loss": -(math.log(sigma(0.5)) + math.log(sigma(1.0))) / 2,
+        "loss": -(math.log(sigma(-0.5)) + math.log(sigma(1.0))) / 2,
         "annotator_loss": sum(entropies) / 2,
         "correlation": covariance / math.sqrt((0.25 + 1) * (4 + 0.25)),
         "slope": covariance / (4 + 0.25)}
     assert {name: figures[name] for name in by_hand} == pytest.approx(by_hand)
 
     # Of either order of a pair the prediction, by bins of a tenth, and whether it won.
-    rows = [(1, sigma(-1.0), 0), (1, sigma(-0.5), 0), (1, sigma(0.5), 1), (1, sigma(1.0), 1)]
+    rows = [(1, sigma(-1.0), 0), (1, sigma(-0.5), 1), (1, sigma(0.5), 0), (1, sigma(1.0), 1)]
     for row, expected in zip(table, rows, strict=True):
         assert row == pytest.approx(expected)
 
