@@ -110,7 +110,7 @@ def test_logprobs_against_cross_entropy(scale):
     logits = model(tokens).detach().bfloat16()  # as a bf16 model would give them
     rounded = -F.cross_entropy((logits[:, :-1].float() / 0.7).flatten(0, 1),
                                tokens[:, 1:].flatten(), reduction="none")
-    torch.testing.assert_close(token_logprobs(logits, tokens, 0.7).flatten(), rounded)
+    torch.testing.assert_close(token_logprobs(logits, tokens, 0.7), rounded.view(5, 13))
 
     prompt_lengths = torch.tensor([3, 1, 9, 13, 6])
     lengths = torch.tensor([10, 2, 14, 14, 7])
