@@ -635,24 +635,25 @@ def claims(data):
     return table(["claim", "where", "command", "what came out", "verdict"], [
         ["the base model continues, it does not answer", "CS 224R ch. 3", "`sft.py`",
          f"{stage('sft base_answers', '.1%')} of 200 held-out requests get a story; "
-         f"{claim('writers requests share', '.1%')} of 1,000 are continued with more requests",
+         f"{claim('writers base, requests share', '.1%')} of 1,000 are continued with more "
+         "requests (seed 1)",
          "holds"],
         ["SFT closes that gap", "CS 224R ch. 4", "`sft.py`",
          f"{stage('sft answers', '.1%')}; flawless {stage('sft flawless', '.1%')}",
          "holds"],
         ["SFT can't beat its writers, preference tuning can", "CS 224R notes 4.2.1",
-         "`claims.writers`",
+         "`python -m assets.claims.writers`",
          f"gold: the writers {claim('writers the writers gold', '.2f')}, "
          f"SFT {claim('writers sft gold', '.2f')}, DPO {claim('writers dpo gold', '.2f')}, "
-         f"PPO {claim('writers ppo gold', '.2f')} (± 0.05)",
+         f"PPO {claim('writers ppo gold', '.2f')} (± 0.05; seed 1)",
          "holds"],
-        ["instruction tuning generalizes", "CS 224R ch. 4", "`claims.phrasings`",
+        ["instruction tuning generalizes", "CS 224R ch. 4", "`python -m assets.claims.phrasings`",
          "two of twelve ways to ask left out: a story for "
          f"{claim('phrasings ten of them, the two ways answers', '.0%')} of such requests, a "
          f"flawless one for {claim('phrasings ten of them, the two ways flawless', '.0%')}; "
          "with all twelve "
          f"{claim('phrasings all twelve ways, the two ways answers', '.0%')} and "
-         f"{claim('phrasings all twelve ways, the two ways flawless', '.0%')}",
+         f"{claim('phrasings all twelve ways, the two ways flawless', '.0%')} (seed 1)",
          "holds, with more slips"],
         ["only differences of rewards matter", "CS 224R ch. 6", "`pytest -k only_differences`",
          "a constant on all rewards changes neither loss nor gradient",
@@ -666,14 +667,14 @@ def claims(data):
          f"{of_bayes('256')} of Bayes accuracy with 256, {of_bayes('10,240')} with 10,240",
          "holds, still rising"],
         ["comparisons are easier to learn from than scores", "CS 224R notes 4.3.3",
-         "`claims.marks`",
+         "`python -m assets.claims.marks`",
          "above chance, of what is possible, with 10,240 labels: comparisons "
          f"{claim('marks comparisons above_chance', '.1%')}, in four steps "
          f"{claim('marks four-step ratings above_chance', '.1%')}, marks from 1 to 7 "
          f"{claim('marks marks above_chance', '.1%')} (± 1.6 %; seed 1)",
-         "a tie: even marks with each writer's own bias do"],
+         "a tie, even with a bias of each annotator"],
         ["the reward model is right only where it was trained", "CS 224R notes 4.3.4",
-         "`claims.where_trained`",
+         "`python -m assets.claims.where_trained`",
          "above chance, of what is possible: on SFT's answers "
          f"{claim('where_trained sft share', '.0%')}, "
          f"best of 16 {claim('where_trained best of 16 share', '.0%')}, "
@@ -747,11 +748,13 @@ def claims(data):
          f"under the reward model {of('ppo', 'share_reward', '.1%')}, "
          f"{of('dpo', 'share_reward', '.1%')}",
          "under gold a tie; DPO leads on the GPU (88.9 to 87.3 %)"],
-        ["DPO is dramatically cheaper", "CS 224R ch. 9; notes 4.4.2", "`claims.cost`",
+        ["DPO is dramatically cheaper", "CS 224R ch. 9; notes 4.4.2",
+         "`python -m assets.claims.cost`",
          f"loop and losses: {claim('cost dpo lines', '.0f')} lines and "
          f"{claim('cost dpo settings', '.0f')} settings, PPO "
          f"{claim('cost ppo lines', '.0f')} and {claim('cost ppo settings', '.0f')}; 2 models, "
-         f"PPO 4; {of('dpo', 'seconds', '.0f')} s, PPO {of('ppo', 'seconds', '.0f')} s",
+         f"PPO 4; {min(values(data, 'dpo', 'seconds')):.0f} s, PPO "
+         f"{min(values(data, 'ppo', 'seconds')):.0f} s",
          "simpler; not faster where sampling is cheap"],
         ["DPO is hacked less", "CS 224R ch. 9", "`dpo.py --beta 0.05`, `ppo.py --beta 0.05`",
          f"gold with β = 0.2 and 0.05: DPO {of_first('dpo', 'gold', '.2f')}, "
@@ -761,7 +764,7 @@ def claims(data):
          f"{of('ppo-grid-0.05-3e-4', 'kl', '.1f')} (seed 1)",
          "not here: DPO loses gold first"],
         ["DPO raises the chosen response's probability", "ECE 7115 \"DPO Loss\"", "`dpo.py`",
-         "log-ratios of held-in pairs in the last 64 steps: chosen "
+         "log-ratios of the pairs it trains on, last 64 steps: chosen "
          f"{of('dpo', 'chosen_log_ratio', '.1f')}, rejected "
          f"{of('dpo', 'rejected_log_ratio', '.1f')} nats (seed 1)",
          "not here: both fall"],
@@ -776,7 +779,8 @@ def claims(data):
          f"{of('dpo-online-annotator', 'share_gold', '.1%')}, "
          f"with the reward model's {of('dpo-online', 'share_gold', '.1%')}",
          "holds, if the labels stay the annotator's"],
-        ["pairs of other policies teach less", "CS 224R ch. 9", "`claims.other_pairs`",
+        ["pairs of other policies teach less", "CS 224R ch. 9",
+         "`python -m assets.claims.other_pairs`",
          "gold after DPO on 2,560 pairs of samples: its own "
          f"{claim('other_pairs its own gold', '.2f')}, another seed's SFT model "
          f"{claim(other_seed, '.2f')}, the base model {claim(of_base, '.2f')}; "

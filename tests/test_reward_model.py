@@ -56,9 +56,17 @@ def sigma(x):
 def test_only_differences_count():
     """A loss that depends on the rewards' level pushes it somewhere; Bradley-Terry leaves it
     free."""
-    chosen, rejected = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
-    shifted = bradley_terry_loss(chosen + 7, rejected + 7)
-    torch.testing.assert_close(shifted, bradley_terry_loss(chosen, rejected))
+    rewards = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
+    shifted = rewards + 7
+    rewards.requires_grad_()
+    shifted.requires_grad_()
+    loss = bradley_terry_loss(*rewards)
+    loss_shifted = bradley_terry_loss(*shifted)
+    loss.backward()
+    loss_shifted.backward()
+
+    torch.testing.assert_close(loss_shifted, loss)
+    torch.testing.assert_close(shifted.grad, rewards.grad)
 
 
 def test_gradient_is_the_probability_of_the_other_order():
