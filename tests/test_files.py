@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from data import files
-from data.files import (InputError, hold_out, lock_folder, read_chunks, read_demonstrations,
-                        read_labels, read_pairs, read_prompts, run_script, split_prompts,
-                        write_atomic, write_jsonl)
+from data.files import (InputError, hold_out, lock_folder, prompt_checksum, read_chunks,
+                        read_demonstrations, read_labels, read_pairs, read_prompts, run_script,
+                        split_prompts, write_atomic, write_jsonl)
 
 FIELDS = ("prompt", "chosen", "rejected")
 BOM = b"\xef\xbb\xbf"
@@ -198,6 +198,8 @@ def test_a_tenth_of_the_prompts_but_one_at_least():
     assert 400 < len(held_out) < 600
     for rows in (train[:20], held_out[:20]):
         assert sorted(map(len, hold_out(rows))) == [1, 19]
+    _, (one,) = hold_out(train[:20])
+    assert one["prompt"] == min((row["prompt"] for row in train[:20]), key=prompt_checksum)
     with pytest.raises(InputError, match="^x: all have the same prompt"):
         hold_out([{"prompt": "a"}] * 3, "x")
 
