@@ -68,6 +68,7 @@ def test_training_equals_recounting_every_round():
         assert train(text, 400) == vocabulary
         assert Tokenizer(vocabulary).merges() == pairs  # what other libraries want
         assert train(text, 260) == vocabulary[:257]
+        assert train(text, 259) == vocabulary[:256]  # the smallest: no merge
 
 
 def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
