@@ -29,10 +29,8 @@ def main(argv=None):
     parser.add_argument("--rsft_prompts", type=int, default=best_of_n.Config.rsft_prompts)
     arguments = parser.parse_args(argv)
     sizes = best_of_n.GPU if arguments.size == "gpu" else {}
-    config = best_of_n.Config(**sizes)
-    config.out = arguments.out
-    config.size = arguments.size
-    config.seed = arguments.seed
+    config = best_of_n.Config(out=arguments.out, size=arguments.size, seed=arguments.seed,
+                              **sizes)
 
     policies, reward_model, tokenizer = best_of_n.load_policies(config, ["ppo"], "rsft-after_ppo")
     policy = policies["ppo"].model

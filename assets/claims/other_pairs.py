@@ -10,6 +10,7 @@ labels by the annotator for each; DPO with the settings of dpo.py.
 import argparse
 import random
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 
@@ -116,21 +117,17 @@ def main(argv=None):
     if arguments.pairs < 512:
         raise InputError(f"--pairs {arguments.pairs}: must be at least 512")
     sizes = dpo.GPU if arguments.size == "gpu" else {}
-    config = dpo.Config(**sizes)
-    config.out = arguments.out
-    config.size = arguments.size
-    config.seed = arguments.seed
+    config = dpo.Config(out=arguments.out, size=arguments.size, seed=arguments.seed,
+                        **sizes)
 
     device = get_device()
     models = {}
     for name, folder, stage in (("its own", arguments.out, "sft"),
                                 ("another seed's SFT", arguments.other, "sft"),
                                 ("the base model's", arguments.out, "gpt")):
-        config.out = folder
-        path = stage_folder(config, stage) / "checkpoint.pt"
+        path = Path(folder) / config.size / stage / "checkpoint.pt"
         model, tokenizer, _ = load_checkpoint(path, stage, config.size, device)
         models[name] = (model, tokenizer)
-    config.out = arguments.out
     reference, tokenizer = models["its own"]
     held_out = draw_requests(arguments.questions, random.Random("other pairs"), held_out=True)
 

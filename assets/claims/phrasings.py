@@ -71,10 +71,8 @@ def main(argv=None):
     parser.add_argument("--questions", type=int, default=400, help="of each kind")
     arguments = parser.parse_args(argv)
     sizes = sft.GPU if arguments.size == "gpu" else {}
-    config = sft.Config(**sizes)
-    config.out = arguments.out
-    config.size = arguments.size
-    config.seed = arguments.seed
+    config = sft.Config(out=arguments.out, size=arguments.size, seed=arguments.seed,
+                        **sizes)
 
     device = get_device()
     path = stage_folder(config, "gpt") / "checkpoint.pt"

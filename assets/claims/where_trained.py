@@ -47,7 +47,8 @@ def pair_figures(figures):
     """The reward model on all pairs of different, finished answers to one prompt: {name: (M,)},
     each prompt's mean over its pairs; a pair counts in both orders."""
     def differences(x):
-        return x[:, :, None] - x[:, None, :]    # (M, K, K)
+        """Of every answer and every other one to its prompt: (M, K) -> (M, K, K)."""
+        return x[:, :, None] - x[:, None, :]
 
     r = differences(figures["reward"])
     gold = differences(figures["gold"])
