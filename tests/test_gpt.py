@@ -6,6 +6,7 @@ import math
 import random
 from bisect import bisect
 from itertools import accumulate
+from unittest import mock
 
 import pytest
 import torch
@@ -92,12 +93,6 @@ def test_logits_are_float32_under_autocast(monkeypatch):
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_cudnns_attention_is_off():
-    """On a Hopper GPU torch's first choice is cuDNN's attention, which makes a plan for every new
-    shape: sampling, where every step has one, takes many times as long."""
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # torch's default is True
-
-
 @pytest.mark.parametrize("scale", [1, 40])
 def test_logprobs_against_cross_entropy(scale):
     """No shift, a double one, no temperature, bf16; with a mask, logits put back in the wrong order
@@ -119,18 +114,17 @@ def test_logprobs_against_cross_entropy(scale):
     weights = torch.randn(5, 13, generator=generator)
     holes = torch.rand(5, 13, generator=generator) < 0.4
     holes[[0, 3]] = False
+    parameters = list(model.parameters())
+    full = -F.cross_entropy(model(tokens)[:, :-1].transpose(1, 2) / 0.7, tokens[:, 1:],
+                            reduction="none")
+    assert full.min() < -80 if scale == 40 else full.max() < -1e-3  # a 0 is none of them
     for mask in (response, holes, torch.ones_like(holes), torch.zeros_like(holes)):
-        full = -F.cross_entropy(model(tokens)[:, :-1].transpose(1, 2) / 0.7, tokens[:, 1:],
-                                reduction="none")
-        assert full.min() < -80 if scale == 40 else full.max() < -1e-3  # a 0 is none of them
         found = masked_logprobs(model, tokens, mask, 0.7)
         torch.testing.assert_close(found, torch.where(mask, full, 0), atol=2e-6 * scale, rtol=1e-6)
-        gradients = []
-        for logprobs in (found, full):
-            (weights * logprobs)[mask].sum().backward()
-            gradients.append({name: p.grad for name, p in model.named_parameters()})
-            model.zero_grad()
-        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+        gradients, expected = (
+            torch.autograd.grad((weights * logprobs)[mask].sum(), parameters, retain_graph=True)
+            for logprobs in (found, full))
+        torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
     summed = gpt.response_logprobs(model, tokens, prompt_lengths, lengths, 0.7)
     torch.testing.assert_close(summed, (full * response).sum(dim=1))
 
@@ -173,13 +167,6 @@ def brute_force_sample(model, prompts, max_new_tokens, end_token, temperature, s
     return responses
 
 
-def watch_shapes(model):
-    """A list that will hold, for every forward pass, the shape of its tokens."""
-    shapes = []
-    model.wte.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
-    return shapes
-
-
 @pytest.fixture
 def nan_memory():
     """Fresh memory is filled with NaN, which a masked key still passes on (0 · NaN = NaN)."""
@@ -191,14 +178,14 @@ def nan_memory():
 
 @pytest.mark.parametrize("temperature, at_once", [(1.0, None), (0.6, 3)])
 def test_sampling_equals_a_brute_force_sampler(temperature, at_once, nan_memory):
-    """An old key, padding or memory that is seen, a row that goes on in another one's slots once
-    the batch has shrunk; more in memory than at_once, or other samples then; the last place of the
-    context; draws from the global generator, which training would notice."""
+    """An old key, padding or memory that is seen, another row's slots once the batch has shrunk;
+    more in memory than at_once; the context's last place; draws from the global generator."""
     model = tiny_model(seed=41, block_size=54)
     prompts = random_prompts(11, 20)
     assert {1, 9} <= {len(prompt) for prompt in prompts}  # 9 + 45 tokens fill the context
     expected = brute_force_sample(model, prompts, 45, END, temperature, seed=5)
-    shapes = watch_shapes(model)
+    shapes = []     # of the tokens of every forward pass
+    model.wte.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].shape))
     state = torch.get_rng_state()
     rollout = generate(model, prompts, 45, END, temperature, seed=5, at_once=at_once)
     assert rollout.responses() == expected
@@ -310,8 +297,8 @@ def test_respond_gives_texts_without_the_end_token():
 
 
 def test_a_checkpoint_comes_back_whole(tmp_path):
-    """A vocabulary in another order: every word is another one. PPO that starts from the base model
-    because somebody copied the wrong file. Weights loaded as far as they fit, the rest random."""
+    """A vocabulary in another order; PPO that starts from the base model because somebody copied
+    the wrong file; weights loaded as far as they fit, the rest random."""
     tokenizer = Tokenizer(train_vocabulary("the fox and the kite and the fox", 265))
     model = tiny_model(21, tokenizer.n_vocab, block_size=8, n_layer=1, n_embd=8).float()
     path = tmp_path / "checkpoint.pt"
@@ -335,9 +322,9 @@ def test_learning_rate():
     """A first step of size zero, a jump after the warm-up, a cosine that ends early, or rises
     again; a run of a few steps that is over before its warm-up is."""
     rates = [gpt.learning_rate(step, 100, 2.0, 10) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    for step in range(10, 101):
-        assert rates[step] == pytest.approx(2.0 * math.cos(math.pi / 2 * (step - 10) / 90) ** 2)
+    rising = [0.2 * step for step in range(1, 11)]
+    falling = [2.0 * math.cos(math.pi / 2 * step / 90) ** 2 for step in range(91)]
+    assert rates == pytest.approx(rising + falling)
     rates = [gpt.learning_rate(step, 8, 2.0, 10) for step in range(3)]
     assert rates == pytest.approx([1.0, 2.0, 2.0])  # a warm-up of 8 / 4 steps
 
@@ -348,9 +335,10 @@ def test_optimizer_step_against_torchs():
     model = tiny_model(seed=23).float()
     twin = copy.deepcopy(model)
     optimizer = gpt.make_optimizer(model, weight_decay=0.5)
-    groups = [{"params": [p], "weight_decay": 0.5 if p.dim() == 2 else 0.0}
-              for p in twin.parameters()]
-    oracle = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    matrices = [p for p in twin.parameters() if p.dim() == 2]
+    others = [p for p in twin.parameters() if p.dim() < 2]
+    oracle = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": others}],
+                               betas=(0.9, 0.95), weight_decay=0.0)
     for scale, lr in ((10.0, 0.01), (1e-4, 0.02)):  # a gradient beyond the maximal norm, one below
         gradients = [scale * torch.randn(p.shape) for p in model.parameters()]
         norm = torch.cat([x.flatten() for x in gradients]).norm().item()
@@ -361,52 +349,59 @@ def test_optimizer_step_against_torchs():
             group["lr"] = lr
         oracle.step()
         assert gpt.optimizer_step(optimizer, model, lr) == pytest.approx(norm, rel=1e-4)
-        for p, q in zip(model.parameters(), twin.parameters()):
-            torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
-            assert p.grad is None
+        torch.testing.assert_close(model.state_dict(), twin.state_dict(), atol=1e-4, rtol=1e-3)
+        assert all(p.grad is None for p in model.parameters())
     before = copy.deepcopy(model.state_dict())
     model.wpe.weight.grad = torch.ones_like(model.wpe.weight)
     model.wpe.weight.grad[3, 2] = math.nan
     with pytest.raises(FloatingPointError, match="gradient norm .*no step taken"):
         gpt.optimizer_step(optimizer, model, 0.1)
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------
 # Pretraining
 
-TEXT = ("The fox had a kite. The hen had a drum. The fox and the hen sang, and the kite flew over "
-        "the hill.\n") * 40
-
-
-@pytest.fixture(scope="module")
-def text_run(tmp_path_factory):
-    """(folder, rows, loaded checkpoint) of a model of TEXT. In its context there is no room for the
-    60 tokens of the samples before and after."""
-    out = tmp_path_factory.mktemp("text")
-    path = out / "corpus.txt"
-    path.write_text(TEXT)
-    flags = ("--size cpu --n_layer 1 --n_head 2 --n_embd 32 --batch 8 --warmup 5 --block_size 32 "
-             "--vocab_size 280 --report 10 --lr 0.01 --name gpt-text --steps 40")
-    gpt.main([*flags.split(), "--text", str(path), "--out", str(out)])
-    folder = out / "cpu/gpt-text"
-    loaded = load_checkpoint(folder / "checkpoint.pt", "gpt", "cpu")
-    return out, metrics(folder / "metrics.jsonl"), loaded
-
 
 @cpu_only
-def test_pretraining_on_a_text_learns(text_run):
-    """A loss that falls because the model sees the answer, or that doesn't fall: both end far from
-    this text's. A figure that is not that of the saved weights on the last tenth of the text."""
-    _, rows, (model, tokenizer, checkpoint) = text_run
+def test_a_models_own_text(stages, tmp_path, capsys, monkeypatch):
+    """A loss that falls because the model sees the answer, or that doesn't fall; a figure that is
+    not the saved weights' on the last tenth. --sample that asks for the text file, which the
+    checkpoint does not need, or forgets --temperature; <|end|> before what is no document."""
+    text = ("The fox had a kite. The hen had a drum. The fox and the hen sang, and the kite flew "
+            "over the hill.\n") * 40
+    path = tmp_path / "corpus.txt"
+    path.write_text(text)
+    own = ["--size", "cpu", "--out", str(tmp_path), "--name", "gpt-text"]
+    # In its context there is no room for the 60 tokens of the samples before and after.
+    flags = ("--n_layer 1 --n_head 2 --n_embd 32 --batch 8 --warmup 5 --block_size 32 "
+             "--vocab_size 280 --report 10 --lr 0.01 --steps 40")
+    gpt.main([*own, *flags.split(), "--text", str(path)])
+    folder = tmp_path / "cpu/gpt-text"
+    model, tokenizer, checkpoint = load_checkpoint(folder / "checkpoint.pt", "gpt", "cpu")
+    rows = metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert untimed(checkpoint["metrics"]) == untimed(rows)
     assert rows[0]["held_out"] > rows[-1]["held_out"] + 1
     assert rows[-1]["held_out"] < 0.6 * math.log(tokenizer.n_vocab)
-    tokens = tokenizer.encode(TEXT)
+    tokens = tokenizer.encode(text)
     rest = tokens[len(tokens) * 9 // 10:]
     windows = [rest[start:start + 32] for start in range(0, len(rest), 32)]
     assert rows[-1]["held_out"] == pytest.approx(gpt.held_out_loss(model, windows, 1), rel=1e-4)
+
+    path.unlink()
+    capsys.readouterr()
+    sampler = mock.Mock(wraps=generate)
+    monkeypatch.setattr(gpt, "generate", sampler)
+    gpt.main([*own, "--sample", "The fox"])
+    assert capsys.readouterr().out.startswith("The fox")
+    flags = "--size cpu --temperature 3 --top_k 7"
+    gpt.main([*flags.split(), "--out", str(stages), "--sample", "The fox"])
+    _, of_world, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    documents = [tokenizer.encode("The fox"), [of_world.end_token, *of_world.encode("The fox")]]
+    for call, ids, cut in zip(sampler.call_args_list, documents, ((1.0, None), (3.0, 7)),
+                              strict=True):
+        assert call.args[1] == [ids] * 3 and call.args[4:6] == cut
 
 
 def test_every_token_of_pretraining_counts_equally(monkeypatch):
@@ -423,33 +418,10 @@ def test_every_token_of_pretraining_counts_equally(monkeypatch):
     run = SilentRun()
     gpt.pretrain(model, corpus, [], gpt.Config(steps=8, batch=8), run)
     mean = token_losses(twin, sequences, [1] * len(sequences)).mean()
-    mean.backward()
-    for ours, theirs in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(ours.grad / 8, theirs.grad, atol=1e-6, rtol=1e-4)
+    expected = torch.autograd.grad(8 * mean, list(twin.parameters()))
+    gradients = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(gradients, list(expected), atol=8e-6, rtol=1e-4)
     assert run.rows[0]["loss"] == pytest.approx(mean.item(), rel=1e-5)
-
-
-def test_samples(text_run, stages, capsys, monkeypatch):
-    """--sample that asks for the text file which the checkpoint does not need, or forgets
-    --temperature. The world's documents begin with <|end|>, a text does not."""
-    folder, _, (_, of_text, _) = text_run
-    _, of_world, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
-    (folder / "corpus.txt").unlink()
-    calls = []
-    real = gpt.generate
-
-    def watched(*arguments):
-        calls.append(arguments)
-        return real(*arguments)
-
-    monkeypatch.setattr(gpt, "generate", watched)
-    flags = ["--size", "cpu", "--sample", "The fox"]
-    gpt.main([*flags, "--out", str(folder), "--name", "gpt-text"])
-    assert capsys.readouterr().out.startswith("The fox")
-    gpt.main([*flags, "--out", str(stages), *"--temperature 3 --top_k 7".split()])
-    assert [arguments[4:6] for arguments in calls] == [(1.0, None), (3.0, 7)]
-    assert calls[0][1] == [of_text.encode("The fox")] * 3
-    assert calls[1][1] == [[of_world.end_token, *of_world.encode("The fox")]] * 3
 
 
 @cpu_only
@@ -499,9 +471,11 @@ def test_what_is_refused_costs_nothing(stage, flags, message, out):
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_a_gpu_without_bf16(supported, monkeypatch, capsys):
-    """A T4 or an RTX 20xx, which students have: bf16 is emulated there, many times slower than
-    float32, and torch says by default that it is supported."""
+def test_what_gpus_are_slow_at(supported, monkeypatch, capsys):
+    """A T4 or an RTX 20xx: torch says that bf16 is supported, which is emulated, many times slower
+    than float32. A Hopper: cuDNN's attention, torch's first choice, plans for every new shape."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
     def is_bf16_supported(including_emulation=True):
         return supported or including_emulation
 
