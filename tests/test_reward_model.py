@@ -1,12 +1,13 @@
 """The Bradley-Terry reward model: its loss, its score, its pairs, the stage as a whole, and the
 process reward model."""
 
+import copy
 import itertools
 import math
 import random
-import shutil
 import sys
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,6 @@ from data import annotator, stories
 from data.answer_key import reward_model_figures
 from data.corpus import draw_requests
 from data.files import InputError, hold_out, read_pairs, write_jsonl
-from data.judges import annotator_judge
 from data.run import SilentRun
 from data.tokenizer import Pair, Tokenizer, encode_pairs, train as train_vocabulary
 from helpers import ASKED, HAPPY, SAD, metrics, snapshot, story_of, tiny_reward_model
@@ -49,24 +49,17 @@ def reward_of(model, ids):
     return model(torch.tensor([ids]))[0, -1]
 
 
-def sigma(x):
-    return 1 / (1 + math.exp(-x))
-
-
 def test_only_differences_count():
     """A loss that depends on the rewards' level pushes it somewhere; Bradley-Terry leaves it
     free."""
     rewards = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
-    shifted = rewards + 7
-    rewards.requires_grad_()
-    shifted.requires_grad_()
-    loss = bradley_terry_loss(*rewards)
-    loss_shifted = bradley_terry_loss(*shifted)
-    loss.backward()
-    loss_shifted.backward()
-
-    torch.testing.assert_close(loss_shifted, loss)
-    torch.testing.assert_close(shifted.grad, rewards.grad)
+    found = []
+    for level in (0, 7):
+        shifted = (rewards + level).requires_grad_()
+        loss = bradley_terry_loss(*shifted)
+        loss.backward()
+        found.append([loss.detach(), shifted.grad])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_gradient_is_the_probability_of_the_other_order():
@@ -77,7 +70,7 @@ def test_gradient_is_the_probability_of_the_other_order():
     rejected = torch.zeros(5, requires_grad=True)
     loss = 5 * bradley_terry_loss(chosen, rejected)
     loss.backward()
-    expected = torch.tensor([1 - sigma(x) for x in margins.tolist()])
+    expected = 1 / (1 + margins.exp())
     assert loss.item() == pytest.approx(0.2014 + 1.7014 + math.log(2) + 400)    # CS 224R, ch. 6
     torch.testing.assert_close(chosen.grad, -expected)
     torch.testing.assert_close(rejected.grad, expected)
@@ -115,9 +108,13 @@ def test_the_head_reads_what_the_language_model_reads():
     assert (rewards - rounded.float()).abs().max() > 0.002  # so the comparison means something
 
 
-def one_step(train, model, items, micro_batch, monkeypatch):
-    """Let a training loop, fit or fit_process, take one step on all items, which are held out too;
-    the weights stay. Returns (the gradients, the row of figures)."""
+def share_right(margin):
+    return (margin > 0).float().mean().item()
+
+
+def check_step(train, twin, items, micro_batch, loss, margin, monkeypatch):
+    """One step of a training loop, fit or fit_process, on all items, which are held out too: it has
+    the gradient of this loss, reports it, and the share of the margins that are right."""
     gradients = []
 
     def look(optimizer, model, lr):
@@ -126,23 +123,13 @@ def one_step(train, model, items, micro_batch, monkeypatch):
     monkeypatch.setattr(reward_model, "optimizer_step", look)
     config = reward_model.Config(batch=len(items), micro_batch=micro_batch)
     run = SilentRun()
-    train(model, items, items, config, random.Random(0), run)
-    return gradients, run.rows[-1]
-
-
-def check_step(found, loss, margin, twin):
-    """What one_step found is the gradient of this loss, the loss, and the share of the margins that
-    are right."""
-    gradients, row = found
+    train(copy.deepcopy(twin), items, items, config, random.Random(0), run)
     loss.backward()
-    for ours, theirs in zip(gradients, twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.grad, atol=1e-6, rtol=1e-4)
+    expected = [parameter.grad for parameter in twin.parameters()]
+    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-4)
+    row = run.rows[-1]
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5) == row["held_out_loss"]
     assert row["held_out_accuracy"] == pytest.approx(share_right(margin)) and 0 < margin.max()
-
-
-def share_right(margin):
-    return (margin > 0).float().mean().item()
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(monkeypatch):
@@ -151,10 +138,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(monkeypatch):
     twin = tiny_model(5)
     rows = random_rows(5, 14)
     pairs = [Pair(chosen, rejected, 1) for chosen, rejected in zip(rows[:7], rows[7:])]
-    found = one_step(reward_model.fit, tiny_model(5), pairs, 3, monkeypatch)
     margins = [reward_of(twin, pair.chosen) - reward_of(twin, pair.rejected) for pair in pairs]
     margin = torch.stack(margins)   # pair by pair, without padding
-    check_step(found, torch.log1p(torch.exp(-margin)).mean(), margin, twin)
+    loss = torch.log1p(torch.exp(-margin)).mean()
+    check_step(reward_model.fit, twin, pairs, 3, loss, margin, monkeypatch)
     torch.testing.assert_close(reward_model.held_out_margins(twin, pairs, 3), margin.detach())
 
 
@@ -176,8 +163,8 @@ ANSWERS = [     # first, second, whether the second ended, why they can't be com
 
 
 def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, monkeypatch):
-    """An answer under another's prompt, an unfinished one compared with a whole one, one that
-    no longer fits the context; a label turned round; the same samples in every batch."""
+    """An answer under another's prompt, an unfinished or too long one compared with a whole one; a
+    label turned round; the same samples again. A policy that never ends, asked for ever."""
     answers = itertools.cycle(ANSWERS)
     seeds = set()
     usable = []
@@ -197,15 +184,19 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, mon
         return texts, ended
 
     monkeypatch.setattr(reward_model, "respond", respond)
-    rows, dropped = reward_model.collect_pairs(
-        of_context(100), tokenizer, draw_requests, 12,
-        lambda batch, rng: [(len(prompt) % 2, "") for prompt, _, _ in batch],
-        reward_model.Config(sample_batch=8), random.Random(10))
+    collect = partial(reward_model.collect_pairs, of_context(100), tokenizer, draw_requests, 12,
+                      lambda batch, rng: [(len(prompt) % 2, "") for prompt, _, _ in batch],
+                      reward_model.Config(sample_batch=8), random.Random(10))
+    rows, dropped = collect()
     assert dropped == {reason: counts[reason] for reason in dropped} and len(dropped) == 3
     for row, (prompt, *texts) in zip(rows, usable, strict=True):
         choice = len(prompt) % 2
         assert row == dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice])
     assert {row["chosen"] for row in rows} == {"A fox.", "A bear."} and len(seeds) > 5
+
+    answers = itertools.repeat(ANSWERS[1])
+    with pytest.raises(InputError, match="0 can be compared, dropped 128 no end, .* 96 if"):
+        collect()
 
 
 def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
@@ -221,22 +212,11 @@ def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
     for i, (prompt, *texts) in enumerate(asked):
         first, second = [reward_of(model, tokenizer.prompt(prompt) + tokenizer.response(text))
                          for text in texts]
-        x = sigma((first - second).item())
+        x = torch.sigmoid(first - second).item()
         share = [choice for choice, _ in labels[i::4]].count(0) / 1000
         assert abs(share - x) < 4 * math.sqrt(x * (1 - x) / 1000)
         p.append(x)
     assert max(p) - min(p) > 0.3 and 0.02 < min(p)
-
-
-def test_a_policy_that_never_ends_is_named(tokenizer, monkeypatch):
-    """Sampling for ever, without a word, from a model that was not taught to stop."""
-    def respond(model, tokenizer, prompts, *_):
-        return ["a"] * len(prompts), [False] * len(prompts)
-
-    monkeypatch.setattr(reward_model, "respond", respond)
-    with pytest.raises(InputError, match="0 can be compared, dropped 55 no end, .* 96 if"):
-        reward_model.collect_pairs(of_context(1000), tokenizer, draw_requests, 5, annotator_judge,
-                                   reward_model.Config(), random.Random(0))
 
 
 def rollout_of(rows, tokenizer):
@@ -289,12 +269,6 @@ PAIRS = [{"prompt": f"Color {i}?", "chosen": f"Red {i % 5}.", "rejected": f"Mud 
          for i in range(60)]
 
 
-@pytest.fixture(scope="module")
-def policy(stages, tmp_path_factory):
-    """A copy of the stages, whose reward model is trained on other pairs."""
-    return shutil.copytree(stages, tmp_path_factory.mktemp("policy") / "out")
-
-
 def load(path, stage="reward_model"):
     model, _, _ = gpt.load_checkpoint(path, stage, "cpu", model_class=RewardModel)
     return model
@@ -307,7 +281,7 @@ def train(folder, *flags):
     return load(folder / "cpu/reward_model/checkpoint.pt")
 
 
-def test_training_on_your_own_pairs(policy, tmp_path, capsys):
+def test_training_on_your_own_pairs(out, tmp_path, capsys):
     """Rewards that are shifted the wrong way, rescaled, or saved before the shift; a trunk that
     isn't the SFT model's; a pair that was dropped here and comes back in DPO."""
     rows = list(PAIRS)
@@ -315,8 +289,8 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
         rows.append({**row, "chosen": "Red " * 100})
         rows.append({**row, "chosen": row["rejected"]})
     write_jsonl(tmp_path / "pairs.jsonl", rows)
-    model = train(policy, "--data", str(tmp_path / "pairs.jsonl"), "--epochs", "3")
-    sft_model, tokenizer, _ = gpt.load_checkpoint(policy / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    model = train(out, "--data", str(tmp_path / "pairs.jsonl"), "--epochs", "3")
+    sft_model, tokenizer, _ = gpt.load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
 
     # 1. It learnt what was preferred, and stayed near the SFT model, from which it started.
     pairs, _, _ = encode_pairs(PAIRS, tokenizer, 128)
@@ -335,7 +309,7 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
     assert scores.std().item() == pytest.approx(deviation, rel=0.2) and deviation > 0.5
 
     # 3. The files beside the checkpoint are the pairs it was made of, for a dpo.py without --data.
-    found = [read_pairs(policy / f"cpu/reward_model/{x}.jsonl") for x in ("pairs", "held_out")]
+    found = [read_pairs(out / f"cpu/reward_model/{x}.jsonl") for x in ("pairs", "held_out")]
     assert found == list(hold_out(PAIRS))   # the same prompts, so the same ones held out
     assert " 57 pairs, dropped 57 longer than the context, 57 equal texts\n" in printed
 
@@ -345,57 +319,63 @@ def test_training_on_your_own_pairs(policy, tmp_path, capsys):
      "--judge constitution: compares nothing where --data has the pairs"),
     ("--learning_curve --pairs 8", "--pairs 8: .*reward_model has its comparisons already"),
     ("--process --data good", "--process True: cannot be used with --data")])
-def test_what_is_refused_is_one_line_and_costs_nothing(argv, message, policy, tmp_path):
+def test_what_is_refused_is_one_line_and_costs_nothing(argv, message, out, tmp_path):
     """A typing error that costs last night's checkpoint or minutes of sampling; the file's labels
     under another judge's name; a number of pairs that nothing collects; marks that nobody gave."""
     write_jsonl(tmp_path / "good", PAIRS)
-    before = snapshot(policy)
+    before = snapshot(out)
     words = [str(tmp_path / word) if word == "good" else word for word in argv.split()]
     with pytest.raises(InputError, match=message) as error:
-        train(policy, *words)
-    assert "\n" not in str(error.value) and snapshot(policy) == before
+        train(out, *words)
+    assert "\n" not in str(error.value) and snapshot(out) == before
 
 
-@pytest.fixture(scope="module")
-def told(stages, tmp_path_factory):
-    """A folder whose SFT model told the reward model's stage stories of the world."""
-    out = shutil.copytree(stages, tmp_path_factory.mktemp("told") / "out")
+def test_both_models_on_the_world(out, monkeypatch, capsys):
+    """Held-out pairs that are trained on too; figures of other pairs or steps than the files have;
+    annotator's noise in a learning curve; that, or a process model, saved over the reward model."""
     rng = random.Random(9)
 
     def respond(model, tokenizer, prompts, max_new_tokens, seed):
         texts = [stories.story(rng, tokenizer.decode(ids[1:-1])).text for ids in prompts]
         return texts, [True] * len(texts)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(reward_model, "respond", respond)
-        train(out, *"--pairs 48 --held_out 40 --sample_batch 32".split())
-    return out
-
-
-def test_collecting_and_training_on_the_world(told, capsys):
-    """Held-out pairs that are trained on too; figures that belong to other pairs than the files
-    that were written; a learning curve that leaves the annotator's noise in, or is saved."""
-    stage = told / "cpu/reward_model"
+        model = train(out, *"--pairs 48 --held_out 40 --sample_batch 32".split())
+    stage = out / "cpu/reward_model"
     pairs = metrics(stage / "pairs.jsonl")
     held_out = metrics(stage / "held_out.jsonl")
     assert (len(pairs), len(held_out)) == (48, 40)
     assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in held_out}
-    _, tokenizer, _ = gpt.load_checkpoint(told / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    _, tokenizer, _ = gpt.load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     encoded, _, _ = encode_pairs(held_out, tokenizer, 128)
-    margin = reward_model.held_out_margins(load(stage / "checkpoint.pt"), encoded)
+    margin = reward_model.held_out_margins(model, encoded)
     *_, figures = metrics(stage / "metrics.jsonl")
     expected, _ = reward_model_figures(margin, annotator.gold_margins(held_out))
     assert expected == pytest.approx({name: figures[name] for name in expected}, rel=1e-3, abs=1e-5)
 
-    # The learning curve's last point has all pairs, and costs no checkpoint.
-    before = snapshot(told)
-    train(told, "--learning_curve")
-    assert snapshot(told) == before
+    # The learning curve's last point has all pairs.
+    before = snapshot(out)
+    train(out, "--learning_curve")
+    assert snapshot(out) == before
     line = capsys.readouterr().out.splitlines()[-1].replace("%", "")
     count, accuracy, _, _, share, *_ = line.split()
     bayes = expected["bayes_accuracy"]
     assert count == "48" and 0.6 < bayes < 0.95
     assert float(share) / 100 == pytest.approx(float(accuracy) / bayes, abs=2e-3)
+
+    # The process model learns from marks of the same responses.
+    train(out, "--process", "--batch", "4")
+    assert {path: x for path, x in snapshot(out).items() if path in before} == before
+    rng = random.Random("marks 1")
+    responses = annotator.mark(pairs, tokenizer, rng)
+    marked = annotator.mark(held_out, tokenizer, rng)
+    folder = out / "cpu/process_model"
+    *_, learnt, figures = metrics(folder / "metrics.jsonl")
+    assert learnt["step"] == len(responses) / 8 == 12   # as many in a step as a reward model sees
+    margin = reward_model.step_margins(load(folder / "checkpoint.pt", "process_model"), marked)
+    assert figures["accuracy"] == pytest.approx(share_right(margin), abs=1e-3)
+    assert figures["loss"] == pytest.approx(F.softplus(-margin).mean().item(), rel=1e-3)
 
 
 JUDGE = """import json, sys
@@ -438,7 +418,6 @@ def test_the_loss_of_marks_is_a_binary_loss_per_step(monkeypatch):
         ends = sorted(rng.sample(range(len(ids)), rng.randint(1, min(6, len(ids)))))
         marks = [rng.random() < 0.6 for _ in ends]
         responses.append(annotator.Marked(ids, ends, [0.0] * len(ends), marks))
-    found = one_step(reward_model.fit_process, tiny_model(20), responses, 2, monkeypatch)
 
     twin = tiny_model(20)
     rewards = [twin(torch.tensor([response.ids]))[0, response.ends] for response in responses]
@@ -446,7 +425,7 @@ def test_the_loss_of_marks_is_a_binary_loss_per_step(monkeypatch):
     good = torch.tensor(sum((response.marks for response in responses), []))
     margin = torch.where(good, rewards, -rewards).detach()  # positive where the mark is guessed
     loss = F.binary_cross_entropy_with_logits(rewards, good.double())
-    check_step(found, loss, margin, twin)
+    check_step(reward_model.fit_process, twin, responses, 2, loss, margin, monkeypatch)
     found = reward_model.step_margins(twin, responses, 4)
     torch.testing.assert_close(found, margin, check_dtype=False)
 
@@ -478,22 +457,3 @@ def test_a_reward_of_rollouts(tokenizer):
     scores, _ = reward_model.make_reward("verifier", None, tokenizer, 3)(rollout)
     assert scores.tolist() == [1, 0]
     assert annotator.gold_rewards(rollout, tokenizer).tolist() == [1.75 + 1.5, 1.75]
-
-
-def test_the_process_model_learns_from_the_stages_own_responses(told):
-    """Responses that are another model's; the reward model's checkpoint overwritten; figures of
-    other steps than those held out."""
-    stage = told / "cpu/reward_model"
-    before = snapshot(stage)
-    train(told, "--process", "--batch", "4")
-    _, tokenizer, _ = gpt.load_checkpoint(told / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    rng = random.Random("marks 1")
-    responses = annotator.mark(read_pairs(stage / "pairs.jsonl"), tokenizer, rng)
-    held_out = annotator.mark(read_pairs(stage / "held_out.jsonl"), tokenizer, rng)
-    folder = told / "cpu/process_model"
-    *_, learnt, figures = metrics(folder / "metrics.jsonl")
-    assert learnt["step"] == len(responses) / 8 == 12   # as many in a step as a reward model sees
-    margin = reward_model.step_margins(load(folder / "checkpoint.pt", "process_model"), held_out)
-    assert figures["accuracy"] == pytest.approx(share_right(margin), abs=1e-3)
-    assert figures["loss"] == pytest.approx(F.softplus(-margin).mean().item(), rel=1e-3)
-    assert snapshot(stage) == before
