@@ -1,9 +1,9 @@
-"""dpo.py against its gradient and token-by-token loops. Every test says which bug it is for. (The
-lecture's numbers are in test_lecture.py.)"""
+"""dpo.py against its gradient and token-by-token loops; the lecture's numbers: test_lecture.py."""
 
 import math
 import random
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def test_gradient_of_the_lecture():
     """The lecture's -β σ(-z) [∇ log π(y_w) - ∇ log π(y_l)]: a loss with another weight, or without
     its beta."""
     for beta in (0.1, 2.0):
-        logprobs = [(3 * noise(seed, 4)).double().requires_grad_() for seed in range(4)]
+        logprobs = (3 * noise(0, 4, 4)).double().requires_grad_()
         dpo_loss(*logprobs, beta).backward()
-        a, b, c, d = [x.detach() for x in logprobs]
+        a, b, c, d = logprobs.detach()
         z = beta * ((a - c) - (b - d))
         expected = -beta / (1 + z.exp()) / 4  # σ(-z) = 1 / (1 + e^z); the mean over 4 pairs
-        for x, sign in zip(logprobs, (1, -1, -1, 1)):
-            torch.testing.assert_close(x.grad, sign * expected)
+        signed = torch.stack([expected, -expected, -expected, expected])
+        torch.testing.assert_close(logprobs.grad, signed)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
@@ -133,8 +133,7 @@ def mean(values):
 
 def check_gradients(gradients, loss, policy):
     expected = torch.autograd.grad(loss, list(policy.parameters()))
-    for found, gradient in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradients, list(expected), rtol=1e-3, atol=1e-5)
 
 
 def pair_by_hand(loss, policy, reference, pair):
@@ -221,30 +220,10 @@ def test_a_step_label_by_label(paired, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # The script
 
-FLAGS = "--size cpu --batch 16 --report 2 --max_new_tokens 8".split()
-
 
 def run_dpo(out, *flags):
-    dpo.main(["--out", str(out), *FLAGS, *flags])
-
-
-def load(folder, stage="dpo"):
-    """(a stage's model, its tokenizer)."""
-    model, tokenizer, _ = load_checkpoint(folder / "checkpoint.pt", stage, "cpu")
-    return model, tokenizer
-
-
-def record(monkeypatch, name):
-    """The list of the arguments with which dpo.py calls this function from here on."""
-    calls = []
-    original = getattr(dpo, name)
-
-    def recorded(*arguments, **keywords):
-        calls.append(arguments)
-        return original(*arguments, **keywords)
-
-    monkeypatch.setattr(dpo, name, recorded)
-    return calls
+    common = "--size cpu --batch 16 --report 2 --max_new_tokens 8"
+    dpo.main(["--out", str(out), *common.split(), *flags])
 
 
 def own_pairs(path, count=40):
@@ -256,21 +235,26 @@ def own_pairs(path, count=40):
 
 @cpu_only
 def test_main_on_the_collected_pairs(out):
-    """A run that writes over another stage, or whose figures are of another policy or other pairs
-    than those that are saved."""
+    """A run that writes over another stage, or whose figures are not the saved policy's. One that
+    goes on from it and takes it for π_ref: no pair has an implicit reward then."""
     before = snapshot(out)
-    run_dpo(out, "--micro_batch", "3")
+    run_dpo(out, "--micro_batch", "3", "--lr", "0.01")
     rows = untimed(metrics(out / "cpu/dpo/metrics.jsonl"))
     assert [row["step"] for row in rows] == [2, 4]  # 64 pairs, 16 in a step
     assert before.items() <= snapshot(out).items()
-    policy, tokenizer = load(out / "cpu/dpo")
-    reference, _ = load(out / "cpu/sft", "sft")
+    policy, tokenizer, _ = load_checkpoint(out / "cpu/dpo/checkpoint.pt", "dpo", "cpu")
+    reference, _, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     held_out = read_pairs(out / "cpu/reward_model/held_out.jsonl")
     pairs, _, _ = encode_pairs(held_out, tokenizer, policy.config.block_size)
     with torch.no_grad():
         loss, figures = dpo.pair_loss(policy, reference, pairs, dpo.Config(beta=0.2))  # README's
     assert rows[-1]["held_out_loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert rows[-1]["held_out_accuracy"] == pytest.approx(figures["accuracy"].item())
+    assert abs(loss.item() - math.log(2)) > 0.01
+
+    run_dpo(out, "--name", "dpo-on", "--lr", "1e-9", "--start", "dpo")
+    further = metrics(out / "cpu/dpo-on/metrics.jsonl")[-1]
+    assert further["held_out_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -321,17 +305,19 @@ ONLINE = "--online 2 --pairs 12 --batch 4 --max_new_tokens 16".split()
 
 
 def rounds_of(out):
-    """The pairs of each round."""
     return [read_pairs(out / f"cpu/dpo/pairs-{number}.jsonl") for number in (1, 2)]
 
 
 @pytest.mark.parametrize("loss, judge", [("dpo", "reward_model"), ("kto", "constitution")])
 def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
-    """Every round on samples of the SFT model; a reference that moves along; a round trained on
-    another's pairs; an optimizer or a schedule that starts again; a judge who isn't asked."""
-    start, tokenizer = load(out / "cpu/sft", "sft")
-    learnt = record(monkeypatch, "kto" if loss == "kto" else "fit_pairs")
-    steps = record(monkeypatch, "optimizer_step")
+    """Every round on samples of the SFT model, or trained on another's pairs; a reference that
+    moves along; an optimizer or a schedule that starts again; a judge who isn't asked."""
+    start, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    loop = "kto" if loss == "kto" else "fit_pairs"
+    training = mock.Mock(wraps=getattr(dpo, loop))
+    step = mock.Mock(wraps=dpo.optimizer_step)
+    monkeypatch.setattr(dpo, loop, training)
+    monkeypatch.setattr(dpo, "optimizer_step", step)
     collect_pairs = dpo.collect_pairs
     sampled = []    # the policy's weights
 
@@ -347,13 +333,14 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
     run_dpo(out, "--loss", loss, "--judge", judge, *ONLINE)
     assert is_start(sampled[0]) and not is_start(sampled[1])
     count = 12 if loss == "kto" else 6
-    assert len(steps) == count and len({id(optimizer) for optimizer, _, _ in steps}) == 1
-    rates = [lr for _, _, lr in steps]
+    optimizers, _, rates = zip(*[call.args for call in step.call_args_list])
+    assert len(rates) == count and len(set(map(id, optimizers))) == 1
     peak = rates.index(max(rates))
-    assert peak < count // 2 and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert peak < count // 2 and list(rates[peak:]) == sorted(rates[peak:], reverse=True)
 
     prompts = []
-    for rows, (_, reference, items, *_) in zip(rounds_of(out), learnt, strict=True):
+    for rows, call in zip(rounds_of(out), training.call_args_list, strict=True):
+        _, reference, items, *_ = call.args
         assert is_start(reference.state_dict()) and len(rows) == 12
         prompts.append([row["prompt"] for row in rows])
         pairs, _, _ = encode_pairs(rows, tokenizer, 128)
@@ -376,13 +363,6 @@ def test_a_model_of_another_vocabulary(stage, out, tmp_path):
         run_dpo(out, *flags)
 
 
-JUDGE = """import json, sys
-for line in sys.stdin:
-    row = json.loads(line)
-    print(json.dumps({"choice": int(row["second"] > row["first"])}))
-"""
-
-
 def test_online_on_somebodys_own_prompts(out, tmp_path):
     """Held-out prompts that are trained on; prompts too long to answer; a program that is not
     asked."""
@@ -391,22 +371,14 @@ def test_online_on_somebodys_own_prompts(out, tmp_path):
     rows = read_pairs(path)
     rows += [{**row, "prompt": row["prompt"] + " Now" * 120} for row in rows]
     write_jsonl(path, rows)
-    (tmp_path / "judge.py").write_text(JUDGE)
+    (tmp_path / "judge.py").write_text("""import json, sys
+for line in sys.stdin:
+    row = json.loads(line)
+    print(json.dumps({"choice": int(row["second"] > row["first"])}))
+""")
     run_dpo(out, "--judge", f"{sys.executable} {tmp_path / 'judge.py'}", *ONLINE, *data)
     found = sum(rounds_of(out), [])
     train, _ = hold_out(rows)
     short = {row["prompt"] for row in train if "Now" not in row["prompt"]}
     assert 30 < len(short) < 40 and {row["prompt"] for row in found} <= short
     assert len(found) == 24 and all(row["chosen"] > row["rejected"] for row in found)
-
-
-def test_it_goes_on_from_another_policy(out):
-    """π_ref became the policy that the run started from: no pair had an implicit reward at first,
-    and its KL was paid to the wrong model."""
-    flags = ["--size", "cpu", "--out", str(out)]
-    for lr, name, start in (("0.01", "dpo-far", "sft"), ("1e-9", "dpo-on", "dpo-far")):
-        dpo.main(flags + ["--name", name, "--lr", lr, "--start", start])
-    far = metrics(out / "cpu/dpo-far/metrics.jsonl")[-1]["held_out_loss"]
-    on = metrics(out / "cpu/dpo-on/metrics.jsonl")[-1]["held_out_loss"]
-    assert on == pytest.approx(far, rel=1e-4)
-    assert abs(on - math.log(2)) > 0.01
