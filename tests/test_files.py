@@ -107,7 +107,8 @@ def conversation(*turns):
 
 
 LONG = conversation("q", "a", "b", "c")
-SYSTEM = [{"role": "system", "content": "be kind"}]
+SHORT = conversation("q", "a")
+SYSTEM = {"role": "system", "content": "be kind"}
 LABEL = {"prompt": "q", "completion": "a", "label": True}
 PAIR = {"prompt": "q", "chosen": "a fox", "rejected": "a\nkite"}
 TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
@@ -128,7 +129,7 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
     (read_demonstrations, {"messages": LONG},
      "\"messages\" has the turns 'user, assistant, user, assistant', but only one exchange is "
      "supported, user then assistant; keep its first one, or remove the line"),
-    (read_demonstrations, {"messages": SYSTEM + conversation("q", "a")},
+    (read_demonstrations, {"messages": [SYSTEM, *SHORT]},
      '"messages" has a system message, and the chat format here has none'),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
      '"messages" begins with another prompt than the row has; keep one of them')])
@@ -141,34 +142,33 @@ def test_the_message_says_what_to_do(reader, row, reason, tmp_path):
         reader(path)
 
 
+def completions(*texts):
+    return [{"prompt": "q", "completion": text} for text in texts]
+
+
 @pytest.mark.parametrize("reader, rows, expected, printed", [
     # Whoever has only pairs can still fine-tune: on the chosen answer, never on the rejected one.
-    (read_demonstrations, [{**PAIR, "completion": "c"}, PAIR], ["c", "a fox"], ""),
+    (read_demonstrations, [{**PAIR, "completion": "c"}, PAIR], completions("c", "a fox"), ""),
     # SFT on KTO's labels: half of what the model is taught is what people called bad.
-    (read_demonstrations, [LABEL, {**LABEL, "label": False}], ["a"],
+    (read_demonstrations, [LABEL, {**LABEL, "label": False}], completions("a"),
      'left out 1 of 2 rows, whose "label" is false\n'),
-    # A label that is turned round; a rejected answer that is lost.
-    (read_labels, [LABEL, {**LABEL, "label": False}, PAIR],
-     [("a", True), ("a", False), ("a fox", True), ("a\nkite", False)], ""),
-    # DPO drops a pair of equal texts; KTO called the same answer good and bad.
-    (read_labels, [{**PAIR, "chosen": "same", "rejected": "same"}, PAIR],
-     [("a fox", True), ("a\nkite", False)], "left out 1 pairs of two equal texts\n"),
+    # A label that is turned round; a rejected answer that is lost; KTO called the same answer good
+    # and bad, in a pair of equal texts, which DPO drops.
+    (read_labels, [{**LABEL, "label": False}, {**PAIR, "chosen": "same", "rejected": "same"}, PAIR],
+     [{**LABEL, "label": False}, {**LABEL, "completion": "a fox"},
+      {**LABEL, "completion": "a\nkite", "label": False}],
+     "left out 1 pairs of two equal texts\n"),
     # A set would shuffle the prompts anew in every run.
-    (read_prompts, [{"prompt": prompt} for prompt in "babca"], ["b", "a", "c"], ""),
-    # Messages, with and without a prompt of their own.
-    (read_pairs, [TRL], [("a fox", "a\nkite")], ""),
-    (read_demonstrations, [{"messages": conversation("q", "a")}], ["a"], ""),
-    (read_demonstrations, [{"prompt": "q", "messages": conversation("q", "a")}], ["a"], ""),
-    (read_prompts, [{"prompt": "q", "messages": LONG}, TRL], ["q"], "")])
+    (read_prompts, [{"prompt": "b"}, {"prompt": "a"}, TRL, {"prompt": "q", "messages": LONG},
+                    {"prompt": "b"}], ["b", "a", "q"], ""),
+    (read_pairs, [TRL], [PAIR], ""),
+    (read_demonstrations, [{"messages": SHORT}, {"prompt": "q", "messages": SHORT}],
+     completions("a", "a"), "")])
 def test_what_a_row_means(reader, rows, expected, printed, tmp_path, capsys):
     """One format's rows in another one's place: refused, or read as something that they do not
     say. The comments above name the bugs."""
     path = put_rows(tmp_path / "rows.jsonl", *rows)
-    found = reader(path)
-    if reader is not read_prompts:
-        assert {row["prompt"] for row in found} == {"q"}
-        found = [tuple(row.values())[1:] if len(row) > 2 else row["completion"] for row in found]
-    assert found == expected
+    assert reader(path) == expected
     assert capsys.readouterr().out == (f"{path}: {printed}" if printed else "")
 
 
@@ -306,21 +306,6 @@ def test_write_replaces_and_leaves_nothing_behind(tmp_path):
         write_atomic(os.devnull, b"x")
 
 
-@pytest.mark.parametrize("step, error", [("fsync", OSError(28, "No space left on device")),
-                                         ("replace", KeyboardInterrupt())])
-def test_failed_write_leaves_the_old_file(step, error, tmp_path, monkeypatch):
-    """A full disk or Ctrl-C in the middle of a save must not cost the last good checkpoint."""
-    path = put(tmp_path / "rows.jsonl", b"old")
-
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr(files.os, step, fail)
-    with pytest.raises(type(error)):
-        write_jsonl(path, [{}])
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["rows.jsonl"]
-
-
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     """NFS without a lock daemon, Lustre without -o flock: "another run is using this folder" of
     every folder there, and nothing can be trained."""
@@ -362,17 +347,16 @@ def memory(found=""):
 @pytest.mark.parametrize("error, status, message", [
     (InputError("two\nlines"), 1, "two lines"),
     (FileNotFoundError(2, "No such file", "/no/such"), 1, "/no/such: No such file"),
-    (FloatingPointError("norm nan: no step"), 1, "norm nan: no step"),
+    (FloatingPointError("norm nan"), 1, "norm nan"),
     (KeyboardInterrupt("saved; --resume"), 130, "saved; --resume"),
     (MemoryError(), 1, memory()), (OSError(12, "Cannot allocate memory"), 1, memory()),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
                             "capacity of 7.60 GiB\nof which"), 1,
      memory(" (tried to allocate 2.00 GiB)")),
-    (ValueError("a bug"), None, ""), (RuntimeError("shapes (2, 3) and (4, 5)"), None, "")])
+    (RuntimeError("shapes (2, 3) and (4, 5)"), None, "")])
 def test_a_script_ends_in_one_line(error, status, message, monkeypatch, capsys):
-    """A user's mistake is a line and a status that a shell script can test; of memory that runs
-    out, the flags that help: else the last good checkpoint is deleted. But a bug of ours, or
-    torch's, must not pass for the user's mistake: it keeps its traceback."""
+    """A user's mistake is a line and a status that a shell script can test, a lack of memory the
+    flags that help. But a bug, ours or torch's, must not pass for it: it keeps its traceback."""
     def main():
         raise error
 
@@ -403,7 +387,7 @@ def test_home_in_a_path(monkeypatch):
                         "--prompt=~/no", "--seed=1", "~"]
 
 
-def run(body, tmp_path, shell="{}"):
+def run(body, tmp_path, shell):
     """Run a script whose main() is this body; returns (exit status, stdout, stderr)."""
     script = put(tmp_path / "script.py", f"""
 import sys; sys.path.insert(0, {os.getcwd()!r})
@@ -418,19 +402,14 @@ run_script(main)
     return done.returncode, done.stdout, done.stderr
 
 
-def test_closed_pipe(tmp_path):
-    """`python ppo.py | head -1` ends in one line, not in Python's complaint about flushing at
-    exit."""
-    _, stdout, stderr = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
-    assert stdout == "step 0\n" and stderr == "script.py: no one reads the output any more\n"
-
-
 def test_printing_never_fails(tmp_path):
     """A redirect on Windows (cp1252), LANG=C, a closed output, a path that is not UTF-8: a
-    traceback on "→" or "Δ", after the training and before the saving, and again with --resume."""
+    traceback on "→", after the training and before the saving. `python ppo.py | head -1` ends in
+    Python's complaint about flushing at exit."""
     body = "print('sft → ppo'); print('caf\\udce9.jsonl'); raise InputError('Δ \\udce9')"
     for encoding, arrow, delta in (("cp1252", "?", "?"), ("utf-8:strict", "→", "Δ")):
-        status, stdout, stderr = run(body, tmp_path, f"PYTHONIOENCODING={encoding} {{}}")
-        assert status == 1 and stdout == f"sft {arrow} ppo\ncaf?.jsonl\n"
-        assert stderr == f"script.py: {delta} ?\n"
+        found = run(body, tmp_path, f"PYTHONIOENCODING={encoding} {{}}")
+        assert found == (1, f"sft {arrow} ppo\ncaf?.jsonl\n", f"script.py: {delta} ?\n")
     assert run("print('lost'); raise InputError('no')", tmp_path, "{} >&- 2>&-") == (1, "", "")
+    _, *found = run("for i in range(100_000): print('step', i)", tmp_path, "{} | head -1")
+    assert found == ["step 0\n", "script.py: no one reads the output any more\n"]
