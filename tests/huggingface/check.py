@@ -30,16 +30,11 @@ REQUEST = "Tell me a story about a shy fox and a kite."
 def check(path, stage, size, folder):
     """Print the largest differences between a checkpoint and its exported folder. True if there are
     none that count."""
-    model_class = GPT
-    their_class = AutoModelForCausalLM
-    if stage == "reward_model":
-        model_class = RewardModel
-        their_class = AutoModelForSequenceClassification
-    elif stage == "process_model":
-        model_class = RewardModel
-        their_class = AutoModelForTokenClassification
-    model, tokenizer, _ = load_checkpoint(path, stage, size, model_class=model_class)
-    theirs = their_class.from_pretrained(folder).eval()
+    heads = {"reward_model": AutoModelForSequenceClassification,
+             "process_model": AutoModelForTokenClassification}
+    model, tokenizer, _ = load_checkpoint(path, stage, size,
+                                          model_class=RewardModel if stage in heads else GPT)
+    theirs = heads.get(stage, AutoModelForCausalLM).from_pretrained(folder).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
     same_ids = check_ids(stage, tokenizer, their_tokenizer)
 
@@ -50,50 +45,40 @@ def check(path, stage, size, folder):
     tokens, lengths = pad(sequences)
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
     padded = torch.where(mask, tokens, their_tokenizer.pad_token_id)
+    unequal = 0
     with torch.no_grad():
-        their_logits = theirs(padded, attention_mask=mask).logits
+        ours = model(tokens)
+        found = theirs(padded, attention_mask=mask).logits
         if stage == "reward_model":
-            scores = model.score(tokens, lengths)
-            one_by_one = []
-            for row, length in zip(tokens, lengths):
-                one_by_one.append(theirs(row[None, :length]).logits[0, 0])
-            gap = (scores - their_logits[:, 0]).abs().max().item()
-            gap = max(gap, (scores - torch.stack(one_by_one)).abs().max().item())
-            print(f"{stage}: scores differ by {gap:.1e} at most")
-            return same_ids and gap < 1e-4
+            ours = model.score(tokens, lengths)[:, None]
+            alone = [theirs(row[None, :n]).logits[0] for row, n in zip(tokens, lengths)]
+            gap = max((ours - x).abs().max().item() for x in (found, torch.stack(alone)))
+        else:
+            gap = (ours - found.view(ours.shape))[mask].abs().max().item()
+        if stage not in heads:
+            unequal = greedy_texts(model, tokenizer, theirs, their_tokenizer, prompts)
+    print(f"{stage}: logits or scores differ by {gap:.1e} at most; {unequal} greedy texts differ")
+    return same_ids and gap < 1e-4 and unequal == 0
 
-        if stage == "process_model":
-            their_logits = their_logits.squeeze(2)
-        gap = (model(tokens) - their_logits)[mask].abs().max().item()
-        if stage == "process_model":
-            print(f"{stage}: rewards differ by {gap:.1e} at most")
-            return same_ids and gap < 1e-4
-        room = min(64, model.config.block_size // 2)
-        ours, _ = respond(model, tokenizer, prompts, room, seed=1, top_k=1)
-        unequal = 0
-        for prompt, text in zip(prompts, ours):
-            row = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=room)[0]
-            found = their_tokenizer.decode(row[len(prompt):], skip_special_tokens=True)
-            unequal += text != found
 
-        # A batch, padded as the exported tokenizer pads.
-        batch = their_tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+def greedy_texts(model, tokenizer, theirs, their_tokenizer, prompts):
+    """How many greedy texts differ, one by one and in a batch, padded as their tokenizer pads."""
+    room = min(64, model.config.block_size // 2)
+    ours, _ = respond(model, tokenizer, prompts, room, seed=1, top_k=1)
+    found = []
+    for batch in [*([prompt] for prompt in prompts), prompts]:
+        batch = their_tokenizer.pad({"input_ids": batch}, return_tensors="pt")
         rows = theirs.generate(**batch, do_sample=False, max_new_tokens=room)
         rows = rows[:, batch["input_ids"].shape[1]:]
-        found = their_tokenizer.batch_decode(rows, skip_special_tokens=True)
-        unequal += sum(text != other for text, other in zip(ours, found))
-    print(f"{stage}: logits differ by {gap:.1e} at most; {unequal} of {2 * len(prompts)} greedy "
-          "texts differ")
-    return same_ids and gap < 1e-4 and unequal == 0
+        found += their_tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return sum(text != other for text, other in zip(ours + ours, found, strict=True))
 
 
 def check_ids(stage, tokenizer, theirs):
     """Print how many of 10,000 texts, and of 2,000 chats, get other ids. True if none do."""
     odd = texts(random.Random(1), 10_000)
-    wrong = 0
-    for text in odd:
-        wrong += tokenizer.encode(text) != theirs(text, add_special_tokens=False)["input_ids"]
-
+    wrong = sum(tokenizer.encode(text) != theirs(text, add_special_tokens=False)["input_ids"]
+                for text in odd)
     chats = odd[:2000] + SPELLED + ESCAPED
     for text in chats:
         user = {"role": "user", "content": text}
@@ -113,9 +98,8 @@ def check_ids(stage, tokenizer, theirs):
         except jinja2.exceptions.TemplateError:
             pass
 
-    plain = 0
-    for text in SPELLED:
-        plain += tokenizer.encode(text) != theirs(text, split_special_tokens=True)["input_ids"]
+    plain = sum(tokenizer.encode(text) != theirs(text, split_special_tokens=True)["input_ids"]
+                for text in SPELLED)
     print(f"{stage}: ids of {len(odd)} texts, {len(chats)} chats: {wrong} differ; specials spelled "
           f"in plain text, with split_special_tokens: {plain} differ")
     return wrong == 0 and plain == 0

@@ -58,9 +58,8 @@ def expect(folder):
     """Write what the real libraries make of the folder."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rows = []
-    for text in texts(random.Random(0)):
-        rows.append([text, tokenizer(text, add_special_tokens=False)["input_ids"]])
+    rows = [[text, tokenizer(text, add_special_tokens=False)["input_ids"]]
+            for text in texts(random.Random(0))]
     (folder / "expected.json").write_text(json.dumps(rows) + "\n")
     tokens = torch.arange(3, model.config.vocab_size, 40)[None]
     with torch.no_grad():
@@ -70,9 +69,8 @@ def expect(folder):
 def model_of(vocab_size, n_layer, eos):
     """A GPT-2 with large random weights, so that nothing vanishes in rounding."""
     torch.manual_seed(n_layer)
-    config = GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_head=2, n_layer=n_layer,
-                        bos_token_id=eos, eos_token_id=eos)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_head=2,
+                                       n_layer=n_layer, bos_token_id=eos, eos_token_id=eos))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
@@ -92,11 +90,11 @@ def published(folder):
         weights[f"h.{layer}.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = {"architectures": ["GPT2LMHeadModel"], "n_ctx": 16}
-    for name in ("activation_function", "attn_pdrop", "bos_token_id", "embd_pdrop", "eos_token_id",
-                 "layer_norm_epsilon", "model_type", "n_embd", "n_head", "n_layer", "n_positions",
-                 "resid_pdrop", "vocab_size"):
-        config[name] = getattr(model.config, name)
+    names = ("activation_function attn_pdrop bos_token_id embd_pdrop eos_token_id "
+             "layer_norm_epsilon model_type n_embd n_head n_layer n_positions resid_pdrop "
+             "vocab_size").split()
+    config = {"architectures": ["GPT2LMHeadModel"], "n_ctx": 16,
+              **{name: getattr(model.config, name) for name in names}}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
