@@ -75,22 +75,17 @@ def test_logits_are_float32_under_autocast(monkeypatch):
     """A bf16 head: logits near 10 are rounded to 1/16, and PPO's ratio before the first step is
     anything but 1. The sampler's logits are the same head's."""
     model = tiny_model(seed=5).float()
-    calls = []
     head = model.logits
-
-    def watched(x):
-        calls.append((x, head(x)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(model, "logits", watched)
-    with torch.autocast("cpu", torch.bfloat16):
+    spy = mock.Mock(wraps=head)
+    monkeypatch.setattr(model, "logits", spy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(random_tokens(5, 3, 12))
         generate(model, random_prompts(5, 4), 6, seed=1)
-    assert len(calls) == 7
-    with torch.no_grad():
-        for x, logits in calls:
-            expected = x.float() @ model.wte.weight.T
-            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        hidden = [call.args[0] for call in spy.call_args_list]
+        found = [head(x) for x in hidden]
+    expected = [x.float() @ model.wte.weight.detach().T for x in hidden]
+    assert len(hidden) == 7
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1, 40])
@@ -243,9 +238,9 @@ def test_recorded_steps_sample_the_same_on_a_gpu():
         assert generate(model.to("cuda"), prompts, 90, end, seed=5).responses() == expected
 
 
-def test_top_k_keeps_k_and_renormalizes():
-    """A cut that keeps k + 1, cuts the likely ones, or leaves the probabilities unnormalized; a
-    temperature squared; uniforms that are none."""
+def test_draws_from_known_probabilities(monkeypatch):
+    """A cut to k that keeps k + 1, cuts the likely ones, or leaves them unnormalized; a temperature
+    squared. A uniform of 0 draws token 0 whatever its probability; one just below 1 the last."""
     n = 4000
     model = constant_model([1.0, -0.5, 2.0, 0.3, 1.4])
     rollout = generate(model, [[0]] * n, 1, temperature=0.5, top_k=3, seed=8)
@@ -253,10 +248,6 @@ def test_top_k_keeps_k_and_renormalizes():
     p = torch.tensor([2.0, -math.inf, 4.0, -math.inf, 2.8], dtype=torch.float64).softmax(0)
     assert ((counts - n * p).abs() <= 4 * (n * p * (1 - p)).sqrt()).all()
 
-
-def test_an_impossible_token_is_never_sampled(monkeypatch):
-    """A uniform of exactly 0 draws token 0 whatever its probability; one just below 1 the last, or
-    one too many."""
     model = constant_model([-1e4, -1e4, 0.3, -1e4, 0.1, 0.2, -1e4])
     for u, token in ((0.0, 2), (0.5, 4), (1 - 2.0 ** -53, 5)):
         uniforms = torch.full((2, 4), u, dtype=torch.float64)
@@ -331,7 +322,7 @@ def test_learning_rate():
 
 def test_optimizer_step_against_torchs():
     """A gradient that isn't clipped, clipped matrix by matrix, or not cleared. Decay on gains and
-    biases, which pulls every LayerNorm to zero. One NaN in one gradient, and all weights are."""
+    biases, which pulls every LayerNorm to zero."""
     model = tiny_model(seed=23).float()
     twin = copy.deepcopy(model)
     optimizer = gpt.make_optimizer(model, weight_decay=0.5)
@@ -351,12 +342,6 @@ def test_optimizer_step_against_torchs():
         assert gpt.optimizer_step(optimizer, model, lr) == pytest.approx(norm, rel=1e-4)
         torch.testing.assert_close(model.state_dict(), twin.state_dict(), atol=1e-4, rtol=1e-3)
         assert all(p.grad is None for p in model.parameters())
-    before = copy.deepcopy(model.state_dict())
-    model.wpe.weight.grad = torch.ones_like(model.wpe.weight)
-    model.wpe.weight.grad[3, 2] = math.nan
-    with pytest.raises(FloatingPointError, match="gradient norm .*no step taken"):
-        gpt.optimizer_step(optimizer, model, 0.1)
-    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,21 +436,17 @@ def test_mid_training_continues_from_the_checkpoint(stages, out, tmp_path, monke
     assert last["held_out"] < first["held_out"]
 
 
-START = "--start {out}/cpu/gpt --name gpt-mid"
-
-
-@pytest.mark.parametrize("stage, flags, message", [
-    (gpt, "--name ppo", "--name ppo: must be gpt"),
-    (gpt, f"{START} --curated --n_layer 2", "--n_layer 2: cannot be used with --start"),
-    (gpt, START, "--start .*needs either --curated or --text"),
-    (gpt, f"{START} --curated --name gpt", "--start .*needs a separate folder"),
-    (sft, "--base gpt-none", "gpt-none/checkpoint.pt: no such checkpoint")])
-def test_what_is_refused_costs_nothing(stage, flags, message, out):
+@pytest.mark.parametrize("flags, message", [
+    ("--name ppo", "--name ppo: must be gpt"),
+    ("--start {} --name gpt-mid --curated --n_layer 2", "--n_layer 2: cannot be used with --start"),
+    ("--start {} --name gpt-mid", "--start .*needs either --curated or --text"),
+    ("--start {} --curated", "--start .*needs a separate folder")])
+def test_what_is_refused_costs_nothing(flags, message, out):
     """The pretrained model overwritten by its own continuation, or by a typing error; a shape that
-    is asked for, and is the checkpoint's; minutes for a name mistyped."""
+    is asked for, and is the checkpoint's."""
     before = snapshot(out)
     with pytest.raises(InputError, match=message):
-        stage.main(["--size", "cpu", "--out", str(out), *flags.format(out=out).split()])
+        gpt.main(["--size", "cpu", "--out", str(out), *flags.format(out / "cpu/gpt").split()])
     after = snapshot(out)
     assert all(path.suffix == ".ids" or after[path] == before[path] for path in before)
 

@@ -49,8 +49,7 @@ for row in rows:
 
 
 @pytest.mark.parametrize("answer, found", [
-    ("'reward': 'good'", "a string"), ("'reward': None", "null"), ("'a': 1", "none"),
-    ("'reward': float('nan')", "the number nan")])
+    ("'reward': None", "null"), ("'a': 1", "none"), ("'reward': float('nan')", "the number nan")])
 def test_a_reward_is_a_number(tmp_path, answer, found):
     """One nan among a batch's rewards, and after whitening every advantage is nan."""
     command = program(tmp_path, f"print(json.dumps({{{answer}}}))")

@@ -2,7 +2,6 @@
 against brute force or float64. Where the methods end is measured in test_enumerable.py."""
 
 import copy
-import itertools
 import math
 import random
 import re
@@ -14,10 +13,9 @@ import torch
 import gpt
 import ppo
 from data import corpus
-from data.files import write_jsonl
 from data.run import read_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
-from gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from gpt import GPT, load_checkpoint
 from helpers import (END, LIMIT, METHODS, V, bare_rollouts, draw_prompts, first_step,
                      made_up_rollouts, noise, optimize, ragged_mask, response_reward, tiny_gpt,
                      tiny_reward_model)
@@ -290,38 +288,20 @@ def test_the_penalty_adapts_to_the_whole_update():
 
 
 # --------------------------------------------------------------------------------------------------
-# The script, on models that nobody trained
+# The script
 
 TINY = ("--size cpu --iterations 4 --rollouts 8 --max_new_tokens 8 --save 2 --lr 1e-2 "
         "--minibatch 4 --epochs 2").split()
 
 
-def write_checkpoints(out, context, width=16):
-    """The checkpoints that PPO builds on; a character is a token, a fifth of all is <|end|>."""
-    tokenizer = Tokenizer(train_vocabulary("", 259))
-    shape = GPTConfig(259, context, n_layer=1, n_head=2, n_embd=width)
-    torch.manual_seed(0)
-    base = GPT(shape)
-    judge = RewardModel(shape)
-    with torch.no_grad():
-        base.ln_f.bias += 4 * base.wte.weight[tokenizer.end_token]
-        judge.head.weight.normal_()
-    for stage, model, extra in (("gpt", base, {"text": ""}), ("sft", base, {}),
-                                ("reward_model", judge, {})):
-        path = out / "cpu" / stage / "checkpoint.pt"
-        path.parent.mkdir(parents=True)
-        save_checkpoint(path, stage, "cpu", model, tokenizer, **extra)
-
-
-def test_a_method_with_values(tmp_path, capsys, monkeypatch):
+def test_a_method_with_values(out, capsys, monkeypatch):
     """A coefficient, the value model or its optimizer that starts anew where the run continues. A
     count of memory that forgets gradients and moments: what learns takes four times its weights."""
-    write_checkpoints(tmp_path, 128, width=128)
-    argv = ["--out", str(tmp_path), *TINY, *"--method ppo_penalty --penalty_target 1e-3".split()]
+    argv = ["--out", str(out), *TINY, *"--method ppo_penalty --penalty_target 1e-3".split()]
     ppo.main([*argv, "--name", "ppo-whole"])
     total = 0
     for stage in ("sft", "reward_model"):   # both stand still, and a copy of both learns
-        weights = read_torch(tmp_path / "cpu" / stage / "checkpoint.pt")["model"]
+        weights = read_torch(out / "cpu" / stage / "checkpoint.pt")["model"]
         total += (1 + 4) * sum(4 * x.numel() for x in weights.values())
     assert ("models in memory: 4 (policy, reference, reward_model, value_model), "
             f"{total / 2 ** 20:.0f} MB with gradients and optimizer\n") in capsys.readouterr().out
@@ -336,23 +316,22 @@ def test_a_method_with_values(tmp_path, capsys, monkeypatch):
         patch.setattr(ppo, "log_rollouts", killed_in_the_fourth)
         ppo.main([*argv, "--name", "ppo-killed"])
     ppo.main([*argv, "--name", "ppo-killed", "--resume"])
-    whole = read_torch(tmp_path / "cpu/ppo-whole/checkpoint.pt")
-    resumed = read_torch(tmp_path / "cpu/ppo-killed/checkpoint.pt")
+    whole = read_torch(out / "cpu/ppo-whole/checkpoint.pt")
+    resumed = read_torch(out / "cpu/ppo-killed/checkpoint.pt")
     for name in ("model", "value_model"):
         torch.testing.assert_close(resumed[name], whole[name], atol=0, rtol=0)
     assert resumed["metrics"] == whole["metrics"] and whole["metrics"][-1]["penalty"] != 1
 
 
-def test_pretraining_text_of_the_little_world(tmp_path, capsys, monkeypatch):
+def test_pretraining_text_of_the_little_world(out, capsys, monkeypatch):
     """--ptx that does not train, or whose loss nobody tells, or tells at another temperature."""
     documents = corpus.held_out_documents()[:10]
     monkeypatch.setattr(corpus, "held_out_documents", lambda: documents)
-    write_checkpoints(tmp_path, 480)  # holds every story of the little world
     flags = "--epochs 1 --beta 0 --ptx 20 --temperature 0.8".split()
-    ppo.main(["--out", str(tmp_path), *TINY, *flags])
+    ppo.main(["--out", str(out), *TINY, *flags])
     losses = []
     for stage, temperature in (("sft", 1.0), ("ppo", 0.8)):
-        path = tmp_path / "cpu" / stage / "checkpoint.pt"
+        path = out / "cpu" / stage / "checkpoint.pt"
         model, tokenizer, _ = load_checkpoint(path, stage, "cpu")
         ids = corpus.encode_documents(documents, tokenizer)
         losses.append(gpt.held_out_loss(model, ids, 1, 8, temperature))
@@ -361,24 +340,16 @@ def test_pretraining_text_of_the_little_world(tmp_path, capsys, monkeypatch):
     assert losses[1] < losses[0] - 0.2
 
 
-def test_pretraining_text_of_somebodys_own(tmp_path, monkeypatch):
+def test_pretraining_text_of_somebodys_own(tmp_path):
     """--ptx that draws the little world's stories, the held-out tenth, or windows that the context
     cannot hold."""
     text = tmp_path / "text.txt"
     text.write_text("abc " * 2700 + "cba " * 300)  # the last tenth is held out
-    rows = tmp_path / "rows.jsonl"
-    write_jsonl(rows, [{"prompt": f"Why {i}?"} for i in range(20)])
-    path = tmp_path / "cpu/gpt/checkpoint.pt"
-    write_checkpoints(tmp_path, 64)
-    _, tokenizer, _ = load_checkpoint(path, "gpt", "cpu")
-    wider = GPT(GPTConfig(259, 128, n_layer=1, n_head=2, n_embd=16))  # trained since
-    save_checkpoint(path, "gpt", "cpu", wider, tokenizer, text=str(text))
-    drawn = []
-    monkeypatch.setattr(ppo, "ptx_backward", lambda policy, documents, *_: drawn.append(documents))
-    ppo.main(["--out", str(tmp_path), *TINY, "--data", str(rows), "--ptx", "20"])
-    assert [len(documents) for documents in drawn] == [4] * 16  # as many as responses
-    windows = {tokenizer.decode(ids.tolist()) for ids in itertools.chain(*drawn)}
-    assert len(windows) > 1
+    tokenizer = Tokenizer(train_vocabulary("", 259))
+    draw_documents, _, _ = ppo.pretraining_text({"text": str(text)}, tmp_path / "checkpoint.pt",
+                                                tokenizer, 64)
+    windows = [tokenizer.decode(list(ids)) for ids in draw_documents(64, random.Random(0))]
+    assert len(windows) == 64 and len(set(windows)) > 1
     assert all(len(window) == 64 and "ba " not in window for window in windows)
 
 

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -93,17 +94,11 @@ def one_iteration(monkeypatch, reference, value_model, reward, **flags):
     rate of 0."""
     config = ppo.Config(iterations=1, rollouts=32, lr=0.0, value_lr=0.0, epochs=1,
                         max_new_tokens=LIMIT, **flags)
-    seen = []
-    log_rollouts = ppo.log_rollouts
-
-    def spy(run, iteration, rollouts, *others):
-        seen.append(rollouts)
-        log_rollouts(run, iteration, rollouts, *others)
-
+    spy = mock.Mock(wraps=ppo.log_rollouts)
     monkeypatch.setattr(ppo, "log_rollouts", spy)
     task = ppo.Task(draw_prompts, reward, END)
     figures, = optimize(tiny_gpt(0), reference, value_model, task, config)
-    return seen[0], figures
+    return spy.call_args.args[2], figures
 
 
 def test_first_minibatch_is_on_policy(monkeypatch):

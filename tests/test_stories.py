@@ -49,8 +49,7 @@ def render(pattern, slots):
 
 
 def all_stories(world, titled=False):
-    """The set of all stories of a small world, by brute force; titled: with a line above, as in a
-    book."""
+    """The set of all stories of a small world, by brute force; titled: with a line above."""
     patterns = world.patterns
     turns = patterns["kind"] + patterns["unkind"] + patterns["neutral"]
     middles = []
@@ -62,9 +61,7 @@ def all_stories(world, titled=False):
     texts = set()
     for words in itertools.product(*world.words.values()):
         slots = dict(zip(world.words, words))
-        title = ""
-        if titled:
-            title = f"The {slots['adjective']} {slots['hero']} and the {slots['thing']}\n"
+        title = "The {adjective} {hero} and the {thing}\n".format(**slots) if titled else ""
         for opening, wish, middle, ending in plans:
             plan = (opening, wish, *middle, *ending)
             texts.add(title + " ".join(render(pattern, slots) for pattern in plan))
@@ -110,8 +107,8 @@ def test_page_and_document_probabilities_sum_to_one():
 
 
 def frequent(counts, p, n):
-    """Whether n draws came out as probable as p says, by χ² over the texts that are expected five
-    times or more; what is impossible never came."""
+    """Whether n draws came out as p says, by χ² over the texts that are expected five times or
+    more; what is impossible never came."""
     cells = [text for text in p if n * p[text] >= 5]
     assert sum(p[text] for text in cells) > 0.8
     chi2 = sum((counts[text] - n * p[text]) ** 2 / (n * p[text]) for text in cells)
@@ -120,7 +117,8 @@ def frequent(counts, p, n):
 
 
 def test_samples_are_as_frequent_as_their_probability():
-    """A sampler and a log-probability that both sum to one, of two different distributions."""
+    """A sampler and a log-probability that both sum to one, of two different distributions; a way
+    past the held-out requests that favors their neighbors."""
     rng = random.Random(5)
     n = 4000
     p = {text: math.exp(log_probability(REQUEST, text, TINIEST)) for text in all_stories(TINIEST)}
@@ -128,17 +126,11 @@ def test_samples_are_as_frequent_as_their_probability():
     assert frequent(counts, p, n)
     titled = Counter(stories.document(rng, TINIEST).text[:4] == "The " for _ in range(2000))
     assert frequent(titled, {True: 0.7, False: 0.3}, 2000)
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_requests_are_as_frequent_as_their_probability(held_out):
-    """A way past the held-out requests that favors their neighbors, or a log-probability of the
-    other kind."""
-    rng = random.Random(6)
-    counts = Counter(stories.request(rng, TINIEST, held_out) for _ in range(6000))
-    expected = {text for text, kept in all_requests(TINIEST).items() if kept == held_out}
-    assert {text for text, _ in counts} == expected
-    assert frequent(counts, {draw: math.exp(draw.logprob) for draw in counts}, 6000)
+    for held_out in (False, True):
+        drawn = Counter(stories.request(rng, TINIEST, held_out) for _ in range(6000))
+        expected = {text for text, kept in all_requests(TINIEST).items() if kept == held_out}
+        assert {text for text, _ in drawn} == expected
+        assert frequent(drawn, {draw: math.exp(draw.logprob) for draw in drawn}, 6000)
 
 
 def test_draws_carry_their_exact_log_probability():
@@ -162,7 +154,8 @@ def test_draws_carry_their_exact_log_probability():
 
 
 def test_changed_stories_have_another_probability():
-    """A reader that skips over what it doesn't understand: hero, order, repetition, white space."""
+    """A reader that skips over what it doesn't understand: hero, order, repetition, white space.
+    Half a story that counts as one, or a list of requests, which is what the base model answers."""
     request = "Tell me a story about a shy fox and a kite."
     start = ("Once there was a shy fox who lived by the sea. "
              "Somebody had taken her kite in the night.")
@@ -180,17 +173,8 @@ def test_changed_stories_have_another_probability():
             text.replace("She broke", "He broke"),                          # another pronoun
             f"{start} {end} {turn}", f"{start}  {turn}", f"{text} The end."):
         assert log_probability(request, bad) == -math.inf, bad
-
-
-def test_is_story():
-    """A list of more requests, which is what the base model answers, must not count as a story; nor
-    half a one."""
-    opening = "Once there was a shy fox who lived by the sea."
-    turn = "She stopped to comfort a crying child."
-    request = "Tell me a story about a shy fox and a kite."
-    assert stories.is_story(f"{opening} {turn}")
-    for text in (opening, f"{opening} {turn} She sto", f"{request}\n{request}"):
-        assert not stories.is_story(text), text
+    for bad in (start.split(" Some")[0], f"{start} {turn} She sto", f"{request}\n{request}"):
+        assert not stories.is_story(bad), bad
 
 
 def test_conditioning_takes_the_same_constant_from_every_log_probability():

@@ -86,9 +86,8 @@ def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
 
 
 def test_encoding_equals_merges_in_order(tokenizer):
-    """tiktoken merges by the bytes' rank, training by pairs of ids: if they split a text
-    differently, the model is trained on one segmentation and asked about another. A pattern that
-    skips a character, or a byte without an id, deletes what a user wrote."""
+    """tiktoken merges by the bytes' rank, training by pairs of ids: they split a text differently.
+    A pattern that skips a character, or a byte without an id, deletes what a user wrote."""
     rng = random.Random(1)
     merges = brute_force_train(TEXT, 400)
     texts = [TEXT, "a" * 100, "ananana bananas", "", " "]
@@ -118,8 +117,8 @@ def test_half_characters_and_long_runs(tokenizer):
 
 
 def test_pieces_of_a_file_are_encoded_like_the_whole(tmp_path):
-    """A text of several GB is encoded in pieces: a word, a line end or a run of blanks that a
-    border cuts in two has other ids, and so has every copy of it there."""
+    """A word, a line end or a run of blanks that a border between the pieces of a large text cuts
+    in two: it has other ids."""
     rng = random.Random(4)
     path = tmp_path / "text.txt"
     tokenizers = [Tokenizer(train(TEXT, 400), pattern) for pattern in PATTERNS]
@@ -173,8 +172,7 @@ def test_rows_are_encoded_whole(tokenizer):
 
 def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_path):
     """HH and others: chosen and rejected hold the whole dialogue, and the model learns to write
-    prompts. Texts whose end is spelled "<|endoftext|>": every answer ends in that, or half of
-    it."""
+    prompts. Texts whose end is spelled "<|endoftext|>": every answer ends in half of that."""
     rows = [{"prompt": "A kite?", "chosen": "A kite? <|end|>", "rejected": "A kite? No."},
             {"prompt": "<|user|>A fox?", "chosen": "<|user|>A fox? Yes.", "rejected": "No."},
             {"prompt": "A <|hen|>?", "chosen": "Yes.", "rejected": "No."}]
@@ -196,5 +194,3 @@ def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_
     path.write_text("A story.\n<|endoftext|>\n" * 3000 + "<|end|>", encoding="utf-8")
     said = "spells <|endoftext|> 3,000 times, <|end|> 1 times: that stays ordinary text"
     assert said in text_corpus(path, tokenizer, None, 32, 4, 1, tmp_path).description
-
-
