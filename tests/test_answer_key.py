@@ -194,17 +194,15 @@ def test_figures_of_a_selection_by_hand():
     assert [distinct_2(["a b c", "a b d"]), distinct_2(["a", "b"])] == [3 / 4, 0]
 
 
-def test_mean_and_error_of_prompts():
-    """The spread for the standard error, or nan for a single prompt, which is no JSON."""
+def test_errors_of_means_and_shares():
+    """The spread for the standard error, or nan for a single prompt, which is no JSON. An error
+    that takes the way for exact, or for independent of the part: compare with the share's spread
+    over many yardsticks. No way to go is no division by zero."""
     x = noise(3, 50)
     expected = np.mean(x.numpy()), np.std(x.numpy(), ddof=1) / math.sqrt(50)
     assert mean_and_error(x) == pytest.approx(expected)
     assert with_errors({"a": x[:1]}) == {"a": x[0].item(), "a_error": None}
 
-
-def test_error_of_a_share_is_its_spread():
-    """An error that takes the way for exact, or for independent of the part; a division by zero
-    where there is no way to go. The oracle: the share's spread over many yardsticks."""
     way = 2 + noise(0, 1000, 40)                       # (yardsticks, prompts)
     part = 0.8 * way + 0.3 * noise(1, 1000, 40) + 0.5  # most of the noise is shared
     shares, errors = np.array([share_and_error(*pair) for pair in zip(part, way)]).T

@@ -125,7 +125,7 @@ for row in rows: say(int(len(row['second']) < len(row['first'])), why='shorter')
 
 def test_a_program_as_the_judge(tmp_path):
     """Answers at other questions; a question cut at its line break or spoilt by an encoding; one
-    that is paid for twice."""
+    that is paid for twice; a name that was mistyped, found out after minutes of sampling."""
     judge = command_judge(program(tmp_path, SHORTER), tmp_path / "labels.jsonl")
     expected = [(int(len(second) < len(first)), "shorter") for _, first, second in QUESTIONS]
     assert len(set(expected)) == 2
@@ -134,6 +134,10 @@ def test_a_program_as_the_judge(tmp_path):
     rows = metrics(tmp_path / "asked.jsonl")
     assert [tuple(row.values()) for row in rows] == QUESTIONS
     assert list(rows[0]) == ["prompt", "first", "second"]
+    with pytest.raises(InputError, match="^--judge no-such-program --fast: "):
+        judge_of("no-such-program --fast", tmp_path / "labels.jsonl")
+    with pytest.raises(InputError, match="^--reward no-such-program: "):
+        reward_of("no-such-program")
 
 
 @pytest.mark.parametrize("body, given, message", [
@@ -161,11 +165,3 @@ def test_a_program_that_fails_is_one_line_and_no_label_is_lost(tmp_path, body, g
     asked = metrics(tmp_path / "asked.jsonl") if given < 8 else []
     assert [row["prompt"] for row in asked] == [prompt for prompt, _, _ in QUESTIONS[given:]]
     assert [why for _, why in found[given:]] == ["shorter"] * (8 - given)
-
-
-def test_a_command_that_there_is_not(tmp_path):
-    """A name that was mistyped, found out after minutes of sampling."""
-    with pytest.raises(InputError, match="^--judge no-such-program --fast: "):
-        judge_of("no-such-program --fast", tmp_path / "labels.jsonl")
-    with pytest.raises(InputError, match="^--reward no-such-program: "):
-        reward_of("no-such-program")

@@ -5,6 +5,7 @@ import copy
 import math
 import random
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -98,20 +99,17 @@ def task(watch=lambda rollout: None):
 def test_the_moving_average(monkeypatch):
     """An average that begins at 0 is far below the returns for twenty batches; one that holds the
     batch itself knows the action; one that starts anew is the last batch's mean."""
-    estimate = ppo.estimate_advantages
-    baselines = []
-    means = []
-
-    def spy(rewards, rollouts, mean, config):
-        advantages, returns = estimate(rewards, rollouts, mean, config)
-        baselines.append(mean)
-        means.append(returns[rollouts.mask].mean().item())
-        return advantages, returns
-
+    spy = mock.Mock(wraps=ppo.estimate_advantages)
     monkeypatch.setattr(ppo, "estimate_advantages", spy)
     config = ppo.Config(method="reinforce_moving", iterations=3, rollouts=12, max_new_tokens=LIMIT,
                         lr=1e-2)
     optimize(tiny_gpt(0), tiny_gpt(1), None, task(), config)
+    baselines = []
+    means = []
+    for call in spy.call_args_list:
+        rewards, rollouts, mean, _ = call.args
+        baselines.append(mean)
+        means.append(ppo.returns_to_go(rewards, rollouts.mask, 1.0)[rollouts.mask].mean().item())
     expected = [0.0, means[0], 0.9 * means[0] + 0.1 * means[1]]
     assert len(set(means)) == 3 and baselines == pytest.approx(expected, rel=1e-5)
 
@@ -121,15 +119,6 @@ def test_adapt_penalty():
     around the target."""
     kls = (0.0066, 0.01 / 1.5, 0.015, 0.0151)
     assert [ppo.adapt_penalty(3.0, kl, target=0.01) for kl in kls] == [1.5, 3.0, 3.0, 6.0]
-
-
-def with_advantages(rollouts, config):
-    """Step 3, from formulas that have tests of their own."""
-    beta = 0.0 if config.method in ppo.KL_IN_LOSS else config.beta
-    rewards = rollouts.token_rewards + ppo.shaped_rewards(
-        rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, rollouts.mask, beta)
-    advantages, returns = ppo.estimate_advantages(rewards, rollouts, 0.0, config)
-    return rollouts._replace(advantages=advantages, returns=returns)
 
 
 def step_by_hand(policy, value_model, rollouts, config, rows):
@@ -195,8 +184,12 @@ def test_the_gradient_of_every_loss(method, monkeypatch):
                         temperature=0.8)
     rollouts = made_up_rollouts(policy, value_model)
     rows = [4, 0, 2, 5]     # a minibatch, not all that was sampled
-    expected, figures = step_by_hand(policy, value_model, with_advantages(rollouts, config), config,
-                                     rows)
+    rewards = rollouts.token_rewards + ppo.shaped_rewards(
+        rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, rollouts.mask,
+        0.0 if method in ppo.KL_IN_LOSS else config.beta)
+    advantages, returns = ppo.estimate_advantages(rewards, rollouts, 0.0, config)
+    whole = rollouts._replace(advantages=advantages, returns=returns)
+    expected, figures = step_by_hand(policy, value_model, whole, config, rows)
     for micro_batch in (1, 3, 64):
         config.micro_batch = micro_batch
         found, row = first_step(monkeypatch, policy, value_model, rollouts, config, rows)
@@ -298,11 +291,13 @@ def test_a_method_with_values(out, capsys, monkeypatch):
     """A coefficient, the value model or its optimizer that starts anew where the run continues. A
     count of memory that forgets gradients and moments: what learns takes four times its weights."""
     argv = ["--out", str(out), *TINY, *"--method ppo_penalty --penalty_target 1e-3".split()]
-    ppo.main([*argv, "--name", "ppo-whole"])
-    total = 0
-    for stage in ("sft", "reward_model"):   # both stand still, and a copy of both learns
-        weights = read_torch(out / "cpu" / stage / "checkpoint.pt")["model"]
-        total += (1 + 4) * sum(4 * x.numel() for x in weights.values())
+    shown = mock.Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "show_models", shown)
+        ppo.main([*argv, "--name", "ppo-whole"])
+    big = tiny_gpt(0, vocab=10_000)     # in the place of each
+    ppo.show_models(*shown.call_args.args, **dict.fromkeys(shown.call_args.kwargs, big))
+    total = 2 * (1 + 4) * sum(4 * x.numel() for x in big.parameters())  # a copy of two learns
     assert ("models in memory: 4 (policy, reference, reward_model, value_model), "
             f"{total / 2 ** 20:.0f} MB with gradients and optimizer\n") in capsys.readouterr().out
     log_rollouts = ppo.log_rollouts

@@ -196,13 +196,12 @@ def test_what_a_response_earns(monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # The script
 
-FLAGS = ("--rollouts 6 --minibatch 4 --micro_batch 3 --epochs 2 --max_new_tokens 16 "
-         "--size cpu").split()
-
 
 def train(out, flags="", *more):
     """Run the script. Returns the rows of its metrics.jsonl."""
-    ppo.main(["--out", str(out), *FLAGS, *flags.split(), *more])
+    flags = ("--size cpu --rollouts 6 --minibatch 4 --micro_batch 3 --epochs 2 --max_new_tokens 16 "
+             + flags)
+    ppo.main(["--out", str(out), *flags.split(), *more])
     return metrics(out / "cpu/ppo/metrics.jsonl")
 
 
@@ -317,13 +316,11 @@ def test_ppo_on_the_process_model(out, monkeypatch):
     """The outcome model's scores under the name of the process model; a stage that is missing, and
     is not trained; a value model that starts from nowhere. A held-out request that a pair or a
     rollout has shown before: drawn with another seed, a few occur in training all the same."""
-    def stop(*arguments):
-        raise KeyboardInterrupt(*arguments)
-
-    monkeypatch.setattr(ppo, "ppo", stop)
-    with pytest.raises(KeyboardInterrupt) as error:
+    loop = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(ppo, "ppo", loop)
+    with pytest.raises(KeyboardInterrupt):
         train(out, "--reward process")
-    policy, _, value_model, task, *_ = error.value.args
+    policy, _, value_model, task, *_ = loop.call_args.args
     path = out / "cpu/process_model/checkpoint.pt"
     weights, tokenizer, _ = load_checkpoint(path, "process_model", "cpu", gpt.get_device(),
                                             RewardModel)

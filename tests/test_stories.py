@@ -79,18 +79,15 @@ def all_requests(world):
     return requests
 
 
-def test_story_probabilities_sum_to_one():
+def test_probabilities_sum_to_one():
     """A log-probability that forgets a choice, counts one twice, or forgets that turns aren't
-    repeated."""
+    repeated; a page whose length costs nothing, or with a held-out request; a document that forgets
+    which of the two it is."""
     texts = all_stories(TINY)
     for request in (None, REQUEST):
         total = math.fsum(math.exp(log_probability(request, text, TINY)) for text in texts)
         assert total == pytest.approx(1, abs=1e-9)
 
-
-def test_page_and_document_probabilities_sum_to_one():
-    """A page whose length costs nothing, or with a held-out request; a document that forgets which
-    of the two it is."""
     requests = all_requests(TINIEST)
     logprobs = []
     for n in TINIEST.page_lengths:

@@ -20,7 +20,6 @@ wind was never there when the fox was. "Wind, wind," said the fox, "where do you
 121212?"
 The banana bandana sang: aaaa aaaaa aaaaaa, lalalala, ananananas!  Naïve café, 日本語日本語, 🦊🪁🦊🪁.
 """
-BYTES = [bytes([i]) for i in range(256)]
 
 
 def random_text(rng, length):
@@ -60,7 +59,7 @@ def test_training_equals_recounting_every_round():
     texts = [TEXT, "a" * 37, "ab" * 20 + " " + "aab" * 9, random_text(rng, 150), ""]
     texts += ["".join(rng.choices("aab c", k=rng.randint(0, 200))) for _ in range(30)]
     for text in texts:
-        vocabulary = list(BYTES)
+        vocabulary = [bytes([i]) for i in range(256)]
         pairs = []
         for (left, right), _ in brute_force_train(text, 400):
             pairs.append((vocabulary[left], vocabulary[right]))
@@ -87,7 +86,8 @@ def test_a_text_without_blanks_takes_no_time_a_merge(capsys):
 
 def test_encoding_equals_merges_in_order(tokenizer):
     """tiktoken merges by the bytes' rank, training by pairs of ids: they split a text differently.
-    A pattern that skips a character, or a byte without an id, deletes what a user wrote."""
+    A pattern that skips a character, a lone surrogate, half an emoji; a million blanks, on which
+    GPT-2's pattern overflows tiktoken's regex stack: a Rust panic that no except catches."""
     rng = random.Random(1)
     merges = brute_force_train(TEXT, 400)
     texts = [TEXT, "a" * 100, "ananana bananas", "", " "]
@@ -106,10 +106,6 @@ def test_encoding_equals_merges_in_order(tokenizer):
             assert ids == expected
     assert len(tokenizer.encode(TEXT)) < 0.6 * len(TEXT.encode())
 
-
-def test_half_characters_and_long_runs(tokenizer):
-    """A lone surrogate in a prompt, a response cut inside an emoji; a million blanks, on which
-    GPT-2's pattern overflows tiktoken's regex stack: a Rust panic that no except catches."""
     assert tokenizer.decode(tokenizer.encode("fox\ud83e kite")) == "fox\ufffd kite"
     assert tokenizer.decode(list("🦊".encode())[:2]) == "\ufffd"
     for text in (" " * 1_000_000, "\n" * 300_000 + "fox", "a" * 300_000):
