@@ -138,19 +138,8 @@ def test_prompt_prints_candidates_and_the_winner(trained, prompt, gold, fine):
     assert ("note    sft: finished responses score less" in printed) == (fine == "99")
 
 
-@torch.no_grad()
-def response_by_response(folder, name, rollouts):
-    """log π(y|x) of all responses under a policy, without padding."""
-    model, _, _ = load(folder, name)
-    logprobs = []
-    for rollout in rollouts:
-        for row, start, length in zip(*rollout):
-            tokens = row[None, :length]
-            logprobs.append(token_logprobs(model(tokens), tokens)[0, start - 1:].sum())
-    return torch.stack(logprobs)
-
-
 @cpu_only
+@torch.no_grad()
 def test_figures_of_the_yardstick(yard, trained):
     """One policy's gold beside another's, ours and theirs swapped in the win rate, one N for all
     rows; log-ratios of another policy, or of rows sorted by length and not put back."""
@@ -170,11 +159,15 @@ def test_figures_of_the_yardstick(yard, trained):
     for name, other in zip(("ppo", "dpo"), yard.samples[1:]):
         wins = win_rate(other.figures["gold"], gold).mean().item()
         assert yard.rows[None, name]["win_rate"] == pytest.approx(wins)
-        logprobs, ref_logprobs = [response_by_response(trained, policy, other.rollouts)
-                                  for policy in (name, "sft")]
-        log_ratios = logprobs - ref_logprobs
+        log_ratios = torch.zeros(3, 16)     # response by response, without padding
+        for sign, (model, *_) in ((1, load(trained, name)), (-1, load(trained, "sft"))):
+            responses = [row for rollout in other.rollouts for row in zip(*rollout)]
+            for i, (tokens, start, length) in enumerate(responses):
+                tokens = tokens[None, :length]
+                logprobs = token_logprobs(model(tokens), tokens)[0, start - 1:]
+                log_ratios[divmod(i, 16)] += sign * logprobs.sum()
         for under, field in (("gold", "gold"), ("reward model", "reward")):
-            J, J_star = optimality_gap(other.figures[field], log_ratios.view(3, 16), 0.5)
+            J, J_star = optimality_gap(other.figures[field], log_ratios, 0.5)
             row = yard.rows[under, name]
             assert row["J"] == pytest.approx(J.mean().item(), abs=1e-5)
             assert row["own_J_star"] == pytest.approx(J_star.mean().item(), abs=1e-5)
@@ -216,8 +209,8 @@ def test_who_is_right_how_often(yard):
 
 @cpu_only
 def test_best_of_n_by_the_process_model(out, monkeypatch):
-    """Candidates chosen by one model's score of other samples, or shown with the process model's
-    scores as the reward; an unfinished answer whose few steps are all good wins."""
+    """Candidates chosen by another sample's score, or shown with the process model's scores as the
+    reward; an unfinished answer whose few steps are all good wins."""
     model, tokenizer, _ = load_checkpoint(out / "cpu/reward_model/checkpoint.pt", "reward_model",
                                           "cpu", model_class=RewardModel)
     model.head.weight.data = noise(70, *model.head.weight.shape)
@@ -229,12 +222,10 @@ def test_best_of_n_by_the_process_model(out, monkeypatch):
     run(out, *"--process --policies , --prompts 3 --samples 8".split())
     rows = found_rows(out)
     samples = drawn[0].samples
-    scores = []         # the sum of the steps, response by response; unfinished ones never win
-    for rollout in samples.rollouts:
-        rewards, steps = reward_model.step_rewards(model, rollout, tokenizer)
-        ended = rollout.ended(tokenizer.end_token)
-        scores.append(torch.where(ended, rewards.sum(dim=1), -math.inf).detach())
-    scores = torch.cat(scores).view(samples.figures["reward"].shape)
+    scores = [reward_model.step_rewards(model, rollout, tokenizer)[0].sum(dim=1).detach()
+              for rollout in samples.rollouts]
+    ended = samples.figures["ended"]
+    scores = torch.where(ended > 0, torch.cat(scores).view(ended.shape), -math.inf)
     assert 0 < scores.isinf().sum() < scores.numel()
     weights = subset_weights(scores, 4)
     for name in ("reward", "gold", "ended"):
@@ -277,12 +268,10 @@ def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
         monkeypatch.setattr(stage, function, stop)
         with pytest.raises(KeyboardInterrupt) as error:
             stage.main(["--out", str(out), "--size", "cpu", "--max_new_tokens", "4", *data])
+        lists = [x for x in error.value.args if isinstance(x, list)]
         if stage is ppo:
-            items = error.value.args[3].draw_prompts(400, random.Random(0))
-            assert prompts_of(items) == split[0]
-        else:
-            lists = [x for x in error.value.args if isinstance(x, list)]
-            assert [prompts_of(items) for items in lists] == split
+            lists = [error.value.args[3].draw_prompts(400, random.Random(0))]
+        assert [prompts_of(items) for items in lists] == split[:len(lists)]
 
     drawn = watch(monkeypatch)
     run(out, *data, "--samples", "4")
@@ -298,20 +287,12 @@ def test_draws_and_temperatures_are_each_policys_own(out, yard, monkeypatch):
         path = out / "cpu" / name / "checkpoint.pt"
         path.parent.mkdir(exist_ok=True)
         save_checkpoint(path, "ppo", "cpu", model, tokenizer, **settings)
-    calls = []
-    generate = best_of_n.generate
-
-    def watched(*arguments, seed):
-        calls.append((arguments[4], seed))
-        return generate(*arguments, seed=seed)
-
-    monkeypatch.setattr(best_of_n, "generate", watched)
     drawn = watch(monkeypatch)
-    printed = run(out, *"--prompts 3 --samples 16 --sample_batch 48 --seed 2".split(), "--policies",
+    printed = run(out, *"--prompts 3 --samples 16 --sample_batch 16 --seed 2".split(), "--policies",
                   "ppo,ppo-hot")
     assert drawn[0].prompts == yard.prompts[0]
-    temperatures, seeds = zip(*calls)
-    assert temperatures == (1.0, 1.0, 1.0, 1.5) and len(set(seeds)) == 4
+    first, ppo_first, _ = [x.samples.texts[:16] for x in drawn]
+    assert first not in (ppo_first, drawn[0].samples.texts[16:32])  # all to the first prompt
     rows = found_rows(out)
     assert rows[None, "ppo"]["kl"] == 0  # both have SFT's weights
     assert rows[None, "ppo-hot"]["kl"] > 5 * rows[None, "ppo-hot"]["kl_error"] > 0
