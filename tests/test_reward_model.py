@@ -50,30 +50,18 @@ def reward_of(model, ids):
 
 
 def test_only_differences_count():
-    """A loss that depends on the rewards' level pushes it somewhere; Bradley-Terry leaves it
-    free."""
-    rewards = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
-    found = []
-    for level in (0, 7):
-        shifted = (rewards + level).requires_grad_()
-        loss = bradley_terry_loss(*shifted)
-        loss.backward()
-        found.append([loss.detach(), shifted.grad])
-    torch.testing.assert_close(found[1], found[0])
-
-
-def test_gradient_is_the_probability_of_the_other_order():
-    """A pair that is surely right and still pulls; a sum for the mean. log(sigmoid(x)) in two steps
-    is -inf from a difference of -104 in float32, and its gradient NaN."""
+    """A loss that pushes the rewards' level, which is free; a pair that is surely right and still
+    pulls; a sum for the mean. log(sigmoid(x)) in two steps is -inf at x = -104 in float32."""
     margins = torch.tensor([1.5, -1.5, 0.0, -400.0, 600.0])
-    chosen = margins.clone().requires_grad_()
-    rejected = torch.zeros(5, requires_grad=True)
-    loss = 5 * bradley_terry_loss(chosen, rejected)
-    loss.backward()
-    expected = 1 / (1 + margins.exp())
-    assert loss.item() == pytest.approx(0.2014 + 1.7014 + math.log(2) + 400)    # CS 224R, ch. 6
-    torch.testing.assert_close(chosen.grad, -expected)
-    torch.testing.assert_close(rejected.grad, expected)
+    for level in (0.0, 7.0):
+        chosen = (level + margins).requires_grad_()
+        rejected = torch.full((5,), level, requires_grad=True)
+        loss = 5 * bradley_terry_loss(chosen, rejected)
+        loss.backward()
+        expected = 1 / (1 + margins.exp())  # the probability of the other order
+        assert loss.item() == pytest.approx(0.2014 + 1.7014 + math.log(2) + 400)    # CS 224R, ch. 6
+        torch.testing.assert_close(chosen.grad, -expected)
+        torch.testing.assert_close(rejected.grad, expected)
 
 
 def test_score_reads_the_last_token_whatever_the_padding():
@@ -207,16 +195,16 @@ def test_a_reward_model_judges_with_bradley_terrys_noise(tokenizer):
     judge = reward_model.reward_model_judge(model, tokenizer)
     asked = [("Hi.", "Good morning.", "No."), ("Hi.", "No.", "Good morning."),
              ("Who?", "A fox.", "Me."), ("Why?", "So.", "So so.")]
-    labels = judge(asked * 1000, random.Random(3))
-    p = []
-    for i, (prompt, *texts) in enumerate(asked):
+    labels = [choice for choice, _ in judge(asked * 1000, random.Random(3))]
+    share = 1 - torch.tensor(labels).view(1000, 4).float().mean(dim=0)
+    margins = []
+    for prompt, *texts in asked:
         first, second = [reward_of(model, tokenizer.prompt(prompt) + tokenizer.response(text))
                          for text in texts]
-        x = torch.sigmoid(first - second).item()
-        share = [choice for choice, _ in labels[i::4]].count(0) / 1000
-        assert abs(share - x) < 4 * math.sqrt(x * (1 - x) / 1000)
-        p.append(x)
-    assert max(p) - min(p) > 0.3 and 0.02 < min(p)
+        margins.append((first - second).item())
+    p = torch.sigmoid(torch.tensor(margins))
+    assert ((share - p).abs() < 4 * (p * (1 - p) / 1000).sqrt()).all()
+    assert p.max() - p.min() > 0.3 and 0.02 < p.min()
 
 
 def rollout_of(rows, tokenizer):
