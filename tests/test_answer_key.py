@@ -265,9 +265,8 @@ def test_a_reward_models_figures_by_hand():
 
 
 def test_close_to_the_best(capsys):
-    """A share upside down (a loss should be small, an accuracy large), or measured from 0 where
-    guessing has 0.5; a traceback for a stage without figures, or a figure that only some rows have:
-    best_of_n.py --verify --samples 8, after all the sampling."""
+    """A share upside down, or measured from 0 where guessing has 0.5; a traceback for a stage with
+    no figures, or for a figure that only some rows have (best_of_n.py --verify --samples 8)."""
     accuracy = dict(expected_accuracy=0.75, expected_accuracy_error=0.012, bayes_accuracy=0.8,
                     share_of_bayes=0.9375, share_of_bayes_error=0.014, above_chance=0.8333,
                     above_chance_error=0.038)

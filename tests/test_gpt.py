@@ -90,9 +90,8 @@ def test_logits_are_float32_under_autocast(monkeypatch):
 
 @pytest.mark.parametrize("scale", [1, 40])
 def test_logprobs_against_cross_entropy(scale):
-    """No shift, a double one, no temperature, bf16; with a mask, logits put back in the wrong order
-    or row; a gradient that is lost or counted twice. At a scale of 40 some tokens have all of the
-    probability."""
+    """No shift, a double one, no temperature, bf16; logits put back in the wrong order or row; a
+    gradient that is lost or counted twice; all of the probability on one token (the scale)."""
     model = tiny_model(seed=31).float()
     with torch.no_grad():
         model.wte.weight *= scale
@@ -421,8 +420,7 @@ def test_mid_training_continues_from_the_checkpoint(stages, out, tmp_path, monke
     gpt.main(["--size", "cpu", "--out", str(out), "--start", str(stages / "cpu/gpt"),
               *flags.split()])
     first, _, last = metrics(out / "cpu/gpt-mid/metrics.jsonl")
-    path = out / "cpu/gpt-mid/checkpoint.pt"
-    trained, same_tokenizer, _ = load_checkpoint(path, "gpt", "cpu")
+    trained, same_tokenizer, _ = load_checkpoint(out / "cpu/gpt-mid/checkpoint.pt", "gpt", "cpu")
     assert same_tokenizer.vocabulary == tokenizer.vocabulary and trained.config == model.config
     assert (first["step"], last["step"]) == (0, 8)
 

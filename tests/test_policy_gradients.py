@@ -300,6 +300,7 @@ def test_a_method_with_values(out, capsys, monkeypatch):
     total = 2 * (1 + 4) * sum(4 * x.numel() for x in big.parameters())  # a copy of two learns
     assert ("models in memory: 4 (policy, reference, reward_model, value_model), "
             f"{total / 2 ** 20:.0f} MB with gradients and optimizer\n") in capsys.readouterr().out
+
     log_rollouts = ppo.log_rollouts
 
     def killed_in_the_fourth(run, iteration, *others):
@@ -322,8 +323,8 @@ def test_pretraining_text_of_the_little_world(out, capsys, monkeypatch):
     """--ptx that does not train, or whose loss nobody tells, or tells at another temperature."""
     documents = corpus.held_out_documents()[:10]
     monkeypatch.setattr(corpus, "held_out_documents", lambda: documents)
-    flags = "--epochs 1 --beta 0 --ptx 20 --temperature 0.8".split()
-    ppo.main(["--out", str(out), *TINY, *flags])
+    flags = "--epochs 1 --beta 0 --ptx 20 --temperature 0.8"
+    ppo.main(["--out", str(out), *TINY, *flags.split()])
     losses = []
     for stage, temperature in (("sft", 1.0), ("ppo", 0.8)):
         path = out / "cpu" / stage / "checkpoint.pt"

@@ -18,8 +18,9 @@ from data.files import InputError, read_comparisons, write_jsonl
 from data.run import SilentRun, read_torch
 from data.stories import is_held_out
 from gpt import load_checkpoint, save_checkpoint, token_logprobs
-from helpers import (END, LIMIT, PROMPTS, V, cpu_only, draw_prompts, metrics, noise, optimize,
-                     ragged_mask, response_reward, snapshot, tiny_gpt, tiny_reward_model, untimed)
+from helpers import (ASKED, END, LIMIT, PROMPTS, V, cpu_only, draw_prompts, metrics, noise,
+                     optimize, ragged_mask, response_reward, snapshot, tiny_gpt,
+                     tiny_reward_model, untimed)
 from reward_model import RewardModel
 
 
@@ -206,9 +207,8 @@ def train(out, flags="", *more):
 
 
 def test_main(out):
-    """A run that cannot be repeated, a figure that the README explains and nothing logs; a
-    controller that sees another KL than the one that is logged; a checkpoint that won't load, or
-    names the first beta, or the next iteration's."""
+    """A run that cannot be repeated; a figure of the README's that nothing logs; a controller of
+    another KL than the logged one; a checkpoint that won't load, or of another iteration's beta."""
     before = snapshot(out)
     flags = "--iterations 3 --kl_target 3 --lr 1e-2"
     rows = train(out, flags)
@@ -233,7 +233,6 @@ def test_main(out):
 def test_a_prompt_is_answered_by_the_policy(out, capsys):
     """--prompt that asks another policy than --name's, or at a temperature that is not the trained
     one times the given one."""
-    question = "Tell me a story about a shy fox and a kite."
     policy, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     with torch.no_grad():
         policy.wte.weight += 0.3 * noise(0, *policy.wte.weight.shape)
@@ -242,9 +241,9 @@ def test_a_prompt_is_answered_by_the_policy(out, capsys):
                     temperature=0.5)
     for flags, seed, temperature in (("", 1, 0.5), ("--seed 3 --temperature 2", 3, 1.0),
                                      ("--top_k 1", 2, 1e-4)):
-        ppo.main(["--out", str(out), "--size", "cpu", "--name", "ppo-sharp", "--prompt", question,
+        ppo.main(["--out", str(out), "--size", "cpu", "--name", "ppo-sharp", "--prompt", ASKED,
                   "--max_new_tokens", "12", *flags.split()])
-        prompt = tokenizer.prompt(question)
+        prompt = tokenizer.prompt(ASKED)
         [text], _ = gpt.respond(policy, tokenizer, [prompt], 12, seed, temperature)
         assert capsys.readouterr().out == text + "\n"
 
@@ -256,7 +255,6 @@ def test_a_prompt_is_answered_by_the_policy(out, capsys):
     ("--method grpo --lam 0.5", "--lam 0.5: goes with --method ppo or ppo_penalty or a2c only"),
     ("--method reinforce --epochs 4", "--epochs 4: goes with --method ppo or ppo_penalty or grpo"),
     ("--method a2c --clip 0.3", "--clip 0.3: goes with --method ppo or grpo"),
-    ("--method reinforce --penalty 2", "--penalty 2.0: goes with --method ppo_penalty only"),
     ("--method grpo --gamma 0.9", "--gamma 0.9: goes with --method ppo or ppo_penalty or a2c"),
     ("--kl_target 3 --beta 0", "--kl_target 3.0: cannot be used with --beta 0"),
     # A group of one, compared with itself: no gradient at all.

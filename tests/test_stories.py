@@ -80,9 +80,8 @@ def all_requests(world):
 
 
 def test_probabilities_sum_to_one():
-    """A log-probability that forgets a choice, counts one twice, or forgets that turns aren't
-    repeated; a page whose length costs nothing, or with a held-out request; a document that forgets
-    which of the two it is."""
+    """A log-probability that forgets a choice, counts one twice, or repeats turns; a page whose
+    length costs nothing, or that holds a held-out request; a document that is no page or story."""
     texts = all_stories(TINY)
     for request in (None, REQUEST):
         total = math.fsum(math.exp(log_probability(request, text, TINY)) for text in texts)

@@ -183,8 +183,7 @@ def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_
     split = (labels[:2], labels[2:])
     said = said.replace("1 of 3", "2 of 3")
     assert encode_labels(split, "rows", tokenizer, 99)[2].endswith(said)
-    data = sft.read_data(sft.Config(data="rows"), split, tokenizer, 99)
-    assert data.description.endswith(said)
+    assert sft.read_data(sft.Config(data="rows"), split, tokenizer, 99).description.endswith(said)
 
     path = tmp_path / "text.txt"
     path.write_text("A story.\n<|endoftext|>\n" * 3000 + "<|end|>", encoding="utf-8")
