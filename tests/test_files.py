@@ -403,9 +403,8 @@ run_script(main)
 
 
 def test_printing_never_fails(tmp_path):
-    """A redirect on Windows (cp1252), LANG=C, a closed output, a path that is not UTF-8: a
-    traceback on "→", after the training and before the saving. `python ppo.py | head -1` ends in
-    Python's complaint about flushing at exit."""
+    """On cp1252, LANG=C, a closed output: a traceback on "→", after the training and before the
+    saving. `python ppo.py | head -1` ends in Python's complaint about flushing at exit."""
     body = "print('sft → ppo'); print('caf\\udce9.jsonl'); raise InputError('Δ \\udce9')"
     for encoding, arrow, delta in (("cp1252", "?", "?"), ("utf-8:strict", "→", "Δ")):
         found = run(body, tmp_path, f"PYTHONIOENCODING={encoding} {{}}")

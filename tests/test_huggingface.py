@@ -53,14 +53,14 @@ def edit(path, **changes):
 
 
 def export(out, stage, model, **values):
-    """Save this model as a stage's checkpoint, with these values, and export it. Returns (the
-    folder, flags)."""
+    """Save this model as a stage's checkpoint, with these values, and export it. Returns the
+    folder."""
     path = out / "cpu" / stage / "checkpoint.pt"
     path.parent.mkdir(parents=True)
     save_checkpoint(path, stage, "cpu", model, TOKENIZER, **values)
-    common = ["--size", "cpu", "--out", str(out)]
-    huggingface.main(["export", str(out / stage), "--stage", stage, *common])
-    return out / stage, common
+    flags = ["--stage", stage, "--size", "cpu", "--out", str(out)]
+    huggingface.main(["export", str(out / stage), *flags])
+    return out / stage
 
 
 def same_weights(found, expected):
@@ -80,10 +80,9 @@ def copied(weights):
 
 @pytest.mark.parametrize("name", ["published", "saved"])
 def test_logits_and_ids_are_those_of_transformers(name, tmp_path):
-    """A matrix left untransposed, GELU without tanh, rows of the embedding in another order: all of
-    them still sample. Merges in another order, a pattern without contractions, white space cut at
-    64: ids that the weights never saw. <|endoftext|> is what ends a text in GPT-2; a new token
-    whose row is 0 or noise may be the likeliest of all."""
+    """A matrix left untransposed, GELU without tanh, rows in another order: all still sample. Other
+    merges, white space cut at 64: ids that the weights never saw. A new token whose row is 0 may be
+    the likeliest of all."""
     folder = FOLDERS / name
     huggingface.main(["load", str(folder), "--size", "cpu", "--out", str(tmp_path)])
     model, tokenizer, _ = load_checkpoint(tmp_path / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
@@ -138,9 +137,8 @@ def resize(folder, rows):
     (304, ["[PAD]", "<|im_start|>", "é"], True, "added tokens: 2 ([PAD], <|im_start|>); rows of "
                                                 "the embedding without a token: 2 of 304")])
 def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, json_file):
-    """A vocabulary padded to 50,304 rows, a [PAD] of somebody's, GPT-2's own tokenizer.json without
-    "type" and "use_regex": refused. Or their rows move the mean that new tokens start from; or an
-    added "é" takes the row of a byte."""
+    """Refused: a vocabulary padded to 50,304 rows, a [PAD], GPT-2's own tokenizer.json without
+    "type". Their rows move the mean that new tokens start from; an added "é" takes a byte's row."""
     folder = copies / "published"
     shape, weights, tokenizer, _ = read_folder(folder)
     weights = copied(weights)
@@ -255,11 +253,10 @@ def test_damaged_weights_are_named(copies):
 
 
 def test_a_policy_goes_out(tmp_path):
-    """Padding with <|end|> makes trainers mask the very token that they should teach; on the right,
-    batches of prompts get broken texts. Weights without "format", which transformers refuses; a
-    temperature that is lost; --stage rsft refused."""
+    """Padding with <|end|>, which trainers then mask; on the right, which breaks texts in batches.
+    No "format", which transformers refuses; a temperature that is lost; --stage rsft refused."""
     policy = tiny_gpt(0, TOKENIZER.n_vocab)
-    folder, _ = export(tmp_path, "rsft", policy, text="own.txt", temperature=0.7)
+    folder = export(tmp_path, "rsft", policy, text="own.txt", temperature=0.7)
     config = read_json(folder / "config.json")
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert config["pad_token_id"] == TOKENIZER.vocabulary.index(b"\xff")
@@ -283,14 +280,14 @@ def test_reward_models_go_out(tmp_path):
     shift that is lost there moves every score, and PPO's J with it."""
     model = tiny_reward_model(0, TOKENIZER.n_vocab)
     torch.nn.init.constant_(model.head.bias, 1.5)
-    folder, _ = export(tmp_path, "process_model", model)
+    folder = export(tmp_path, "process_model", model)
     config = read_json(folder / "config.json")
     assert config["architectures"] == ["GPT2ForTokenClassification"]
     weights = read_weights(folder)[1]
     assert torch.equal(weights["classifier.weight"], model.head.weight)
     assert torch.equal(weights["classifier.bias"], model.head.bias)
 
-    folder, _ = export(tmp_path, "reward_model", model)
+    folder = export(tmp_path, "reward_model", model)
     config = read_json(folder / "config.json")
     assert config["architectures"] == ["GPT2ForSequenceClassification"]
     assert config["num_labels"] == 1
@@ -312,54 +309,35 @@ def test_reward_models_go_out(tmp_path):
     torch.testing.assert_close(scores, model.score(tokens, lengths), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("load SAVED --stage dpo", "its vocabulary is not that of"),
-    ("load SFT --stage dpo --name ppo-x", "--name ppo-x: must be dpo"),
-    ("export SFT --stage sft", "sft: already exists")])
-def test_refusals_leave_everything_as_it_was(tmp_path, flags, message):
-    """A policy compared with a reference of another vocabulary; a folder overwritten; a stage's
-    checkpoint overwritten by a slip in a name."""
-    folder, common = export(tmp_path, "sft", tiny_gpt(0, TOKENIZER.n_vocab))
-    before = snapshot(tmp_path)
-    places = {"SFT": folder, "SAVED": FOLDERS / "saved"}
-    flags = [str(places.get(flag, flag)) for flag in flags.split()]
-    with pytest.raises(InputError, match=message):
-        huggingface.main([*flags, *common])
-    assert snapshot(tmp_path) == before
-
-
-def render(messages, **options):
-    """The chat template's text. transformers' {% generation %} is shown as [ ]."""
+def test_the_chat_template():
+    """Content in parts or None prints Python into the prompt ("[{'type': 'text', …"); without
+    {% generation %} TRL's assistant_only_loss has nothing to train on."""
     def refuse(message):
         raise InputError(message)
+
     template = huggingface.TEMPLATE.replace("{% generation %}", "[")
     template = template.replace("{% endgeneration %}", "]")
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(template).render(messages=messages, **options)
-
-
-def test_the_chat_template():
-    """Content in parts or None prints Python into the prompt ("[{'type': 'text', …"); without
-    {% generation %} TRL's assistant_only_loss has nothing to train on."""
+    template = environment.from_string(template)
     user = {"role": "user", "content": " Hi "}
     assistant = {"role": "assistant", "content": "Ho<|end|>"}
-    escaped = "Ho<\ufdd0|end|>"
-    assert render([user], add_generation_prompt=True) == "<|user|> Hi <|assistant|>"
-    assert render([user, assistant]) == f"<|user|> Hi <|assistant|>[{escaped}<|end|>]"
-    for content in (None, [{"type": "text", "text": "Hi"}]):
-        with pytest.raises(InputError, match="content must be a string"):
-            render([user, {**assistant, "content": content}])
+    prompt = template.render(messages=[user], add_generation_prompt=True)
+    assert prompt == "<|user|> Hi <|assistant|>"
+    assert template.render(messages=[user, assistant]) == f"{prompt}[Ho<\ufdd0|end|><|end|>]"
+    parts = [{"type": "text", "text": "Hi"}]
     system = {"role": "system", "content": "be kind"}
-    for messages in ([user, assistant, user], [system, user]):
-        with pytest.raises(InputError, match="one exchange"):
-            render(messages)
+    for messages, message in (([user, {**assistant, "content": None}], "must be a string"),
+                              ([user, {**assistant, "content": parts}], "must be a string"),
+                              ([user, assistant, user], "one exchange"),
+                              ([system, user], "one exchange")):
+        with pytest.raises(InputError, match=message):
+            template.render(messages=messages)
 
 
 def test_later_stages_run_on_what_was_loaded(tmp_path):
-    """A pattern that the next stage's checkpoint forgets: everything runs, and every text has other
-    ids than in training. A policy from elsewhere that isn't what was exported, to the last bit; or
-    is measured against another SFT model than was there when it came."""
+    """A pattern that the next stage forgets, so that every text has other ids; a policy that isn't
+    what was exported, or is of another SFT model. Refusals after something was overwritten."""
     rows = [{"prompt": f"{i}", "completion": "we'd"} for i in range(9)]
     write_jsonl(tmp_path / "own.jsonl", rows)
     common = ["--size", "gpt2", "--out", str(tmp_path)]
@@ -368,18 +346,27 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
         sft.main(fine_tuning)
     huggingface.main(["load", str(FOLDERS / "published"), *common])
     sft.main(fine_tuning)
-    huggingface.main(["export", str(tmp_path / "sft"), "--stage", "sft", *common])
+    folder = str(tmp_path / "sft")
+    huggingface.main(["export", folder, "--stage", "sft", *common])
     source = tmp_path / "gpt2/sft/checkpoint.pt"
     model, tokenizer, _ = load_checkpoint(source, "sft", "gpt2")
     assert tokenizer.vocabulary == read_folder(FOLDERS / "published")[2].vocabulary
-    huggingface.main(["load", str(tmp_path / "sft"), "--stage", "ppo", "--name", "ppo-theirs",
-                      *common])
+    huggingface.main(["load", folder, "--stage", "ppo", "--name", "ppo-theirs", *common])
     path = tmp_path / "gpt2/ppo-theirs/checkpoint.pt"
     again, other, checkpoint = load_checkpoint(path, "ppo", "gpt2")
     assert other.vocabulary == tokenizer.vocabulary and again.config == model.config
     assert other.pattern == tokenizer.pattern == "gpt2"
     assert same_weights(again.state_dict(), model.state_dict())
     assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
+
+    before = snapshot(tmp_path)
+    for flags, message in (
+            (["load", str(FOLDERS / "saved"), "--stage", "dpo"], "its vocabulary is not that of"),
+            (["load", folder, "--stage", "dpo", "--name", "ppo-x"], "--name ppo-x: must be dpo"),
+            (["export", folder, "--stage", "sft"], "sft: already exists")):
+        with pytest.raises(InputError, match=message):
+            huggingface.main([*flags, *common])
+    assert snapshot(tmp_path) == before
 
     sft.main([*fine_tuning, "--lr", "1e-3"])
     with pytest.raises(InputError, match="load ppo-theirs again, if it is a policy of this one"):

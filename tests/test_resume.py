@@ -368,9 +368,8 @@ def test_what_a_run_says_of_an_unfinished_one(small, tmp_path, capsys):
 
 
 def test_what_resume_refuses(small, tmp_path):
-    """Half of a run with one learning rate, on one file or by one stage, and half with another. And
-    what it must not: a smaller micro-batch, for a run that ran out of memory; the same file in
-    another place. Two runs in one folder; a notebook's last traceback that keeps the lock."""
+    """Half of a run with one rate, file or stage, half with another; a smaller micro-batch, which
+    may be, refused; two runs in one folder; a notebook's last traceback that keeps the lock."""
     folder = tmp_path / "dpo"
     pairs = tmp_path / "reward_model/pairs.jsonl"
     pairs.parent.mkdir()

@@ -91,11 +91,9 @@ class Choices:
     depth: int = 2      # only with a count
     goal: Literal["near", "far"] = "near"   # changed by a kind
     speed: int = 1      # only on the way to what is near
-    turns: int = 1      # not with a text
 
 
-NEEDS = {"rate": ("kind", "plain", "fast"), "width": ("text",), "depth": ("count",),
-         "speed": ("goal", "near"), "turns": ("text", "")}
+NEEDS = {"width": ("text",), "depth": ("count",), "speed": ("goal", "near")}
 PRESETS = {"kind": {"fast": dict(rate=2.0, width=7), "odd": dict(width=9, goal="far")}}
 
 
@@ -104,13 +102,9 @@ def choose(*argv):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--rate 1 --kind fast", ""), ("--depth 5 --count 2", ""),
-    ("--speed 2 --kind odd --goal near", ""), ("--turns 2", ""),
-    ("--kind odd --rate 1", "--rate 1.0: goes with --kind plain or fast only"),
-    ("--width 3", "--width 3: goes with --text only"),
+    ("--depth 5 --count 2", ""), ("--speed 2 --kind odd --goal near", ""),
     ("--count 0 --depth 5", "--depth 5: goes with --count only"),
-    ("--speed 2 --kind odd", "--speed 2: goes with --goal near only"),
-    ("--turns 2 --text a", "--turns 2: cannot be used with --text")])
+    ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")])
 def test_flags_that_would_be_ignored_are_refused(argv, message):
     """--count 0 that counts as given; a flag equal to its default that slips through; a preset of
     the other flag's, or its default, that is not counted."""
@@ -152,9 +146,8 @@ NOTHING = "must be positive; with 0 nothing is learnt$"
     ("gpt", "--temperature 0 --sample Once", GREEDY), ("ppo", "--temperature 1e-39", GREEDY),
     ("ppo", "--data=", EMPTY), ("sft", "--temperature 1", "goes with --prompt only$")])
 def test_impossible_values_are_refused(name, argv, message, tmp_path, monkeypatch):
-    """--report 0 divides by zero after an hour, --lr nan makes every weight nan, a negative --beta
-    pays for leaving the reference; `--data $FILE` with FILE unset trains on the little world;
-    --temperature, for somebody who thinks that he trains at it."""
+    """--report 0 divides by zero after an hour, --lr nan makes every weight nan; --data $FILE with
+    FILE unset trains on the little world; --temperature, for who thinks that he trains at it."""
     module = importlib.import_module(name)
     for step in ("train", "train_missing"):
         monkeypatch.setattr(module, step, lambda *arguments: pytest.fail("trains"), raising=False)
@@ -207,9 +200,8 @@ RLHF = ["gpt", "sft", "reward_model"]
      "process_model → ppo-process, about 4 minutes on two cores")])
 def test_what_is_missing_is_announced_and_trained(there, needed, stage, asked, plan, calls,
                                                   tmp_path, capsys):
-    """Stages in the wrong order, or trained again because one before them was thrown away; minutes
-    not told; another seed or folder; a reward model trained in the process model's place; --resume
-    that ends at the first stage."""
+    """Stages in the wrong order, or trained again without need; another seed or folder; a reward
+    model trained in the process model's place; --resume that ends at the first stage."""
     trained(tmp_path, *there)
     common = ["--size", "cpu", "--out", str(tmp_path), "--seed", "7", "--resume"]
     train_missing(gpt.Config(size="cpu", out=str(tmp_path), seed=7, resume=True), needed, stage)
@@ -305,9 +297,8 @@ DOCUMENTS = [[3, 1, 4], [], [1471, 0], [2 ** 31 - 1, 9]]
 
 @pytest.mark.filterwarnings("error")
 def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
-    """A second run that draws for minutes again, or reads documents cut at the wrong places; a
-    batch changed in place that changes the file too, or torch's warning of memory that must not be
-    written; an interrupted draw that the next run takes for all."""
+    """A second run that draws again, or reads documents cut at the wrong places; a batch changed in
+    place that changes the file too; an interrupted draw that the next run takes for all."""
     path = tmp_path / "new" / "documents.npy"
 
     def interrupted():
@@ -334,9 +325,8 @@ def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
     (OSError(12, "Cannot allocate memory"), None),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None)])
 def test_only_damage_is_called_damage(tmp_path, error, message):
-    """ "not a whole file ...; delete it and train the stage again" of a file without the right to
-    read it, or that does not fit the GPU beside another program's memory: who obeys loses a good
-    checkpoint."""
+    """ "not a whole file ...; delete it" of a file without the right to read it, or that doesn't
+    fit the GPU's memory: who obeys loses a good checkpoint."""
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(InputError if message else type(error)) as found:
         with refused_if_broken(path, "x"):
