@@ -109,15 +109,11 @@ def legacy_layout(folder):
     is published. (saved/ has today's.)"""
     vocab = read_json(folder / "vocab.json")
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
-    end = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True,
-           "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
-    model = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-             "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab, "merges": merges}
+    end = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>"}
+    model = {"dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+             "vocab": vocab, "merges": merges}
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
-            "normalizer": None, "pre_tokenizer": split,
-            "post_processor": {**split, "add_prefix_space": True, "trim_offsets": False},
-            "decoder": {**split, "add_prefix_space": True}, "model": model}
+    return {"added_tokens": [end], "normalizer": None, "pre_tokenizer": split, "model": model}
 
 
 def resize(folder, rows):

@@ -101,36 +101,30 @@ def choose(*argv):
     return parse_config(Choices, dict(width=64, rate=0.1), list(argv), "", NEEDS, PRESETS)
 
 
-@pytest.mark.parametrize("argv, message", [
-    ("--depth 5 --count 2", ""), ("--speed 2 --kind odd --goal near", ""),
-    ("--count 0 --depth 5", "--depth 5: goes with --count only"),
-    ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")])
-def test_flags_that_would_be_ignored_are_refused(argv, message):
-    """--count 0 that counts as given; a flag equal to its default that slips through; a preset of
-    the other flag's, or its default, that is not counted."""
-    if not message:
-        assert argv.split()[0][2:] in choose(*argv.split()).given
-        return
-    with pytest.raises(InputError, match=f"^{message}$"):
-        choose(*argv.split())
-
-
-def test_presets(capsys):
+def test_presets_and_flags_that_would_be_ignored(capsys):
     """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or is
-    not in --help, which a "%" ends in a traceback."""
-    def found(*argv):
-        config = choose("--size", *argv)
+    not in --help, which a "%" ends in a traceback. --count 0 that counts as given; a preset of the
+    other flag's, or its default, that is not counted."""
+    def found(argv):
+        config = choose(*argv.split())
         return config.rate, config.width
 
-    assert found("cpu") == (0.5, 3) and found("cpu", "--kind", "fast") == (2.0, 7)
-    assert found("gpu") == (0.1, 64) and found("gpu", "--kind", "fast") == (2.0, 7)
-    assert found("cpu", "--kind", "odd") == (0.5, 9) and found("gpu", "--kind", "odd") == (0.1, 9)
-    assert found("cpu", *"--kind fast --rate 0.5 --text a --width 3".split()) == (0.5, 3)
+    assert found("--size cpu") == (0.5, 3) and found("--size cpu --kind fast") == (2.0, 7)
+    assert found("--size gpu") == (0.1, 64) and found("--size gpu --kind fast") == (2.0, 7)
+    assert found("--size cpu --kind odd") == (0.5, 9) and found("--size gpu --kind odd") == (0.1, 9)
+    assert found("--size cpu --kind fast --rate 0.5 --text a --width 3") == (0.5, 3)
     with pytest.raises(SystemExit):
         choose("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "a rate, 10 % of something (default: 0.5; gpu: 0.1; fast: 2.0)" in text
     assert "a width (default: 3; gpu: 64; fast: 7; odd: 9)" in text
+
+    assert choose(*"--depth 5 --count 2".split()).given == ("count", "depth")
+    assert choose(*"--speed 2 --kind odd --goal near".split()).speed == 2
+    for argv, message in (("--count 0 --depth 5", "--depth 5: goes with --count only"),
+                          ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")):
+        with pytest.raises(InputError, match=f"^{message}$"):
+            choose(*argv.split())
 
 
 POSITIVE = "must be positive$"
