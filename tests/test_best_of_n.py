@@ -409,18 +409,3 @@ def test_finetuning_on_somebodys_own_prompts(out, tmp_path, monkeypatch):
     assert sorted(first) == sorted(second) == sorted(short) and len(short) < 20
     assert len(set(third)) == 7 and set(third) < set(short)
     assert not (out / "cpu/rsft-per_prompt/kept-2.jsonl").exists()
-
-
-@pytest.mark.parametrize("argv, message", [
-    ("--rounds 2", "--rounds 2: goes with --finetune per_prompt or overall only$"),
-    ("--policies ppo,foo", "--policies foo: must be ppo or dpo, or the --name"),
-    ("--beta 0", "--beta 0.0: must be positive"),
-    ("--n 4 --data found-wrong-later.jsonl", "--n 4: goes with --prompt or --finetune only"),
-    ("--process", "process_model/checkpoint.pt: no such checkpoint"),
-    ("--finetune overall --name sft", "--name sft: must be rsft")])
-def test_what_a_run_would_ignore_is_refused(argv, message, tmp_path):
-    """A sweep over a flag that changes nothing; the reference written over; minutes of training
-    before a refusal."""
-    with pytest.raises(InputError, match=message) as error:
-        run(tmp_path / "out", *argv.split())
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -138,16 +138,24 @@ NOTHING = "must be positive; with 0 nothing is learnt$"
     ("gpt", "--report 0", POSITIVE), ("gpt", "--lr=nan", NUMBER), ("ppo", "--beta -1", NUMBER),
     ("gpt", "--lr 0", NOTHING), ("ppo", "--clip 0", NOTHING), ("ppo", "--value_clip 0", NOTHING),
     ("gpt", "--temperature 0 --sample Once", GREEDY), ("ppo", "--temperature 1e-39", GREEDY),
-    ("ppo", "--data=", EMPTY), ("sft", "--temperature 1", "goes with --prompt only$")])
+    ("ppo", "--data=", EMPTY), ("sft", "--temperature 1", "goes with --prompt only$"),
+    ("reward_model", "--judge constitution --data x", "compares nothing where --data has"),
+    ("reward_model", "--process --data x", "cannot be used with --data"),
+    ("best_of_n", "--rounds 2", "goes with --finetune per_prompt or overall only$"),
+    ("best_of_n", "--policies ppo,foo", "must be ppo or dpo, or the --name"),
+    ("best_of_n", "--beta 0", "must be positive"),
+    ("best_of_n", "--n 4", "goes with --prompt or --finetune only"),
+    ("best_of_n", "--name sft --finetune overall", "must be rsft")])
 def test_impossible_values_are_refused(name, argv, message, tmp_path, monkeypatch):
     """--report 0 divides by zero after an hour, --lr nan makes every weight nan; --data $FILE with
-    FILE unset trains on the little world; --temperature, for who thinks that he trains at it."""
+    FILE unset trains on the little world; a flag that changes nothing; a stage overwritten."""
     module = importlib.import_module(name)
     for step in ("train", "train_missing"):
         monkeypatch.setattr(module, step, lambda *arguments: pytest.fail("trains"), raising=False)
     flag = argv.replace("=", " ").split()[0]
-    with pytest.raises(InputError, match=rf"^{flag}( \S+)?: {message}"):
+    with pytest.raises(InputError, match=rf"^{flag}( \S+)?: {message}") as error:
         module.main(["--size", "cpu", "--out", str(tmp_path), *argv.split()])
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_a_runs_name_begins_with_its_stage():
