@@ -269,13 +269,14 @@ class Blocks(random.Random):
 def all_pairs(rewards, copies):
     """Every pair of the first len(rewards) responses, as often either way as Bradley-Terry says, in
     whole numbers: `copies` of it in a row."""
+    rows = [torch.tensor(row) for row in ROWS]  # padded faster than lists
     pairs = []
     rest = 0.0
     for i, j in itertools.combinations(range(len(rewards)), 2):
         wins = copies * torch.sigmoid(rewards[i] - rewards[j]).item() + rest
         rest = wins - round(wins)  # what one pair's rounding loses, the next one gets
-        pairs += [Pair(ROWS[i], ROWS[j], len(PROMPT))] * round(wins)
-        pairs += [Pair(ROWS[j], ROWS[i], len(PROMPT))] * (copies - round(wins))
+        pairs += [Pair(rows[i], rows[j], len(PROMPT))] * round(wins)
+        pairs += [Pair(rows[j], rows[i], len(PROMPT))] * (copies - round(wins))
     return pairs
 
 

@@ -431,12 +431,12 @@ def test_dpo_finds_the_same_policy(world):
     pairs = all_pairs(rewards, copies)
     policy = deepcopy(reference)
     run = SilentRun()
-    config = dpo.Config(epochs=4, batch=256, micro_batch=256, lr=3e-3, beta=BETA)
+    config = dpo.Config(epochs=4, batch=512, micro_batch=512, lr=5e-3, beta=BETA)
     dpo.dpo(policy, reference, pairs, pairs[::4000], config, Blocks(0, copies), run)
     figures, = run.rows
     found = exact_logprobs(policy)
     print(f"\ndpo: KL(π || π*) {kl(ref, best):.3f} → {kl(found, best):.4f} nats")
-    assert figures["step"] == 4 * math.ceil(len(pairs) / 256)
+    assert figures["step"] == 4 * math.ceil(len(pairs) / 512)
     assert figures["loss"] < math.log(2)
     assert kl(found, best) <= 0.02
 

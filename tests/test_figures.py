@@ -141,15 +141,9 @@ def test_the_first_readme_stays_readable():
             assert len(line) <= 120 or line.startswith(("|", "!", ">")), f"{path}: {line}"
 
 
-def test_spreads(figures):
-    """A population's deviation for a sample's, percent taken twice, "± 0.0" of a single seed."""
-    assert figures.spread([0.9, 0.92, 0.97], ".1%") == "93.0 ± 3.6 %"
-    assert [figures.spread(x, ".1f") for x in ([1.5], [4, 4], [])] == ["1.5", "4.0", "-"]
-
-
 def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
     """One seed's figure beside another's, the share under gold in the column of the reward model,
-    the first rows of a run for its last."""
+    the first rows of a run for its last; a population's deviation for a sample's."""
     keys = ("reward", "gold", "kl", "clip_fraction", "value_explained", "length")
     for seed in (1, 2):
         rows = {"gpt": [dict(held_out=2.0), dict(held_out=1.0 + seed)], "ppo": []}
