@@ -243,35 +243,22 @@ def test_a_wrong_file_is_found_before_anything_is_trained(stage, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_stage_holds_out_the_same_prompts(out, tmp_path, monkeypatch):
-    """A prompt that one stage trains on and another one measures itself on: its figure is what was
-    learnt by heart. Gold columns for prompts that the annotator cannot judge."""
-    rows = [{"prompt": f"Who sings {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(30)]
-    rows += [{**row, "chosen": "Maybe."} for row in rows[::9]]  # some prompts have two rows
-    data = ["--data", str(tmp_path / "pairs.jsonl")]
+def test_ppo_and_the_yardstick_hold_out_the_same_prompts(out, tmp_path, monkeypatch):
+    """A prompt that PPO trains on and the yardstick measures it on: its figure is what was learnt
+    by heart. Gold columns for prompts that the annotator cannot judge."""
+    rows = [{"prompt": f"Who sings {i}?"} for i in range(30)]
+    data = ["--data", str(tmp_path / "prompts.jsonl")]
     write_jsonl(data[1], rows)
     split = [{row["prompt"] for row in part} for part in hold_out(rows)]
+
+    def stop(policy, reference, value_model, task, *rest):
+        raise KeyboardInterrupt(task.draw_prompts(400, random.Random(0)))
+
+    monkeypatch.setattr(ppo, "ppo", stop)
+    with pytest.raises(KeyboardInterrupt) as error:
+        ppo.main(["--out", str(out), "--size", "cpu", "--max_new_tokens", "4", *data])
     _, tokenizer, _ = load(out, "sft")
-
-    def prompts_of(items):
-        """The prompts of Demonstrations, Pairs or ids: of each the ids come first."""
-        found = set()
-        for item in items:
-            ids = item[0] if isinstance(item[0], list) else item
-            found.add(tokenizer.decode(ids[1:ids.index(tokenizer.assistant_token)]))
-        return found
-
-    def stop(*arguments):
-        raise KeyboardInterrupt(*arguments)
-
-    for stage, function in ((sft, "fine_tune"), (reward_model, "fit"), (dpo, "dpo"), (ppo, "ppo")):
-        monkeypatch.setattr(stage, function, stop)
-        with pytest.raises(KeyboardInterrupt) as error:
-            stage.main(["--out", str(out), "--size", "cpu", "--max_new_tokens", "4", *data])
-        lists = [x for x in error.value.args if isinstance(x, list)]
-        if stage is ppo:
-            lists = [error.value.args[3].draw_prompts(400, random.Random(0))]
-        assert [prompts_of(items) for items in lists] == split[:len(lists)]
+    assert {tokenizer.decode(ids[1:-1]) for ids in error.value.args[0]} == split[0]
 
     drawn = watch(monkeypatch)
     run(out, *data, "--samples", "4")

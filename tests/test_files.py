@@ -108,7 +108,6 @@ def conversation(*turns):
 
 LONG = conversation("q", "a", "b", "c")
 SHORT = conversation("q", "a")
-SYSTEM = {"role": "system", "content": "be kind"}
 LABEL = {"prompt": "q", "completion": "a", "label": True}
 PAIR = {"prompt": "q", "chosen": "a fox", "rejected": "a\nkite"}
 TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
@@ -127,7 +126,7 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
      "the field \"prompt\" is missing; found 'chosen', 'rejected'; if both texts begin with the "),
     (read_demonstrations, {"messages": LONG},
      "\"messages\" has the turns 'user, assistant, user, assistant', but only one exchange is "),
-    (read_demonstrations, {"messages": [SYSTEM, *SHORT]},
+    (read_demonstrations, {"messages": [{"role": "system", "content": "be kind"}, *SHORT]},
      '"messages" has a system message, and the chat format here has none'),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
      '"messages" begins with another prompt than the row has; keep one of them')])
@@ -171,8 +170,8 @@ def test_what_a_row_means(reader, rows, expected, printed, tmp_path, capsys):
 
 
 def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
-    """One more row in the file, another order or another stage's seed, and a prompt that one stage
-    holds out is trained on by the next; two pairs of one prompt on either side share a text."""
+    """One more row in the file, another order or stage, and a prompt that was held out is trained
+    on; two pairs of one prompt on either side. Of a small file nothing held out, or everything."""
     rng = random.Random(9)
     rows = [{"prompt": f"{rng.randrange(400)}", "chosen": f"{i}"} for i in range(900)]
     train, held_out = hold_out(rows)
@@ -188,10 +187,7 @@ def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
     for found, part in zip(split_prompts(put_rows(tmp_path / "a", *rows)), (train, held_out)):
         assert found == list(dict.fromkeys(row["prompt"] for row in part))
 
-
-def test_a_tenth_of_the_prompts_but_one_at_least():
-    """Nothing held out of a small file, and a mean over no rows; or everything, and nothing to
-    train on; trained on and measured on the same prompt."""
+    # A tenth of the prompts, but one at least.
     train, held_out = hold_out([{"prompt": f"{i}"} for i in range(5000)])
     assert 400 < len(held_out) < 600
     for rows in (train[:20], held_out[:20]):
@@ -333,9 +329,8 @@ def test_half_written_files_of_processes_that_have_ended_are_removed(tmp_path):
 # How a script ends
 
 
-def memory(found=""):
-    return (f"out of memory{found}: lower --micro_batch, --sample_batch or --rollouts (gpt.py: "
-            "--batch), or take a smaller model; no file is damaged")
+MEMORY = ("out of memory{}: lower --micro_batch, --sample_batch or --rollouts (gpt.py: --batch), or "
+          "take a smaller model; no file is damaged")
 
 
 @pytest.mark.parametrize("error, status, message", [
@@ -343,10 +338,10 @@ def memory(found=""):
     (FileNotFoundError(2, "No such file", "/no/such"), 1, "/no/such: No such file"),
     (FloatingPointError("norm nan"), 1, "norm nan"),
     (KeyboardInterrupt("saved; --resume"), 130, "saved; --resume"),
-    (MemoryError(), 1, memory()), (OSError(12, "Cannot allocate memory"), 1, memory()),
+    (MemoryError(), 1, MEMORY.format("")), (OSError(12, "Cannot allocate memory"), 1, MEMORY.format("")),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
                             "capacity of 7.60 GiB\nof which"), 1,
-     memory(" (tried to allocate 2.00 GiB)")),
+     MEMORY.format(" (tried to allocate 2.00 GiB)")),
     (RuntimeError("shapes (2, 3) and (4, 5)"), None, "")])
 def test_a_script_ends_in_one_line(error, status, message, monkeypatch, capsys):
     """A user's mistake is a line and a status that a shell script can test, a lack of memory the

@@ -147,14 +147,6 @@ def at_gradient(n, action):
         yield calls
 
 
-def spoil(parameters):
-    parameters[0].grad[0, 0] = math.nan
-
-
-def press_ctrl_c(parameters):
-    signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(name, stages, tmp_path, capsys):
     """A momentum, a half-averaged loss, an adapted beta, a baseline or a round's samples that were
@@ -179,7 +171,7 @@ def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(name, stages, tmp_p
     step = steps // 2
     message = rf"^{name}, step {step + 1}: gradient norm nan: no step taken; .*; last figures: step"
     with pytest.raises(FloatingPointError, match=message), \
-            at_gradient((step + 1) * per_step, spoil):
+            at_gradient((step + 1) * per_step, lambda found: found[0].grad.fill_(math.nan)):
         main(argv)
     check_unfinished(folder, reference)
     saved = read_torch(path)
@@ -190,7 +182,8 @@ def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(name, stages, tmp_p
         argv += ["--save", "3"]     # may change
     gradient = (step + 1 - saved["step"]) * per_step + 1
     message = f"^{name}: saved after step {step + 2} of .*; --resume continues$"
-    with pytest.raises(KeyboardInterrupt, match=message), at_gradient(gradient, press_ctrl_c):
+    with pytest.raises(KeyboardInterrupt, match=message), \
+            at_gradient(gradient, lambda parameters: signal.raise_signal(signal.SIGINT)):
         main([*argv, "--resume"])
     check_unfinished(folder, reference)
     assert read_torch(path)["step"] == step + 2

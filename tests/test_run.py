@@ -15,13 +15,12 @@ import torch
 import gpt
 from data import files, run
 from data.files import InputError
-from data.run import (Run, SilentRun, check_name, memory_mapped, parse_config, refused_if_broken,
+from data.run import (Run, SilentRun, memory_mapped, parse_config, refused_if_broken,
                       train_missing, write_torch)
 from helpers import metrics, untimed
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("gpt", "sft", "reward_model", "ppo", "dpo", "best_of_n")
-BROKEN = "not a whole file of this project"
 
 # --------------------------------------------------------------------------------------------------
 # The command line
@@ -93,12 +92,10 @@ class Choices:
     speed: int = 1      # only on the way to what is near
 
 
-NEEDS = {"width": ("text",), "depth": ("count",), "speed": ("goal", "near")}
-PRESETS = {"kind": {"fast": dict(rate=2.0, width=7), "odd": dict(width=9, goal="far")}}
-
-
-def choose(*argv):
-    return parse_config(Choices, dict(width=64, rate=0.1), list(argv), "", NEEDS, PRESETS)
+def choose(argv):
+    needs = {"width": ("text",), "depth": ("count",), "speed": ("goal", "near")}
+    presets = {"kind": {"fast": dict(rate=2.0, width=7), "odd": dict(width=9, goal="far")}}
+    return parse_config(Choices, dict(width=64, rate=0.1), argv.split(), "", needs, presets)
 
 
 def test_presets_and_flags_that_would_be_ignored(capsys):
@@ -106,7 +103,7 @@ def test_presets_and_flags_that_would_be_ignored(capsys):
     not in --help, which a "%" ends in a traceback. --count 0 that counts as given; a preset of the
     other flag's, or its default, that is not counted."""
     def found(argv):
-        config = choose(*argv.split())
+        config = choose(argv)
         return config.rate, config.width
 
     assert found("--size cpu") == (0.5, 3) and found("--size cpu --kind fast") == (2.0, 7)
@@ -119,27 +116,27 @@ def test_presets_and_flags_that_would_be_ignored(capsys):
     assert "a rate, 10 % of something (default: 0.5; gpu: 0.1; fast: 2.0)" in text
     assert "a width (default: 3; gpu: 64; fast: 7; odd: 9)" in text
 
-    assert choose(*"--depth 5 --count 2".split()).given == ("count", "depth")
-    assert choose(*"--speed 2 --kind odd --goal near".split()).speed == 2
+    assert choose("--depth 5 --count 2").given == ("count", "depth")
+    assert choose("--speed 2 --kind odd --goal near").speed == 2
     for argv, message in (("--count 0 --depth 5", "--depth 5: goes with --count only"),
                           ("--speed 2 --kind odd", "--speed 2: goes with --goal near only")):
         with pytest.raises(InputError, match=f"^{message}$"):
-            choose(*argv.split())
+            choose(argv)
 
 
-POSITIVE = "must be positive$"
 NUMBER = "must be a number, and not negative$"
 GREEDY = "must be at least 0.0001; --top_k 1 is greedy$"
-EMPTY = "is empty; leave the flag out or give it a value$"
 NOTHING = "must be positive; with 0 nothing is learnt$"
 
 
 @pytest.mark.parametrize("name, argv, message", [
-    ("gpt", "--report 0", POSITIVE), ("gpt", "--lr=nan", NUMBER), ("ppo", "--beta -1", NUMBER),
-    ("gpt", "--lr 0", NOTHING), ("ppo", "--clip 0", NOTHING), ("ppo", "--value_clip 0", NOTHING),
+    ("gpt", "--report 0", "must be positive$"), ("gpt", "--lr=nan", NUMBER),
+    ("ppo", "--beta -1", NUMBER), ("gpt", "--lr 0", NOTHING),
+    ("ppo", "--clip 0", NOTHING), ("ppo", "--value_clip 0", NOTHING),
     ("gpt", "--temperature 0 --sample Once", GREEDY), ("ppo", "--temperature 1e-39", GREEDY),
-    ("ppo", "--data=", EMPTY), ("sft", "--temperature 1", "goes with --prompt only$"),
-    ("reward_model", "--judge constitution --data x", "compares nothing where --data has"),
+    ("ppo", "--data=", "is empty; leave the flag out or give it a value$"),
+    ("sft", "--temperature 1", "goes with --prompt only$"),
+    ("reward_model", "--judge both --data x", "compares nothing where --data has the pairs"),
     ("reward_model", "--process --data x", "cannot be used with --data"),
     ("best_of_n", "--rounds 2", "goes with --finetune per_prompt or overall only$"),
     ("best_of_n", "--policies ppo,foo", "must be ppo or dpo, or the --name"),
@@ -156,16 +153,6 @@ def test_impossible_values_are_refused(name, argv, message, tmp_path, monkeypatc
     with pytest.raises(InputError, match=rf"^{flag}( \S+)?: {message}") as error:
         module.main(["--size", "cpu", "--out", str(tmp_path), *argv.split()])
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
-
-
-def test_a_runs_name_begins_with_its_stage():
-    """--name sft puts the policy where the reference was; --name ../x leaves the folder of the
-    outputs."""
-    for name in ("ppo", "ppo2", "ppo_a.b-1"):
-        check_name(name, "ppo")
-    for name in ("", "sft", "my-ppo", "PPO", "../ppo", "ppo/../sft", "ppo\\x"):
-        with pytest.raises(InputError, match="(?s)--name .*must be ppo, or ppo and letters"):
-            check_name(name, "ppo")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +310,8 @@ def test_documents_from_the_file_are_those_that_were_drawn(tmp_path):
 
 @pytest.mark.parametrize("error, message", [
     (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
-    (ValueError("its values are none"), f"{BROKEN} (its values are none); delete it and x"),
+    (ValueError("its values are none"), "not a whole file of this project (its values are none); "
+                                     "delete it and x"),
     (OSError(12, "Cannot allocate memory"), None),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None)])
 def test_only_damage_is_called_damage(tmp_path, error, message):

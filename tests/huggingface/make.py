@@ -1,8 +1,5 @@
 """The lines that made the folders beside this file, with transformers 5.24, tokenizers 0.23,
-safetensors 0.8 and torch 2.13:
-
-    pip install transformers
-    python tests/huggingface/make.py
+safetensors 0.8 and torch 2.13: pip install transformers, then python tests/huggingface/make.py.
 
 published/  as GPT-2 itself is published: float32 in one file, names without a prefix, attention
             masks among the weights; vocab.json and merges.txt, <|endoftext|> last
@@ -11,8 +8,6 @@ saved/      as save_pretrained writes today: bfloat16 in two files with an index
 
 Beside each: expected.json, texts with the ids of transformers' tokenizer, and logits.npy,
 transformers' float32 logits of the tokens 3, 43, 83, ... in the folder's own numbering.
-
-Both are read by python -m data.huggingface load FOLDER.
 """
 
 import json
