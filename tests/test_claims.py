@@ -41,6 +41,7 @@ def test_writers(out):
         request = stories.request(rng, held_out=True).text
         gold += gold_reward(request, stories.story(rng, request).text) / 20
     assert written["gold"] == pytest.approx(gold)
+    assert written["flawless"] == 1 and ppo["flawless"] == sft["flawless"]
     assert ppo["gain"] == sft["gain"] == pytest.approx(sft["gold"] - gold, abs=1e-5)
 
     assert sum(row["share"] for row in base) == pytest.approx(1)

@@ -65,11 +65,12 @@ def main(argv=None):
     rows, _ = draw_demonstrations(random.Random("writers"), arguments.questions, held_out=True)
     prompts = [row["prompt"] for row in rows]
     texts = {"the writers": [row["completion"] for row in rows]}
+    ended = {"the writers": [True] * len(rows)}
     for name, (policy, its_tokenizer, its_checkpoint) in policies.items():
         ids = [its_tokenizer.prompt(prompt) for prompt in prompts]
-        texts[name], _ = respond(policy, its_tokenizer, ids, config.max_new_tokens, config.seed,
-                                 its_checkpoint.get("temperature", 1.0),
-                                 at_once=config.sample_batch)
+        texts[name], ended[name] = respond(
+            policy, its_tokenizer, ids, config.max_new_tokens, config.seed,
+            its_checkpoint.get("temperature", 1.0), at_once=config.sample_batch)
     golds = {}
     for name, answered in texts.items():
         gold = [gold_reward(prompt, text) for prompt, text in zip(prompts, answered)]
@@ -81,14 +82,17 @@ def main(argv=None):
         row["gold"], row["gold_error"] = mean_and_error(gold)
         gain = gold - golds["the writers"]
         row["gain"], row["gain_error"] = mean_and_error(gain)
+        _, row["flawless"] = answers(texts[name], ended[name])
         found.append(row)
     gains = [cell(row["gain"], row["gain_error"], ".2f") for row in found[1:]]
     print_columns(
         [Column("whose answers", [row["what"] for row in found]),
          Column("gold", [cell(row["gold"], row["gold_error"], ".2f") for row in found]),
-         Column("above the writers", [None, *gains])],
+         Column("above the writers", [None, *gains]),
+         Column("flawless", [with_error(row["flawless"], len(prompts)) for row in found])],
         [f"gold: mean over {len(prompts)} held-out requests ± standard error, one answer to each;",
-         "above the writers: of the differences between the answers to one request."])
+         "above the writers: of the differences between the answers to one request; flawless: every",
+         "sentence is one of the world, the first an opening."])
 
     # The base model is asked as sft.py asks it: a line on a page.
     start = [] if checkpoint["text"] else [tokenizer.end_token]
