@@ -329,8 +329,8 @@ def test_half_written_files_of_processes_that_have_ended_are_removed(tmp_path):
 # How a script ends
 
 
-MEMORY = ("out of memory{}: lower --micro_batch, --sample_batch or --rollouts (gpt.py: --batch), or "
-          "take a smaller model; no file is damaged")
+MEMORY = ("lower --micro_batch, --sample_batch or --rollouts (gpt.py: --batch), or take a smaller "
+          "model; no file is damaged")
 
 
 @pytest.mark.parametrize("error, status, message", [
@@ -338,10 +338,11 @@ MEMORY = ("out of memory{}: lower --micro_batch, --sample_batch or --rollouts (g
     (FileNotFoundError(2, "No such file", "/no/such"), 1, "/no/such: No such file"),
     (FloatingPointError("norm nan"), 1, "norm nan"),
     (KeyboardInterrupt("saved; --resume"), 130, "saved; --resume"),
-    (MemoryError(), 1, MEMORY.format("")), (OSError(12, "Cannot allocate memory"), 1, MEMORY.format("")),
+    (MemoryError(), 1, f"out of memory: {MEMORY}"),
+    (OSError(12, "Cannot allocate memory"), 1, f"out of memory: {MEMORY}"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
                             "capacity of 7.60 GiB\nof which"), 1,
-     MEMORY.format(" (tried to allocate 2.00 GiB)")),
+     f"out of memory (tried to allocate 2.00 GiB): {MEMORY}"),
     (RuntimeError("shapes (2, 3) and (4, 5)"), None, "")])
 def test_a_script_ends_in_one_line(error, status, message, monkeypatch, capsys):
     """A user's mistake is a line and a status that a shell script can test, a lack of memory the
