@@ -202,8 +202,7 @@ def test_who_is_right_how_often(yard):
         share = x.mean().item()
         expected = dict(verified=share, pass_16=statistics.mean(passed), J_star=J_star,
                         J=share - 0.5 * yard.rows[None, name]["kl"])
-        row = yard.rows["verifier", name]
-        found = {figure: row[figure] for figure in expected}
+        found = {figure: yard.rows["verifier", name][figure] for figure in expected}
         assert found == pytest.approx(expected, abs=1e-5) and 0.05 < share < 0.95
 
 
@@ -355,10 +354,9 @@ def test_rounds_of_finetuning(how, out, monkeypatch):
     folder = out / "cpu" / f"rsft-{how}"
     reference, tokenizer, _ = load(out, "sft")
     for number, drawn in ((1, first), (2, second)):
-        prompts = drawn.prompts
         samples = drawn.samples
         rewards = samples.figures["reward"]
-        assert rewards.shape == (12, 3) and not any(map(stories.is_held_out, prompts))
+        assert rewards.shape == (12, 3) and not any(map(stories.is_held_out, drawn.prompts))
         kept = read_demonstrations(folder / f"kept-{number}.jsonl")
         demonstrations, _ = encode_demonstrations(kept, tokenizer, 128)
         assert sorted(drawn.learnt) == sorted(2 * [tuple(one.ids) for one in demonstrations])
@@ -368,7 +366,7 @@ def test_rounds_of_finetuning(how, out, monkeypatch):
         best = flat[:12]
         if how == "per_prompt":
             best = [max(row for row in flat if row[1] == i) for i in range(12)]
-        expected = [(prompts[i], samples.texts[3 * i + j]) for _, i, j in best
+        expected = [(drawn.prompts[i], samples.texts[3 * i + j]) for _, i, j in best
                     if samples.figures["ended"][i, j]]
         assert sorted((row["prompt"], row["completion"]) for row in kept) == sorted(expected)
         assert len(expected) > 6

@@ -149,9 +149,8 @@ def at_gradient(n, action):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_stopped_twice_continues_bit_for_bit(name, stages, tmp_path, capsys):
-    """A momentum, a half-averaged loss, an adapted beta, a baseline or a round's samples that were
-    not saved; NaN in all weights, saved over the last good ones; a step that Ctrl-C loses, or half
-    of a PPO iteration that it saves; a library that reseeds its user's generators."""
+    """A momentum, a half-averaged loss, a baseline or a round's samples not saved; NaN saved over
+    good weights; a step that Ctrl-C loses; a library that reseeds its user's generators."""
     main = STAGES[name][0].main
     argv, reference = before(name, stages, tmp_path / "whole")
     with at_gradient(None, None) as gradients:
@@ -280,9 +279,8 @@ def run(logs, setup, main):
 
 
 def test_killed_at_every_step_and_write(small, tmp_path, monkeypatch):
-    """Half a checkpoint in the old one's place, a state without its figures, a .tmp file that stays
-    for ever; round 2's optimizer with the moments of round 1's; a round that is skipped, done twice
-    or sampled again. The same when the run that continues is killed too: every fourth one is."""
+    """Half a checkpoint in the old one's place, a state without its figures, a .tmp file for ever;
+    round 2 with round 1's moments, skipped or done twice. Every fourth run is killed twice."""
     monkeypatch.setattr(sft, "main", lambda argv: pytest.fail("is trained again"))
     folder = tmp_path / "cpu/sft"
     rng = random.Random("kills")
@@ -345,31 +343,20 @@ def test_a_full_disk(small, tmp_path):
     check_finished(folder, small)
 
 
-def test_what_a_run_says_of_an_unfinished_one(small, tmp_path, capsys):
-    """--resume that starts from scratch, or a new start that throws a night away, and neither says
-    a word; a run over a finished one that --resume begins; files of a run that was dropped."""
-    small_stage(tmp_path, resume=True)
-    assert f"sft: nothing to resume in {tmp_path}, starts from the beg" in capsys.readouterr().out
-    with pytest.raises(InputError, match="checkpoint.pt: is finished, nothing to resume"):
-        small_stage(tmp_path, resume=True)
-
-    small_stage(tmp_path, 4)
-    (tmp_path / "unfinished/comparisons").write_text("of the run that is then dropped")
-    small_stage(tmp_path)
-    assert "sft: starts from the beginning and drops an unfinished run" in capsys.readouterr().out
-    check_finished(tmp_path, small)
-
-
-def test_what_resume_refuses(small, tmp_path):
-    """Half of a run with one rate, file or stage, half with another; a smaller micro-batch, which
-    may be, refused; two runs in one folder; a notebook's last traceback that keeps the lock."""
+def test_what_resume_refuses(small, tmp_path, capsys):
+    """Half of a run with one rate, file or stage, half with another; a smaller micro-batch refused;
+    two runs in one folder, or a lock for ever; a night thrown away, or its files kept."""
     folder = tmp_path / "dpo"
     pairs = tmp_path / "reward_model/pairs.jsonl"
     pairs.parent.mkdir()
     given = dict(sources=[pairs], data=str(pairs))
     for path in (pairs, tmp_path / "other.jsonl", tmp_path / "moved.jsonl"):
         path.write_text("b\n" if "other" in path.name else "a\n")
+    small_stage(folder, 4, resume=True, **given)
+    assert f"sft: nothing to resume in {folder}, starts from the beg" in capsys.readouterr().out
+    (folder / "unfinished/comparisons").write_text("of the run that is then dropped")
     small_stage(folder, 4, **given)
+    assert "sft: starts from the beginning and drops an unfinished run" in capsys.readouterr().out
     found = snapshot(folder)
     kept = []
     for changed, message in (
@@ -388,6 +375,8 @@ def test_what_resume_refuses(small, tmp_path):
     given["data"] = str(tmp_path / "moved.jsonl")
     small_stage(folder, resume=True, **given, report=7, micro_batch=5, sample_batch=7)
     check_finished(folder, small)
+    with pytest.raises(InputError, match="checkpoint.pt: is finished, nothing to resume"):
+        small_stage(folder, resume=True)
 
 
 class Evil:

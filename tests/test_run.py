@@ -100,8 +100,7 @@ def choose(argv):
 
 def test_presets_and_flags_that_would_be_ignored(capsys):
     """A preset that wins over what was typed, loses to --size gpu, leaks into another value, or is
-    not in --help, which a "%" ends in a traceback. --count 0 that counts as given; a preset of the
-    other flag's, or its default, that is not counted."""
+    not in --help; --count 0 that counts as given; a preset of the other flag's, not counted."""
     def found(argv):
         config = choose(argv)
         return config.rate, config.width
