@@ -6,7 +6,6 @@
                                                     how they grow
 """
 
-import random
 import statistics
 import sys
 import time
@@ -16,10 +15,8 @@ import torch
 
 import gpt
 import ppo
-from data import stories
 from data.files import run_script
 from data.run import SilentRun, announce, parse_config, peak_memory
-from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import (GPT, GPTConfig, autocast, generate, get_device, make_optimizer, masked_logprobs,
                  optimizer_step)
 from reward_model import RewardModel, make_reward
@@ -114,16 +111,7 @@ def bench_gpt(config):
         kind = max(bounds, key=bounds.get)
         print(f"sampling       {rows} x ({prompt} + {new}) tokens: {rows * new / seconds:,.0f} "
               f"tokens/s, {bounds[kind] / seconds:.0%} of the {kind} bound")
-
-    rng = random.Random(config.seed)
-    texts = [stories.document(rng).text for _ in range(2000)]
-    tokenizer = Tokenizer(train_vocabulary("\n".join(texts), config.vocab_size))
-
-    def draw_and_encode():
-        tokenizer.encode_batch((stories.document(rng).text for _ in texts), num_threads=1)
-
-    rate = sum(map(len, texts)) / median_seconds(draw_and_encode)
-    print(f"world's text   {rate / 1e6:.1f} MB/s drawn and encoded on one core\n{memory_line()}")
+    print(memory_line())
 
 
 def bench_ppo(config):

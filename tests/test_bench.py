@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
-from data import run, stories
+from data import run
 from reward_model import RewardModel
 from tests import bench
 
@@ -44,8 +44,6 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys, monkeypatch):
     assert 0 <= bench.median_seconds(lambda: calls.append(1), repeats=4) < 0.01 and len(calls) == 5
     once = functools.partial(bench.median_seconds, repeats=1)
     monkeypatch.setattr(bench, "median_seconds", once)
-    document = stories.document(bench.random.Random(0))  # drawing them takes long
-    monkeypatch.setattr(stories, "document", lambda rng: document)
     out = ["--size", "cpu", "--out", str(tmp_path)]
     small = "--n_layer 1 --n_embd 16 --block_size 16 --vocab_size 300 --batch 2".split()
     bench.main(["gpt", *out, *small])
@@ -64,6 +62,3 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys, monkeypatch):
         *parts, total, bound = map(float, seconds.split())
         assert total == pytest.approx(sum(parts), abs=0.02) and bound <= total
     assert "\npeak memory unknown" in printed and list(tmp_path.iterdir()) == []
-    for argv in ([], ["sft"]):
-        with pytest.raises(SystemExit, match="^bench: say gpt or ppo.*$"):
-            bench.main(argv)
