@@ -248,13 +248,11 @@ def test_where_ppo_ptx_ends(world, monkeypatch):
     reference, ref, rewards, best, _ = world
     gamma = 0.5
     log_q = (1.5 * noise(9, len(ROWS)).double()).log_softmax(0)
-    low = torch.full_like(ref, -60.0)
-    high = torch.full_like(ref, 5.0)
 
     def policy_at(level):
         def slope(x):
             return BETA * x - gamma * (log_q - x).exp() - rewards - BETA * ref + level
-        return zero_of(slope, low, high)
+        return zero_of(slope, torch.full_like(ref, -60.0), torch.full_like(ref, 5.0))
 
     level = zero_of(lambda level: 1 - policy_at(level).exp().sum(),
                     *torch.tensor([-50.0, 50.0]).double())
@@ -406,7 +404,6 @@ def test_variance_of_the_gradient(world):
     assert abs(bias["- mean of the batch of 8"] - 1 / B) < 2 * sampled
     for name in order + [wrong[0], "Â^(2), exact V", "- the other one of 2"]:
         assert bias[name] < 1e-5 or name == "- mean of the 7 others"
-    # The exceptions.
     settled = variance["- moving average, settled"]
     assert variance["- mean of the batch of 8"] < settled < variance[wrong[0]]
     assert centred["- mean of the 7 others"][0] > centred["reward to go"][0]
