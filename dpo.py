@@ -81,7 +81,7 @@ class Config:
     epochs: int = 1             # passes over the pairs
     batch: int = 32             # pairs in a step (KTO: labels)
     micro_batch: int = 32       # pairs in one forward pass; less memory, the same gradient
-    lr: float = 2e-4            # peak learning rate (linear warm-up, cosine to zero); SimPO: half
+    lr: float = 1.5e-4          # peak learning rate (linear warm-up, cosine to zero); SimPO: half
                                 # of it, ORPO, which learns to answer too: sft.py's
     warmup: int = 10            # steps of warm-up
 

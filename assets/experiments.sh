@@ -17,6 +17,34 @@ run() {  # script, name of the folder, flags: what it prints goes to OUT/cpu/NAM
     python "$script" --size cpu --out "$out" --seed "$seed" "$@" --resume > "$out/cpu/$name.txt"
 }
 
+copy_stages() {  # folder, the stages to copy: where other labels or text change what follows
+    folder=$1
+    shift
+    mkdir -p "$folder/cpu"
+    for stage in "$@"; do
+        [ -e "$folder/cpu/$stage" ] || cp -r "$out/cpu/$stage" "$folder/cpu/"
+    done
+}
+
+yardstick() {  # name of the group, policies, flags
+    group=$1 policies=$2
+    shift 2
+    [ -e "$out/cpu/best_of_n-$group/metrics.jsonl" ] && return
+    python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "$policies" "$@" \
+        > "$out/cpu/best_of_n-$group.txt"
+    mkdir -p "$out/cpu/best_of_n-$group"
+    cp "$out/cpu/best_of_n/metrics.jsonl" "$out/cpu/best_of_n-$group/"
+}
+
+claim() {  # name, flags
+    name=$1
+    shift
+    [ -e "$out/cpu/claim-$name/metrics.jsonl" ] && return
+    python -m assets.claims.$name --out "$out" "$@" > "$out/cpu/claim-$name.txt"
+}
+
+orders=ppo,ppo-order2,dpo,dpo-order2,dpo-2e-4
+
 for seed in ${SEEDS:-1 2 3}; do
     out=out/seed$seed
 
@@ -26,6 +54,12 @@ for seed in ${SEEDS:-1 2 3}; do
     run reward_model.py reward_model
     run ppo.py ppo
     run dpo.py dpo
+
+    # The same data in another order; the learning rate that DPO and its relatives once had
+    run ppo.py ppo-order2 --name ppo-order2 --seed 1$seed
+    run dpo.py dpo-order2 --name dpo-order2 --seed 1$seed
+    run dpo.py dpo-2e-4 --name dpo-2e-4 --lr 2e-4
+    yardstick orders $orders
 
     # How much data it takes
     for stage in sft reward_model; do
@@ -69,24 +103,15 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-process --name ppo-process --reward process
 
     # Direct methods: 10,240 comparisons each; RSFT: 16,384 samples
-    run dpo.py dpo-ipo --name dpo-ipo --loss ipo
-    run dpo.py dpo-kto --name dpo-kto --loss kto
-    run dpo.py dpo-simpo --name dpo-simpo --loss simpo
+    run dpo.py dpo-ipo --name dpo-ipo --loss ipo --lr 2e-4
+    run dpo.py dpo-kto --name dpo-kto --loss kto --lr 2e-4
+    run dpo.py dpo-simpo --name dpo-simpo --loss simpo --lr 1e-4
     run dpo.py dpo-orpo --name dpo-orpo --loss orpo
-    run dpo.py dpo-online --name dpo-online --online 5
-    run dpo.py dpo-online-annotator --name dpo-online-annotator --online 5 --judge annotator
+    run dpo.py dpo-online --name dpo-online --online 5 --lr 2e-4
+    run dpo.py dpo-online-annotator --name dpo-online-annotator --online 5 --judge annotator \
+        --lr 2e-4
     run best_of_n.py rsft-per_prompt --finetune per_prompt
     run best_of_n.py rsft-overall --finetune overall
-
-    # Earlier stages copied to a separate folder, where other labels or text change what follows
-    copy_stages() {  # folder, the stages to copy
-        folder=$1
-        shift
-        mkdir -p "$folder/cpu"
-        for stage in "$@"; do
-            [ -e "$folder/cpu/$stage" ] || cp -r "$out/cpu/$stage" "$folder/cpu/"
-        done
-    }
 
     # Labels by a constitution, and by it and the annotator in turn
     for judge in constitution both; do
@@ -94,7 +119,7 @@ for seed in ${SEEDS:-1 2 3}; do
         (
             out=$out/$judge
             run reward_model.py reward_model --judge $judge
-            run dpo.py dpo-$judge --name dpo-$judge
+            run dpo.py dpo-$judge --name dpo-$judge --lr 2e-4
         )
         cp -r "$out/$judge/cpu/dpo-$judge" "$out/$judge/cpu/dpo-$judge.txt" "$out/cpu/"
         mkdir -p "$out/cpu/reward_model-$judge"
@@ -115,21 +140,12 @@ for seed in ${SEEDS:-1 2 3}; do
         python -m assets.claims.in_turn --out "$out" --seed "$seed" > "$out/cpu/in_turn.txt"
 
     # All of them on the same held-out prompts; in groups, as the cost grows with the number squared
-    yardstick() {  # name of the group, policies, flags
-        group=$1 policies=$2
-        shift 2
-        [ -e "$out/cpu/best_of_n-$group/metrics.jsonl" ] && return
-        python best_of_n.py --size cpu --out "$out" --seed "$seed" --policies "$policies" "$@" \
-            > "$out/cpu/best_of_n-$group.txt"
-        mkdir -p "$out/cpu/best_of_n-$group"
-        cp "$out/cpu/best_of_n/metrics.jsonl" "$out/cpu/best_of_n-$group/"
-    }
     yardstick 1-pipeline ppo,dpo
     without_ratio=ppo-a2c,ppo-reinforce,ppo-reinforce_baseline,ppo-rloo
     yardstick 2-methods ppo-ppo_penalty,$without_ratio --samples 32
     grpos=ppo-grpo,ppo-grpo_no_division,ppo-grpo_kl_in_rewards,ppo-grpo_token_mean
     yardstick 3-grpo $grpos,ppo-ptx --samples 32
-    yardstick 4-direct dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
+    yardstick 4-direct dpo-2e-4,dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
     yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
     verified=ppo-verifier,ppo-verifier-grpo,ppo-verifier-beta0,ppo-verifier-grpo-beta0
     yardstick 6-verifier $verified --samples 32 --verify
@@ -142,12 +158,6 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 8-passes $passes,ppo-noclip-8-2560 --samples 32
 
     # Claims with a script of their own: each prints a table and writes OUT/cpu/claim-NAME
-    claim() {  # name, flags
-        name=$1
-        shift
-        [ -e "$out/cpu/claim-$name/metrics.jsonl" ] && return
-        python -m assets.claims.$name --out "$out" "$@" > "$out/cpu/claim-$name.txt"
-    }
     claim writers --seed "$seed"
     claim phrasings --seed "$seed"
     claim where_trained --seed "$seed"
@@ -155,6 +165,35 @@ for seed in ${SEEDS:-1 2 3}; do
 
     [ "$seed" = 1 ] || continue  # what follows has one seed
     claim cost
+
+    # A fourth chain
+    (
+        out=$out/chain4
+        seed=4
+        run gpt.py gpt
+        run sft.py sft
+        run reward_model.py reward_model
+        for kind in ppo dpo; do
+            run $kind.py $kind
+            run $kind.py $kind-order2 --name $kind-order2 --seed 14
+        done
+        run dpo.py dpo-2e-4 --name dpo-2e-4 --lr 2e-4
+        yardstick orders $orders
+    )
+
+    # A bad SFT model, and all that follows from it
+    for count in 512 2048; do
+        copy_stages "$out/few/$count" gpt
+        (
+            out=$out/few/$count
+            run sft.py sft --demonstrations $count
+            run reward_model.py reward_model
+            run ppo.py ppo
+            run dpo.py dpo
+            yardstick pipeline ppo,dpo --samples 32
+            claim writers --seed "$seed"
+        )
+    done
 
     # How easy to tune: learning rates and β; the defaults were trained above
     for kind in ppo dpo; do
@@ -174,7 +213,7 @@ for seed in ${SEEDS:-1 2 3}; do
     # Other trainers, once the commands in assets/peers/*.py were run on these folders and their
     # output was kept as NAME.txt
     if [ -e "$out/cpu/ppo-trl/checkpoint.pt" ]; then
-        yardstick 9-peers ppo,ppo-trl,dpo,dpo-trl --samples 32
+        yardstick 9-peers ppo,ppo-trl,dpo-2e-4,dpo-trl --samples 32
         grpos=ppo-grpo,ppo-trl-grpo-group,ppo-grpo_no_division,ppo-trl-grpo-none
         yardstick 9-peers-grpo $grpos --samples 32
     fi
@@ -186,10 +225,10 @@ for seed in ${SEEDS:-1 2 3}; do
     (
         out=$out/pairs4
         run reward_model.py reward_model --pairs 40960
-        run dpo.py dpo-pairs4 --name dpo-pairs4
+        run dpo.py dpo-pairs4 --name dpo-pairs4 --lr 2e-4
     )
     cp -r "$out/pairs4/cpu/dpo-pairs4" "$out/cpu/"
-    yardstick 9-more ppo,ppo-400,ppo-4x,dpo,dpo-pairs4 --samples 32
+    yardstick 9-more ppo,ppo-400,ppo-4x,dpo-2e-4,dpo-pairs4 --samples 32
 
     # A small reward model is put beside the SFT model of the usual size, which it was not made from:
     # without this a run would refuse it as stale.

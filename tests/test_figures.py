@@ -149,14 +149,15 @@ def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
         rows = {"gpt": [dict(held_out=2.0), dict(held_out=1.0 + seed)], "ppo": []}
         for i in range(1, 21):
             rows["ppo"].append(dict(entropy=i + seed, seconds=i, **dict.fromkeys(keys, i)))
-        rows["best_of_n-1"] = [dict(policy="ppo", reward=seed, gold=2, win_rate=0.6, kl=0.25 * seed,
-                                    length=9, distinct_2=0.5, ended=1)]
+        yard = [dict(policy="ppo", reward=seed, gold=2, win_rate=0.6, kl=0.25 * seed, length=9,
+                     distinct_2=0.5, ended=1)]
         for name, under, share in (("sft", "gold", 0), ("ppo", "gold", 0.5),
                                    ("sft", "reward model", 0), ("ppo", "reward model", 0.9)):
-            rows["best_of_n-1"].append(dict(under=under, policy=name, share=share / seed,
-                                            J_star=1, J_star_kl=2, left_by_policy=0.7))
-        rows["best_of_n-1"].append(dict(under="gold", policy="frontier", beta=0.1, kl=3 + seed,
-                                        reward=1, gold=2, effective_samples=50))
+            yard.append(dict(under=under, policy=name, share=share / seed, J_star=1, J_star_kl=2,
+                             left_by_policy=0.7))
+        yard.append(dict(under="gold", policy="frontier", beta=0.1, kl=3 + seed, reward=1, gold=2,
+                         effective_samples=50))
+        rows.update({"best_of_n-1-pipeline": yard, "best_of_n-orders": yard})
         for name in rows:
             path = tmp_path / f"seed{seed}/cpu/{name}/metrics.jsonl"
             path.parent.mkdir(parents=True)
@@ -166,6 +167,8 @@ def test_collect_keeps_seeds_and_policies_apart(figures, tmp_path):
     ppo = {name: list(by_seed.values()) for name, by_seed in data["policies"]["ppo"].items()}
     assert ppo["share_gold"] == [0.5, 0.25] and ppo["share_reward"] == [0.9, 0.45]
     assert ppo["kl"] == [0.25, 0.5] and ppo["entropy"] == [16.5, 17.5]
+    for group in ("pipeline", "orders"):
+        assert data[group]["ppo"]["share_gold"] == {"1": 0.5, "2": 0.25}
     assert data["stages"]["gpt held_out"] == {"1": 2.0, "2": 3.0}
     assert next(iter(data["frontier"].values()))["kl"] == {"1": 4, "2": 5}
     assert data["runs"]["ppo"]["2"]["kl"] == list(range(1, 21))
