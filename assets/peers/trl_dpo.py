@@ -1,10 +1,11 @@
-"""TRL's DPO on an exported SFT model and our pairs, with our settings (dpo.py at size cpu):
+"""TRL's DPO on an exported SFT model and our pairs, with our settings (those of dpo-2e-4, below):
 
     pip install trl                                          (measured with 1.16)
     python -m data.huggingface export exported/sft --stage sft
     python assets/peers/trl_dpo.py exported/sft out/cpu/reward_model/pairs.jsonl exported/trl-dpo
     python -m data.huggingface load exported/trl-dpo --stage dpo --name dpo-trl
-    python best_of_n.py --policies dpo,dpo-trl
+    python dpo.py --name dpo-2e-4 --lr 2e-4
+    python best_of_n.py --policies dpo-2e-4,dpo-trl
 
 On several GPUs: accelerate launch assets/peers/trl_dpo.py ... (per_device_train_batch_size is the
 batch of each).
