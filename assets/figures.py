@@ -183,8 +183,7 @@ def collect_yardstick(data, seed, cpu):
         rows = read_rows(path)
         for row in rows:
             if path.parent.name in GROUPS:
-                alone = data[GROUPS[path.parent.name]]
-                collect_row(alone, data["frontier"], seed, row)
+                collect_row(data[GROUPS[path.parent.name]], {}, seed, row)
             if row["policy"] not in seen or row.get("under") == "verifier":
                 collect_row(data["policies"], data["frontier"], seed, row)
         seen.update(row["policy"] for row in rows)
@@ -750,7 +749,7 @@ def claims(data):
          f"PPO {claim('writers ppo gold', '.2f')}",
          "holds"],
         ["a bad SFT model can't be mended by preference tuning", "CME 295",
-         "`python -m assets.claims.writers`",
+         "`sft.py --demonstrations 512`, `ppo.py`, `dpo.py`, `python -m assets.claims.writers`",
          f"gold and flawless stories after 512 demonstrations: SFT {of_few('sft', '512')}, "
          f"DPO {of_few('dpo', '512')}, PPO {of_few('ppo', '512')}; after 12,288: "
          f"SFT {of_few('sft', FULL)}, DPO {of_few('dpo', FULL)}, PPO {of_few('ppo', FULL)} "
@@ -875,7 +874,8 @@ def claims(data):
          f"PPO 4; {min(values(data, 'dpo-2e-4', 'seconds')):.0f} s, PPO "
          f"{min(values(data, 'ppo', 'seconds')):.0f} s",
          "simpler; not faster where sampling is cheap"],
-        ["DPO is hacked less", "CS 224R ch. 9", "`dpo.py --beta 0.05`, `ppo.py --beta 0.05`",
+        ["DPO is hacked less", "CS 224R ch. 9",
+         "`dpo.py --beta 0.05 --lr 2e-4`, `ppo.py --beta 0.05`",
          f"gold with β = 0.2 and 0.05: DPO {of_first('dpo-2e-4', 'gold', '.2f')}, "
          f"{of('dpo-grid-0.05-2e-4', 'gold', '.2f')} at "
          f"{of('dpo-grid-0.05-2e-4', 'kl', '.1f')} nats; PPO {of_first('ppo', 'gold', '.2f')}, "
@@ -892,7 +892,7 @@ def claims(data):
          f"{grid_summary(data)} (seed 1)",
          "not here: at 4 times the learning rate PPO still works, DPO does not"],
         ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11",
-         "`dpo.py --online 5 --judge annotator`",
+         "`dpo.py --online 5 --judge annotator --lr 2e-4`",
          f"gold share: offline {of('dpo-2e-4', 'share_gold', '.1%')}, "
          "online with the annotator's labels "
          f"{of('dpo-online-annotator', 'share_gold', '.1%')}, "
@@ -903,9 +903,9 @@ def claims(data):
          "gold after DPO on 2,560 pairs of samples: its own "
          f"{claim('other_pairs its own gold', '.2f')}, another seed's SFT model "
          f"{claim(other_seed, '.2f')}, the base model {claim(of_base, '.2f')}; "
-         f"SFT {claim('other_pairs SFT gold', '.2f')} (seed 1)",
+         f"SFT {claim('other_pairs SFT gold', '.2f')} (seed 1, lr 2e-4)",
          "hardly, if they write alike; a far policy's teach nothing"],
-        ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
+        ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo --lr 1e-4`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo-2e-4', 'length', '.0f')}, "
          f"SimPO {of('dpo-simpo', 'length', '.0f')}",
          "it shortens"],
