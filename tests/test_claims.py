@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from copy import deepcopy
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 
 import dpo
 import reward_model
-from assets.claims import cost, marks, other_pairs, phrasings, where_trained, writers
+from assets.claims import cost, marks, other_pairs, phrasings, where_nats, where_trained, writers
 from data import stories
 from data.annotator import choose, gold_reward, rubric
 from data.files import InputError, read_pairs
 from data.run import SilentRun
 from data.tokenizer import Pair, encode_pairs
-from gpt import load_checkpoint, save_checkpoint
+from gpt import generate, load_checkpoint, response_logprobs, save_checkpoint
 from helpers import ASKED, HAPPY, KIND, SAD, metrics, noise, story_of, tiny_reward_model
 
 
@@ -77,6 +78,23 @@ def test_where_trained(out):
         gains = [rows[part][name] for part in rubric(ASKED, "")]
         gain = rows[name]["gold"] - rows["sft"]["gold"]
         assert sum(gains) == pytest.approx(gain, abs=1e-5)
+
+
+def test_where_nats(stages):
+    """A sentence's first token counted to the one before; a second ending that is no longer after
+    the first; nats that do not add up to log π(y|x)/π_ref(y|x)."""
+    pieces = re.findall(r" ?\w+|\W", story_of(KIND[0], HAPPY, KIND[1], HAPPY))
+    found = where_nats.places(pieces)
+    assert list(dict.fromkeys(found)) == list(where_nats.PLACES[:5])
+    assert found.count("after an ending") == len(re.findall(r"\w+|\.", KIND[1] + HAPPY))
+
+    model, tokenizer, _ = load_checkpoint(stages / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    base, _, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    rollouts = generate(model, [tokenizer.prompt(ASKED)] * 5, 12, tokenizer.end_token, seed=1)
+    spent = where_nats.nats(model, base, tokenizer, rollouts, 2)
+    expected = [response_logprobs(m, rollouts.tokens, rollouts.prompt_lengths, rollouts.lengths)
+                for m in (model, base)]
+    torch.testing.assert_close(sum(spent.values()), (expected[0] - expected[1]).detach())
 
 
 def test_marks(out):

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import gpt
 from data.files import write_jsonl
-from data.run import Run
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / name for name in
@@ -259,12 +257,6 @@ def test_what_is_drawn_of_a_run(figures, run, monkeypatch, capsys):
     message = "the pictures need matplotlib: pip install matplotlib\n"
     assert capsys.readouterr().err == 2 * message
 
-    pytest.importorskip("matplotlib")
-    figures.main(["--run", str(run)])
-    drawn = (run / "metrics.svg").read_text()
-    figures.main(["--run", str(run)])
-    assert drawn.startswith("<?xml") and (run / "metrics.svg").read_text() == drawn
-
 
 @pytest.mark.parametrize("content, message", [
     (None, "does not exist; name the folder of a run"), ("{}\n{", "not a metrics.jsonl"),
@@ -282,15 +274,3 @@ def test_what_is_no_run_is_one_line(figures, tmp_path, monkeypatch, content, mes
     for arguments in ([str(tmp_path / "seed9")], ["--runs", "out"], ["--run"], ["--run", "a", "b"]):
         with pytest.raises(SystemExit):
             figures.main(arguments)
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_finished_run_names_its_picture(tmp_path, monkeypatch, capsys, installed):
-    """A command that the reader's machine cannot run; one that draws another folder."""
-    monkeypatch.setattr("importlib.util.find_spec", {"matplotlib": installed}.get)
-    with Run("gpt", tmp_path, gpt.Config(), 1) as run:
-        for step in run.steps(2):
-            run.log(step, loss=step)
-        run.finish()
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert (last == f"picture python assets/figures.py --run {tmp_path}") == installed
