@@ -4,7 +4,7 @@
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About eight hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names are
+# About eleven hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names are
 # those that assets/figures.py reads.
 set -eu
 export OMP_NUM_THREADS=1
@@ -80,16 +80,6 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-ptx --name ppo-ptx --ptx 0.5
     run ppo.py ppo-beta0 --name ppo-beta0 --beta 0
 
-    # K passes over each of 40 batches of 64; 1e9 is no clip at all
-    for K in 1 2; do
-        run ppo.py ppo-passes-$K-2560 --name ppo-passes-$K-2560 --iterations 40 --epochs $K
-    done
-    for K in 4 8; do
-        run ppo.py ppo-passes-$K-2560 --name ppo-passes-$K-2560 --iterations 40 --epochs $K --lr 2e-4
-    done
-    run ppo.py ppo-noclip-8-2560 --name ppo-noclip-8-2560 --iterations 40 --epochs 8 --lr 2e-4 \
-        --clip 1e9
-
     # Right or wrong, without a reward model
     run ppo.py ppo-verifier --name ppo-verifier --reward verifier
     run ppo.py ppo-verifier-grpo --name ppo-verifier-grpo --reward verifier \
@@ -154,17 +144,52 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 8-without-penalty ppo-beta0 --samples 32
 
     yardstick 8-turns rsft-per_prompt,ppo,ppo-after_rsft,rsft-after_ppo --samples 32
-    passes=ppo-passes-1-2560,ppo-passes-2-2560,ppo-passes-4-2560,ppo-passes-8-2560
-    yardstick 8-passes $passes,ppo-noclip-8-2560 --samples 32
 
     # Claims with a script of their own: each prints a table and writes OUT/cpu/claim-NAME
     claim writers --seed "$seed"
     claim phrasings --seed "$seed"
     claim where_trained --seed "$seed"
+    claim where_nats --seed "$seed" --policies ppo,dpo,dpo-order2,dpo-2e-4
     claim marks --seed "$seed"
 
     [ "$seed" = 1 ] || continue  # what follows has one seed
     claim cost
+
+    # K passes over each batch of 64: three learning rates on 2,560 responses, the best on fewer and
+    # on more; with K = 8 also without the clip; with K = 4 several ε. 1e9 is no clip at all.
+    for setting in "1 4.5e-4" "1 6e-4" "2 3e-4" "2 4.5e-4" "4 2e-4" "4 3e-4" "8 2e-4" "8 3e-4"; do
+        K=${setting% *} lr=${setting#* }
+        run ppo.py ppo-rates-$K-$lr --name ppo-rates-$K-$lr --iterations 40 --epochs $K --lr $lr
+    done
+    for iterations in 20 40 100; do
+        count=$((64 * iterations))
+        names=
+        for setting in "1 3e-4" "2 2e-4" "4 1e-4" "8 1e-4"; do
+            K=${setting% *} lr=${setting#* } name=ppo-passes-${setting% *}-$count
+            run ppo.py $name --name $name --iterations $iterations --epochs $K --lr $lr
+            names=$names$name,
+        done
+        name=ppo-passes-8-no_clip-$count
+        run ppo.py $name --name $name --iterations $iterations --epochs 8 --lr 1e-4 --clip 1e9
+        yardstick 8-passes-$count $names$name --samples 32
+    done
+    names=
+    for clip in 0.05 0.1 0.2 0.5 1e9; do
+        name=ppo-clip-$clip
+        run ppo.py $name --name $name --iterations 40 --epochs 4 --lr 2e-4 --clip $clip
+        names=$names$name,
+    done
+    yardstick 8-clips ${names%,} --samples 32
+
+    # Who is hacked first, over β
+    names=ppo,dpo
+    for beta in 0.02 0.05 0.1 0.4 0.8; do
+        for kind in ppo dpo; do
+            run $kind.py $kind-beta-$beta --name $kind-beta-$beta --beta $beta
+            names=$names,$kind-beta-$beta
+        done
+    done
+    yardstick 8-betas $names --samples 16
 
     # A fourth chain
     (

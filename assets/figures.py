@@ -77,11 +77,16 @@ GRID = {"DPO": ("dpo", ("5e-5", "2e-4", "8e-4", "3.2e-3")),
         "PPO": ("ppo", ("7.5e-5", "3e-4", "1.2e-3", "4.8e-3"))}
 BETAS = ("0.05", "0.2", "0.8")
 ALONE = {"dpo": "dpo-2e-4", "ppo": "ppo"}   # the runs with β = 0.2 and the second learning rate
-# PPO with K passes over each of 40 batches of 64
-PASSES = {"ppo-passes-1-2560": "K = 1", "ppo-passes-2-2560": "K = 2", "ppo-passes-4-2560": "K = 4",
-          "ppo-passes-8-2560": "K = 8", "ppo-noclip-8-2560": "K = 8, no clip"}
+# PPO with K passes over each batch of 64: OUT/cpu/ppo-passes-K-RESPONSES, and its learning rate
+PASSES = {"1": ("K = 1", "3e-4"), "2": ("K = 2", "2e-4"), "4": ("K = 4", "1e-4"),
+          "8": ("K = 8", "1e-4"), "8-no_clip": ("K = 8, no clip", "1e-4")}
+RESPONSES = ("1280", "2560", "6400")
+CLIPS = {"0.05": "0.05", "0.1": "0.1", "0.2": "0.2", "0.5": "0.5", "1e9": "none"}
+# PPO and DPO with other β: OUT/cpu/KIND-beta-β; with 0.2 they are the pipeline's
+TRIED = ("0.02", "0.05", "0.1", "0.2", "0.4", "0.8")
 # Groups of policies that are also kept by themselves, from one set of chains
-GROUPS = {"best_of_n-1-pipeline": "pipeline", "best_of_n-8-turns": "turns"}
+GROUPS = {"best_of_n-1-pipeline": "pipeline", "best_of_n-8-turns": "turns",
+          "best_of_n-8-betas": "betas"}
 FULL = "12288"  # demonstrations of the default SFT
 LAWS = {"": "10,240 comparisons, 4 layers", "4096": "4,096 comparisons",  # of the reward models in
         "1024": "1,024 comparisons", "256": "256 comparisons",            # OUT/laws/NAME
@@ -136,7 +141,7 @@ def collect(folders):
     {name: {figure: {seed: number}}}, and the curves."""
     data = {"seeds": len(folders), "stages": {}, "policies": {}, "frontier": {}, "runs": {},
             "curves": {}, "laws": {}, "variance": [], "peers": {}, "claims": {}, "orders": {},
-            "few": {}, "pipeline": {}, "turns": {}}
+            "few": {}, "pipeline": {}, "turns": {}, "betas": {}}
     for seed, folder in enumerate(folders, start=1):
         folder = Path(folder)
         cpu = folder / "cpu"
@@ -249,7 +254,9 @@ def collect_peers(data, seed, cpu):
 
 def collect_training(data, seed, cpu):
     """What the runs themselves say: seconds, memory, entropy; and every batch of two PPO runs."""
-    for name in ["dpo", *METHODS, *DIRECT, *PASSES]:
+    several = [path.name for path in sorted(cpu.glob("ppo-passes-*")) if path.is_dir()]
+    clipped = [f"ppo-clip-{clip}" for clip in CLIPS]
+    for name in ["dpo", *METHODS, *DIRECT, *several, *clipped]:
         figures = data["policies"].setdefault(name, {})
         rows = read_rows(cpu / name / "metrics.jsonl")
         for key in ("held_out_accuracy", "chosen_log_ratio", "rejected_log_ratio"):
@@ -259,9 +266,9 @@ def collect_training(data, seed, cpu):
             put(figures, f"kept_{key}", seed, last(rows, key))
         if rows and "entropy" in rows[-1]:
             put(figures, "entropy", seed, statistics.mean(row["entropy"] for row in rows[-10:]))
-        clipped = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
-        if clipped:
-            put(figures, "clip_fraction", seed, statistics.mean(clipped))
+        fractions = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
+        if fractions:
+            put(figures, "clip_fraction", seed, statistics.mean(fractions))
 
         printed = text_of(cpu / f"{name}.txt")
         models = re.search(r"models in memory: (\d) .*, (\d+) MB", printed)
@@ -416,6 +423,8 @@ def tables(data):
         "policies": policies(data),
         "methods": methods(data),
         "passes": passes(data),
+        "clips": clips(data),
+        "betas": betas(data),
         "orders": orders(data),
         "few": few(data),
         "direct": direct(data),
@@ -493,9 +502,44 @@ def methods(data):
 
 
 def passes(data):
-    """PPO with K passes over each batch, on 2,560 responses."""
-    head = ["passes", "J's share, reward model", "J's share, gold", "KL, nats", "clip fraction"]
-    return table(head, policy_rows(data, PASSES, SHARES + [("clip_fraction", ".1%")]))
+    """PPO with K passes over each batch, on few and on many responses."""
+    rows = []
+    for K, (label, rate) in PASSES.items():
+        row = [label, rate]
+        for count in RESPONSES:
+            name = f"ppo-passes-{K}-{count}"
+            shares = [spread(values(data, name, key), ".0%").removesuffix(" %")
+                      for key in ("share_reward", "share_gold")]
+            row.append(" / ".join(shares))
+        name = f"ppo-passes-{K}-2560"
+        row.append(spread(values(data, name, "kl"), ".2f"))
+        row.append(spread(values(data, name, "clip_fraction"), ".1%"))
+        rows.append(row)
+    counts = [f"{int(count):,} responses" for count in RESPONSES]
+    return table(["passes", "learning rate", *counts, "KL, nats", "clip fraction"], rows)
+
+
+def clips(data):
+    """PPO with 4 passes and several ε, on 2,560 responses."""
+    names = {f"ppo-clip-{clip}": label for clip, label in CLIPS.items()}
+    rows = policy_rows(data, names, SHARES + [("clip_fraction", ".1%")])
+    head = ["ε", "J's share, reward model", "J's share, gold", "KL, nats", "clip fraction"]
+    return table(head, rows)
+
+
+def betas(data):
+    """PPO and DPO with several β: gold, the reward model's score, the KL that was spent."""
+    data = {"policies": data["betas"]}
+    rows = []
+    for beta in TRIED:
+        row = [beta]
+        for kind in ("ppo", "dpo"):
+            name = kind if beta == "0.2" else f"{kind}-beta-{beta}"
+            for key, form in (("kl", ".1f"), ("gold", ".2f"), ("reward", ".2f")):
+                row.append(spread(values(data, name, key), form))
+        rows.append(row)
+    head = ["β", "PPO: KL, nats", "gold", "score", "DPO: KL, nats", "gold", "score"]
+    return table(head, rows)
 
 
 def orders(data):
@@ -700,6 +744,11 @@ def claims(data):
                   for key in ("share_reward", "share_gold")]
         return " / ".join(shares)
 
+    def by_responses(K):
+        shares = [of(f"ppo-passes-{K}-{count}", "share_reward", ".0%").removesuffix(" %")
+                  for count in RESPONSES]
+        return " / ".join(shares)
+
     def of_few(name, count):
         figures = data["few"][count]
         flawless = 100 * figures[f"{name} flawless"]
@@ -711,8 +760,11 @@ def claims(data):
             xs += data["orders"][f"{name}{order}"][key].values()
         return spread(xs, form)
 
-    def of_first(name, key, form):
-        return f"{data['policies'][name][key]['1']:{form}}"
+    def of_betas(kind, key, form):
+        found = []
+        for name in (kind, f"{kind}-beta-0.05", f"{kind}-beta-0.02"):
+            found.append(spread(values({"policies": data["betas"]}, name, key), form))
+        return ", ".join(found)
 
     def unpenalized(key, iterations):
         runs = data["runs"]["ppo-beta0"].values()
@@ -751,10 +803,10 @@ def claims(data):
         ["a bad SFT model can't be mended by preference tuning", "CME 295",
          "`sft.py --demonstrations 512`, `ppo.py`, `dpo.py`, `python -m assets.claims.writers`",
          f"gold and flawless stories after 512 demonstrations: SFT {of_few('sft', '512')}, "
-         f"DPO {of_few('dpo', '512')}, PPO {of_few('ppo', '512')}; after 12,288: "
-         f"SFT {of_few('sft', FULL)}, DPO {of_few('dpo', FULL)}, PPO {of_few('ppo', FULL)} "
-         "(seed 1)",
-         "holds: gold rises, the sentences stay broken, and J* itself is lower"],
+         f"DPO {of_few('dpo', '512')}, PPO {of_few('ppo', '512')}; after 2,048: "
+         f"{of_few('sft', '2048')}, {of_few('dpo', '2048')}, {of_few('ppo', '2048')}; after "
+         f"12,288: {of_few('sft', FULL)}, {of_few('dpo', FULL)}, {of_few('ppo', FULL)} (seed 1)",
+         "holds: gold rises, the sentences stay broken; with 2,048 PPO mends most, DPO does not"],
         ["instruction tuning generalizes", "CS 224R ch. 4", "`python -m assets.claims.phrasings`",
          "two of twelve ways to ask left out: a story for "
          f"{claim('phrasings ten of them, the two ways answers', '.0%')} of such requests, a "
@@ -825,13 +877,11 @@ def claims(data):
          "and clip 0.06 to 0.15 (six)",
          "with both; without the clip a ratio is no better than none"],
         ["several passes save samples", "ECE 7115", "`ppo.py --epochs K`",
-         "J's share, reward model, after 2,560 responses: K = 1 "
-         f"{of('ppo-passes-1-2560', 'share_reward', '.0%')}, "
-         f"2 {of('ppo-passes-2-2560', 'share_reward', '.0%')}, "
-         f"4 {of('ppo-passes-4-2560', 'share_reward', '.0%')}, "
-         f"8 {of('ppo-passes-8-2560', 'share_reward', '.0%')}, "
-         f"8 without the clip {of('ppo-noclip-8-2560', 'share_reward', '.0%')} (± 1 %; seed 1)",
-         "a few, with K of 2 to 4; the clip saves K = 8"],
+         "J's share, reward model, after 1,280 / 2,560 / 6,400 responses: "
+         f"K = 1 {by_responses('1')}, 2 {by_responses('2')}, 4 {by_responses('4')}, "
+         f"8 {by_responses('8')}, 8 without the clip {by_responses('8-no_clip')} "
+         "(± 1 %; seed 1)",
+         "holds where responses are few; without the clip 8 passes save nothing"],
         ["four models, three, two in memory", "CME 295; ECE 7115", "`ppo.py --method …`",
          f"PPO {of('ppo', 'models', '.0f')}, {of('ppo', 'memory_mb', '.0f')} MB; "
          f"GRPO {of('ppo-grpo', 'models', '.0f')}, {of('ppo-grpo', 'memory_mb', '.0f')} MB",
@@ -874,13 +924,10 @@ def claims(data):
          f"PPO 4; {min(values(data, 'dpo-2e-4', 'seconds')):.0f} s, PPO "
          f"{min(values(data, 'ppo', 'seconds')):.0f} s",
          "simpler; not faster where sampling is cheap"],
-        ["DPO is hacked less", "CS 224R ch. 9",
-         "`dpo.py --beta 0.05 --lr 2e-4`, `ppo.py --beta 0.05`",
-         f"gold with β = 0.2 and 0.05: DPO {of_first('dpo-2e-4', 'gold', '.2f')}, "
-         f"{of('dpo-grid-0.05-2e-4', 'gold', '.2f')} at "
-         f"{of('dpo-grid-0.05-2e-4', 'kl', '.1f')} nats; PPO {of_first('ppo', 'gold', '.2f')}, "
-         f"{of('ppo-grid-0.05-3e-4', 'gold', '.2f')} at "
-         f"{of('ppo-grid-0.05-3e-4', 'kl', '.1f')} (seed 1)",
+        ["DPO is hacked less", "CS 224R ch. 9", "`dpo.py --beta 0.05`, `ppo.py --beta 0.05`",
+         f"gold with β = 0.2, 0.05 and 0.02: DPO {of_betas('dpo', 'gold', '.2f')} at "
+         f"{of_betas('dpo', 'kl', '.0f')} nats; PPO {of_betas('ppo', 'gold', '.2f')} at "
+         f"{of_betas('ppo', 'kl', '.0f')} (seed 1)",
          "not here: DPO loses gold first"],
         ["DPO raises the chosen response's probability", "ECE 7115 \"DPO Loss\"", "`dpo.py`",
          "log-ratios of the pairs it trains on, last 64 steps: chosen "
@@ -1266,12 +1313,11 @@ def draw_hacked(plt, data):
     """Who loses gold first: gold and the reward model's score against the KL that was spent, over
     β, for PPO and DPO."""
     figure, (ax,) = axes(plt)
-    for label, color in (("PPO", BLUE), ("DPO", ORANGE)):
-        kind, rates = GRID[label]
+    for kind, label, color in (("ppo", "PPO", BLUE), ("dpo", "DPO", ORANGE)):
         runs = []
-        for beta in BETAS:
-            name = ALONE[kind] if beta == "0.2" else f"{kind}-grid-{beta}-{rates[1]}"
-            found = data["policies"].get(name, {})
+        for beta in TRIED:
+            name = kind if beta == "0.2" else f"{kind}-beta-{beta}"
+            found = data["betas"].get(name, {})
             if "1" in found.get("kl", {}):
                 runs.append((found["kl"]["1"], found["gold"]["1"], found["reward"]["1"], beta))
         if not runs:
@@ -1280,16 +1326,42 @@ def draw_hacked(plt, data):
         ax.plot(kls, golds, color=color, marker="o", markersize=5, label=f"{label}, gold")
         ax.plot(kls, rewards, color=color, marker="o", markersize=4, linestyle=":",
                 label=f"{label}, reward model's score")
-        side, place = ("right", (-5, 5)) if label == "PPO" else ("left", (5, -13))
+        side, place = ("right", (-3, 6)) if label == "PPO" else ("center", (0, -18))
         for kl, gold, _, beta in runs:
             ax.annotate(f"β = {beta}", (kl, gold), color=color, fontsize=9, ha=side,
                         xytext=place, textcoords="offset points")
-    ax.set_xlim(0, 8)
+    ax.set_xscale("log", base=2)
+    ticks = [0.5, 1, 2, 4, 8, 16, 32]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_ylim(0, 5)
     ax.set_xlabel("KL to the SFT model, nats")
     ax.set_ylabel("score")
     ax.legend(frameon=False, loc="lower right")
     save(figure, "hacked")
+
+
+def draw_passes(plt, data):
+    """What passes over each batch save: the share of the gap between SFT and J* by the number of
+    responses."""
+    figure, (ax,) = axes(plt)
+    colors = {"1": GRAY, "2": GREEN, "4": BLUE, "8": ORANGE, "8-no_clip": ORANGE}
+    for K, (label, _) in PASSES.items():
+        curve = []
+        for count in RESPONSES:
+            shares = values(data, f"ppo-passes-{K}-{count}", "share_reward")
+            if shares:
+                curve.append((int(count), 100 * statistics.mean(shares)))
+        if curve:
+            counts, shares = zip(*curve)
+            style = ":" if K == "8-no_clip" else "-"
+            ax.plot(counts, shares, style, color=colors[K], marker="o", markersize=4, label=label)
+    ax.set_xscale("log", base=2)
+    counts = [int(count) for count in RESPONSES]
+    ax.set_xticks(counts, [f"{count:,}" for count in counts])
+    ax.set_xlabel("responses sampled")
+    ax.set_ylabel("% of the way to J*, reward model")
+    ax.legend(frameon=False, loc="lower right")
+    save(figure, "passes")
 
 
 def draw_variance(plt, data):
@@ -1336,6 +1408,7 @@ def draw(data):
     draw_one_run(plt, data)
     draw_learning_curves(plt, data)
     draw_hacked(plt, data)
+    draw_passes(plt, data)
     draw_variance(plt, data)
 
 
