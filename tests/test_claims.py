@@ -91,9 +91,9 @@ def test_where_nats(stages):
     model, tokenizer, _ = load_checkpoint(stages / "cpu/sft/checkpoint.pt", "sft", "cpu")
     base, _, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
     rollouts = generate(model, [tokenizer.prompt(ASKED)] * 5, 12, tokenizer.end_token, seed=1)
-    spent = where_nats.nats(model, base, tokenizer, rollouts, 2)
-    expected = [response_logprobs(m, rollouts.tokens, rollouts.prompt_lengths, rollouts.lengths)
-                for m in (model, base)]
+    spent = where_nats.nats(model, 0.7, base, tokenizer, rollouts, 2)
+    expected = [response_logprobs(m, *rollouts, temperature)
+                for m, temperature in ((model, 0.7), (base, 1.0))]
     torch.testing.assert_close(sum(spent.values()), (expected[0] - expected[1]).detach())
 
 

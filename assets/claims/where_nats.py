@@ -49,21 +49,22 @@ def places(pieces):
 
 
 @torch.no_grad()
-def log_ratios(policy, reference, rollouts, micro_batch):
-    """(log π(a_t|s_t) - log π_ref(a_t|s_t), the mask of the responses), (B, T-1) each."""
+def log_ratios(policy, temperature, reference, rollouts, micro_batch):
+    """(log π(a_t|s_t) - log π_ref(a_t|s_t), the mask of the responses), (B, T-1) each.
+    temperature: the policy's."""
     mask = response_mask(rollouts.prompt_lengths, rollouts.lengths, rollouts.tokens.shape[1])
     parts = []
     for start in range(0, len(mask), micro_batch):
         rows = slice(start, start + micro_batch)
-        logprobs = masked_logprobs(policy, rollouts.tokens[rows], mask[rows])
+        logprobs = masked_logprobs(policy, rollouts.tokens[rows], mask[rows], temperature)
         ref_logprobs = masked_logprobs(reference, rollouts.tokens[rows], mask[rows])
         parts.append(logprobs - ref_logprobs)
     return torch.cat(parts), mask
 
 
-def nats(policy, reference, tokenizer, rollouts, micro_batch):
+def nats(policy, temperature, reference, tokenizer, rollouts, micro_batch):
     """{place: the nats that every sampled response spends there, (B,)}."""
-    ratios, mask = log_ratios(policy, reference, rollouts, micro_batch)
+    ratios, mask = log_ratios(policy, temperature, reference, rollouts, micro_batch)
     ratios = ratios.cpu()
     found = {place: torch.zeros(len(ratios)) for place in PLACES}
     for row in range(len(ratios)):
@@ -94,11 +95,12 @@ def main(argv=None):
 
     rows = []
     for name in arguments.policies.split(","):
-        policy, _, _ = load_policy(config, name)
+        policy, _, checkpoint = load_policy(config, name)
+        temperature = checkpoint.get("temperature", 1.0)
         with torch.no_grad():
             rollouts = generate(policy, ids, config.max_new_tokens, tokenizer.end_token,
-                                seed=arguments.seed)
-        spent = nats(policy, reference, tokenizer, rollouts, 64)
+                                temperature, seed=arguments.seed, at_once=config.sample_batch)
+        spent = nats(policy, temperature, reference, tokenizer, rollouts, 64)
         spent["in all"] = sum(spent.values())
         row = {"what": name}
         for place, x in spent.items():
