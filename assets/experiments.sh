@@ -152,6 +152,10 @@ for seed in ${SEEDS:-1 2 3}; do
     claim where_nats --seed "$seed" --policies ppo,dpo,dpo-order2,dpo-2e-4
     claim marks --seed "$seed"
 
+    # Two passes as a default
+    run ppo.py ppo-two_passes --name ppo-two_passes --iterations 80 --epochs 2 --clip 0.1 --lam 0.95
+    yardstick 8-two_passes ppo,ppo-two_passes --samples 32
+
     [ "$seed" = 1 ] || continue  # what follows has one seed
     claim cost
 

@@ -80,7 +80,7 @@ def test_where_trained(out):
         assert sum(gains) == pytest.approx(gain, abs=1e-5)
 
 
-def test_where_nats(stages):
+def test_where_nats(out):
     """A sentence's first token counted to the one before; a second ending that is no longer after
     the first; nats that do not add up to log π(y|x)/π_ref(y|x)."""
     pieces = re.findall(r" ?\w+|\W", story_of(KIND[0], HAPPY, KIND[1], HAPPY))
@@ -88,13 +88,17 @@ def test_where_nats(stages):
     assert list(dict.fromkeys(found)) == list(where_nats.PLACES[:5])
     assert found.count("after an ending") == len(re.findall(r"\w+|\.", KIND[1] + HAPPY))
 
-    model, tokenizer, _ = load_checkpoint(stages / "cpu/sft/checkpoint.pt", "sft", "cpu")
-    base, _, _ = load_checkpoint(stages / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
+    model, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
+    base, _, _ = load_checkpoint(out / "cpu/gpt/checkpoint.pt", "gpt", "cpu")
     rollouts = generate(model, [tokenizer.prompt(ASKED)] * 5, 12, tokenizer.end_token, seed=1)
     spent = where_nats.nats(model, 0.7, base, tokenizer, rollouts, 2)
     expected = [response_logprobs(m, *rollouts, temperature)
                 for m, temperature in ((model, 0.7), (base, 1.0))]
     torch.testing.assert_close(sum(spent.values()), (expected[0] - expected[1]).detach())
+
+    where_nats.main(["--out", str(out), "--policies", "gpt", "--questions", "3"])
+    row, = metrics(out / "cpu/claim-where_nats/metrics.jsonl")
+    assert row["in all"] == pytest.approx(sum(row[place] for place in where_nats.PLACES))
 
 
 def test_marks(out):

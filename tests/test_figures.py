@@ -1,6 +1,5 @@
 """assets/figures.py, and the READMEs against the figures, names and flags that they mention."""
 
-import importlib
 import importlib.util
 import json
 import math

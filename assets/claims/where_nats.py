@@ -1,19 +1,17 @@
-"""Where a policy spends its nats: log π/π_ref of its own samples by the part of the story, and after
-an ending, where SFT's stories stop (CS 224R, Lecture 9, ch. 9: what no pair speaks of).
+"""Where a policy spends its nats: log π/π_ref of its own samples by the part of the story, and
+after an ending, where SFT's stories stop (CS 224R, Lecture 9, ch. 9: what no pair speaks of).
 
-    python -m assets.claims.where_nats --out OUT [--policies ppo,dpo]       after ppo.py and dpo.py
+    python -m assets.claims.where_nats --out OUT [--seed S]     after ppo.py and dpo.py
 """
 
-import argparse
 import random
 
 import torch
 
-import sft
-from assets.claims.writers import load_policy
+from assets.claims.writers import load_policy, read_arguments
 from data.answer_key import cell, mean_and_error
 from data.corpus import draw_requests
-from data.files import run_script, write_jsonl
+from data.files import read_pairs, run_script, write_jsonl
 from data.run import stage_folder
 from data.stories import recognise, split_sentences
 from data.table import Column, print_columns
@@ -79,18 +77,9 @@ def nats(policy, temperature, reference, tokenizer, rollouts, micro_batch):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="out", help="the folder of the finished stages")
-    parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
-    parser.add_argument("--seed", type=int, default=1, help="fixes the samples")
-    parser.add_argument("--policies", default="ppo,dpo", help="folders, with commas between")
-    parser.add_argument("--prompts", type=int, default=512, help="held-out requests")
-    arguments = parser.parse_args(argv)
-    config = sft.Config(**(sft.GPU if arguments.size == "gpu" else {}))
-    config.out = arguments.out
-    config.size = arguments.size
+    arguments, config = read_arguments(__doc__, 512, argv)
     reference, tokenizer, _ = load_policy(config, "sft")
-    prompts = draw_requests(arguments.prompts, random.Random("where nats"), held_out=True)
+    prompts = draw_requests(arguments.questions, random.Random("where nats"), held_out=True)
     ids = [tokenizer.prompt(prompt) for prompt in prompts]
 
     rows = []
@@ -99,7 +88,7 @@ def main(argv=None):
         temperature = checkpoint.get("temperature", 1.0)
         with torch.no_grad():
             rollouts = generate(policy, ids, config.max_new_tokens, tokenizer.end_token,
-                                temperature, seed=arguments.seed, at_once=config.sample_batch)
+                                temperature, seed=config.seed, at_once=config.sample_batch)
         spent = nats(policy, temperature, reference, tokenizer, rollouts, 64)
         spent["in all"] = sum(spent.values())
         row = {"what": name}
@@ -111,8 +100,14 @@ def main(argv=None):
     for row in rows:
         cells = [cell(row[place], row[f"{place}_error"], ".2f") for place in (*PLACES, "in all")]
         columns.append(Column(row["what"], cells))
-    print_columns(columns, [f"nats to the SFT model of one answer to each of {len(prompts)} "
-                            "held-out requests; ± standard error."])
+    texts = []
+    for pair in read_pairs(stage_folder(config, "reward_model") / "pairs.jsonl"):
+        texts += [pair["chosen"], pair["rejected"]]
+    count = sum(places([text]) == ["after an ending"] for text in texts)  # of the last sentence
+    print_columns(columns, [
+        f"nats to the SFT model of one answer to each of {len(prompts)} held-out requests; ± "
+        "standard error.",
+        f"Of the {len(texts):,} responses in reward_model's pairs {count} go on after an ending."])
     folder = stage_folder(config, "claim-where_nats")
     folder.mkdir(exist_ok=True)
     write_jsonl(folder / "metrics.jsonl", rows)

@@ -44,18 +44,25 @@ def what_follows(text, ended):
     return "neither"
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def read_arguments(description, questions, argv):
+    """(arguments, config) of a script that asks policies questions: the command line, and the
+    settings of sft.py at that size. questions: how many of them, where none are given."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1, help="fixes the samples")
     parser.add_argument("--policies", default="ppo,dpo", help="folders, with commas between")
-    parser.add_argument("--questions", type=int, default=1000, help="held-out requests")
+    parser.add_argument("--questions", type=int, default=questions, help="held-out requests")
     arguments = parser.parse_args(argv)
     config = sft.Config(**(sft.GPU if arguments.size == "gpu" else {}))
     config.out = arguments.out
     config.size = arguments.size
     config.seed = arguments.seed
+    return arguments, config
+
+
+def main(argv=None):
+    arguments, config = read_arguments(__doc__, 1000, argv)
     base, tokenizer, checkpoint = load_policy(config, "gpt")
     policies = {}
     for name in ["sft", *arguments.policies.split(",")]:
@@ -91,8 +98,8 @@ def main(argv=None):
          Column("above the writers", [None, *gains]),
          Column("flawless", [with_error(row["flawless"], len(prompts)) for row in found])],
         [f"gold: mean over {len(prompts)} held-out requests ± standard error, one answer to each;",
-         "above the writers: of the differences between the answers to one request; flawless: every",
-         "sentence is one of the world, the first an opening."])
+         "above the writers: of the differences between the answers to one request;",
+         "flawless: every sentence is one of the world, the first an opening."])
 
     # The base model is asked as sft.py asks it: a line on a page.
     start = [] if checkpoint["text"] else [tokenizer.end_token]
