@@ -1,11 +1,11 @@
 #!/bin/sh
-# Every run behind the figures of the READMEs, size cpu, in order (except DPO on probabilities: there
-# is no flag for it). Finished runs are skipped, interrupted ones resumed. From the repository root:
+# Every run behind the figures of the READMEs, size cpu, in order (except DPO on probabilities:
+# there is no flag for it). Finished runs are skipped, interrupted ones resumed. From the root:
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About eleven hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names are
-# those that assets/figures.py reads.
+# About eleven hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names
+# are those that assets/figures.py reads.
 set -eu
 export OMP_NUM_THREADS=1
 
@@ -259,8 +259,8 @@ for seed in ${SEEDS:-1 2 3}; do
     cp -r "$out/pairs4/cpu/dpo-pairs4" "$out/cpu/"
     yardstick 9-more ppo,ppo-400,ppo-4x,dpo-2e-4,dpo-pairs4 --samples 32
 
-    # A small reward model is put beside the SFT model of the usual size, which it was not made from:
-    # without this a run would refuse it as stale.
+    # A small reward model is put beside the SFT model of the usual size, which it was not made
+    # from: without this a run would refuse it as stale.
     forget_source() {  # checkpoint
         python - "$1" << 'END'
 import sys
