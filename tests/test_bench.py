@@ -22,8 +22,7 @@ def counted(call, *arguments):
 
 
 def test_flops_are_torchs():
-    """A factor 2 lost, or the output layer forgotten: a utilisation that flatters. Attention is
-    counted apart."""
+    """A factor 2 lost, or the output layer forgotten: a utilisation that flatters."""
     shape = gpt.GPTConfig(50, 16, n_layer=2, n_head=2, n_embd=16)
     model = RewardModel(shape)
     tokens = torch.zeros(3, 16, dtype=torch.long)
@@ -33,8 +32,7 @@ def test_flops_are_torchs():
     assert counted(model, tokens) == bench.forward_flops(shape, 48, 0, 48, 1)
     attention = bench.forward_flops(shape, 1, 10, 0, 0) - bench.forward_flops(shape, 1, 0, 0, 0)
     q, k, v = torch.zeros(3, 2, 10, 8)  # of two heads
-    one_layer = counted(lambda: (q[:, :1] @ k.transpose(1, 2)) @ v)
-    assert attention == shape.n_layer * one_layer
+    assert attention == shape.n_layer * counted(lambda: (q[:, :1] @ k.transpose(1, 2)) @ v)
 
 
 def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys, monkeypatch):

@@ -15,8 +15,7 @@ from data.files import InputError, write_jsonl
 from data.run import SilentRun
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, GPTConfig, save_checkpoint
-from helpers import (END, V, draw_prompts, metrics, response_reward, tiny_gpt,
-                     tiny_reward_model)
+from helpers import (END, V, draw_prompts, metrics, response_reward, tiny_gpt, tiny_reward_model)
 from reward_model import RewardModel
 
 

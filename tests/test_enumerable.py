@@ -19,8 +19,7 @@ import ppo
 from best_of_n import best_of_n_kl, optimality_gap, top_per_prompt
 from data.answer_key import pooled_optimum
 from data.run import SilentRun
-from gpt import (GPT, generate, make_optimizer, masked_logprobs, optimizer_step, pad,
-                 response_mask)
+from gpt import (GPT, generate, make_optimizer, masked_logprobs, optimizer_step, pad, response_mask)
 from helpers import (BETA, END, ENDED, LIMIT, PROMPT, RESPONSES, ROWS, Blocks, all_pairs,
                      bare_rollouts, exact_logprobs, kl, make_model, noise, optimize,
                      response_reward, table_reward, world_config, world_task)
