@@ -1,7 +1,7 @@
 """What an answer and a training cost: best-of-N beside one answer of PPO's policy (CME 295), and
-PPO beside DPO (CS 224R, Lecture 9, ch. 9; notes on it, 4.4.2).
+PPO, with the reward model that it needs, beside DPO (CS 224R, Lecture 9, ch. 9; notes, 4.4.2).
 
-    python -m assets.claims.cost --out OUT          after ppo.py and dpo.py
+    python -m assets.claims.cost --out OUT          after ppo.py and dpo.py, on one machine
 """
 
 import argparse
@@ -20,12 +20,13 @@ from data.corpus import draw_requests
 from data.files import InputError, run_script, write_jsonl
 from data.table import Column, print_columns
 from gpt import generate, get_device, load_checkpoint
-from reward_model import RewardModel
+from reward_model import RewardModel, bradley_terry_loss, fit
 
 # What a reader of the algorithm reads: the loop, and what it calls that is its own.
 LOOPS = {
     "ppo": (ppo.ppo, ppo.sample, ppo.minibatches, ppo.shaped_rewards, ppo.gae, ppo.whiten,
             ppo.masked_mean, ppo.clipped_policy_loss, ppo.clipped_value_loss),
+    "reward_model": (fit, RewardModel, bradley_terry_loss),
     "dpo": (dpo.dpo, dpo.pair_batches, dpo.pair_logprobs, dpo.dpo_loss),
 }
 
@@ -43,12 +44,12 @@ def code_lines(functions):
 
 
 def settings_of(functions):
-    """The settings that functions read: config.NAME in their source, without those of memory and
-    of the methods behind the lecture's."""
+    """The settings that functions read: config.NAME in their source, without those of memory, of
+    the model's shape and of the methods behind the lecture's."""
     names = set()
     for function in functions:
         names |= set(re.findall(r"config\.(\w+)", inspect.getsource(function)))
-    return sorted(names - {"micro_batch", "sample_batch", "seed", "kl_target", "ptx"})
+    return sorted(names - {"micro_batch", "sample_batch", "seed", "kl_target", "ptx", "n_embd"})
 
 
 @torch.inference_mode()
@@ -76,13 +77,19 @@ def seconds_an_answer(policy, reward_model, prompt, tokenizer, n, batched, repea
 
 
 def training_row(folder, name):
-    """What a finished run says of itself, and how much of code and settings it takes."""
+    """What a finished run says of itself, and how much of code and settings it takes. seconds: of
+    its loop, from the steps after the first figures; what came before it is not counted."""
     path = folder / name / "metrics.jsonl"
     if not path.exists():
         raise InputError(f"{path}: no such file; run python {name}.py first")
-    final = json.loads(path.read_text().splitlines()[-1])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    timed = [row for row in rows if "seconds" in row]
+    if len(timed) < 2:
+        raise InputError(f"{path}: too short a run to time a step; train for more of them")
+    first, last = timed[0], timed[-1]
+    a_step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
     settings = settings_of(LOOPS[name])
-    return {"what": name, "seconds": final["seconds"], "memory_mb": final["memory_mb"],
+    return {"what": name, "seconds": a_step * last["step"], "memory_mb": last["memory_mb"],
             "lines": code_lines(LOOPS[name]), "settings": len(settings), "names": settings}
 
 
@@ -119,7 +126,7 @@ def main(argv=None):
         [f"to the request {request!r}; median of {arguments.repeats}, with the reward model's "
          "scores where N > 1."])
 
-    rows = [training_row(folder, "ppo"), training_row(folder, "dpo")]
+    rows = [training_row(folder, name) for name in LOOPS]
     print()
     print_columns(
         [Column("training", [row["what"] for row in rows]),
@@ -127,8 +134,8 @@ def main(argv=None):
          Column("MB, peak", [row["memory_mb"] for row in rows], ".0f"),
          Column("lines", [row["lines"] for row in rows], "d"),
          Column("settings", [row["settings"] for row in rows], "d")],
-        ["seconds, MB: of the process, as metrics.jsonl has them; DPO's comparisons were collected "
-         "before.",
+        ["seconds: of the loop; the comparisons, which DPO reads too, were collected before. MB: of "
+         "the process.",
          "lines: of code, of the loop and of what is called there and is the algorithm's own.",
          *[f"settings of {row['what']}: {', '.join(row['names'])}" for row in rows]])
     folder = folder / "claim-cost"

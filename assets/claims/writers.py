@@ -1,5 +1,6 @@
 """The human ceiling (notes on CS 224R, Lecture 9, 4.2.1): SFT can't beat those who wrote its
-demonstrations, preference tuning can. And what a base model does with a request (CS 224R, ch. 3).
+demonstrations, preference tuning can. Does it hold where SFT is sampled nearly greedily? And what a
+base model does with a request (CS 224R, ch. 3).
 
     python -m assets.claims.writers --out OUT [--seed S]    after ppo.py and dpo.py
 """
@@ -67,6 +68,8 @@ def main(argv=None):
     policies = {}
     for name in ["sft", *arguments.policies.split(",")]:
         policies[name] = load_policy(config, name)
+    model, its_tokenizer, _ = policies["sft"]
+    policies["SFT at temperature 0.1"] = (model, its_tokenizer, {"temperature": 0.1})
 
     # Gold of the writers' own answers, and of every policy's to the same requests.
     rows, _ = draw_demonstrations(random.Random("writers"), arguments.questions, held_out=True)
