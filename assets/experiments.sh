@@ -314,7 +314,9 @@ END
 done
 
 # Two seeds at once: comparisons of another policy's samples
-if [ -e out/seed1/cpu/sft/checkpoint.pt ] && [ -e out/seed2/cpu/sft/checkpoint.pt ]; then
-    python -m assets.claims.other_pairs --out out/seed1 --other out/seed2 \
-        > out/seed1/cpu/claim-other_pairs.txt
-fi
+for pair in "1 2" "2 3" "3 1"; do
+    seed=${pair% *} out=out/seed${pair% *} other=out/seed${pair#* }
+    if [ -e "$out/cpu/sft/checkpoint.pt" ] && [ -e "$other/cpu/sft/checkpoint.pt" ]; then
+        claim other_pairs --other "$other" --seed "$seed"
+    fi
+done
