@@ -438,6 +438,13 @@ def tables(data):
         "grid": grid(data),
         "peers": peers(data),
         "claims": claims(data),
+        "trained": trained(data),
+        "parts": parts(data),
+        "labels": labels(data),
+        "asked": asked(data),
+        "others": others(data),
+        "answer": answer(data),
+        "loops": loops(data),
         "laws": laws(data),
         "equal_kl": equal_kl(data),
     }
@@ -1017,6 +1024,94 @@ def claims(data):
         ["DPO's margin runs away, IPO's does not", "CS 224R ch. 10", f"`{LISTED} run_away`",
          "with certain labels DPO's keeps growing, IPO's stays at 1/(2β)",
          "holds"]])
+
+
+def claim_rows(data, claim, names, columns):
+    """A row for each thing that a script in assets/claims/ measured. names: {what it calls it:
+    label}; columns: (figure, format)."""
+    rows = []
+    for name, label in names.items():
+        row = [label]
+        for key, form in columns:
+            row.append(spread(list(data["claims"].get(f"{claim} {name} {key}", {}).values()), form))
+        rows.append(row)
+    return rows
+
+
+def trained(data):
+    """The reward model on the answers of policies that were trained against it."""
+    names = {"sft": "SFT", "best of 16": "best of 16", "ppo": "PPO",
+             "ppo-beta0": "PPO without a penalty"}
+    columns = [("reward", ".2f"), ("gold", ".2f"), ("accuracy", ".3f"), ("bayes", ".3f"),
+               ("share", ".0%"), ("slope", ".2f")]
+    head = ["answers of", "score", "gold", "accuracy", "Bayes", "above chance, of what is possible",
+            "gold for a point of score"]
+    return table(head, claim_rows(data, "where_trained", names, columns))
+
+
+def parts(data):
+    """Every part of gold: what it is worth to the reward model, and what PPO makes of it."""
+    names = {part: part for part in ("on request", "kindness", "ending", "brevity", "repetition")}
+    names["gold"] = "all, and the score"
+    columns = [("correlation", ".2f"), ("price", ".2f")]
+    for policy in ("ppo", "ppo-beta0"):
+        columns += [(policy, ".2f"), (f"{policy}_seen", ".2f")]
+    head = ["part of gold", "correlation with the score", "price in the score", "PPO gains",
+            "the score pays", "without a penalty PPO gains", "the score pays"]
+    return table(head, claim_rows(data, "where_trained", names, columns))
+
+
+def labels(data):
+    """Reward models trained on comparisons, on four-step ratings and on marks."""
+    names = {"comparisons": "10,240 comparisons", "four-step ratings": "10,240 in four steps",
+             "marks": "10,240 marks, of one of each pair", "marks, both of a pair": "20,480 marks",
+             "the same without biases": "20,480 marks without biases"}
+    columns = [("above_chance", ".1%"), ("above_chance_error", ".1%"), ("correlation", ".2f")]
+    head = ["labels", "above chance, of what is possible", "error", "correlation with gold"]
+    return table(head, claim_rows(data, "marks", names, columns))
+
+
+def asked(data):
+    """SFT with and without demonstrations of two of the twelve ways to ask."""
+    rows = []
+    for trained_on, label in (("all twelve ways", "all twelve ways"), ("ten of them", "ten")):
+        names = {f"{trained_on}, the ten ways": "ten", f"{trained_on}, the two ways": "the two"}
+        columns = [("answers", ".0%"), ("flawless", ".0%"), ("on_request", ".0%")]
+        rows += [[label, *row] for row in claim_rows(data, "phrasings", names, columns)]
+    return table(["demonstrations of", "asked in", "a story", "flawless", "on request"], rows)
+
+
+def others(data):
+    """DPO on comparisons of its own samples, of another seed's and of the base model's."""
+    names = {"its own": "its own SFT model", "another seed's SFT": "another seed's SFT model",
+             "the base model's": "the base model"}
+    columns = [("logprob", ".2f"), ("gradient", ".1f"), ("weight", ".2f"), ("kl", ".2f"),
+               ("gold", ".2f")]
+    head = ["samples of", "log π_ref, nats a token", "norm of the first gradient", "σ(−z) after",
+            "KL after, nats", "gold after"]
+    return table(head, claim_rows(data, "other_pairs", names, columns))
+
+
+def answer(data):
+    """What one answer costs."""
+    names = {"PPO, one answer": "PPO", "SFT, one answer": "SFT", "best of 4": "best of 4",
+             "best of 16": "best of 16", "best of 64": "best of 64"}
+    columns = [("tokens", ".0f"), ("one_at_a_time", ".2f"), ("batched", ".2f")]
+    head = ["an answer of", "tokens sampled", "seconds, one at a time", "in one batch"]
+    return table(head, claim_rows(data, "cost", names, columns))
+
+
+def loops(data):
+    """What training costs. Of the seconds the least disturbed seed's."""
+    rows = []
+    for name, label in (("reward_model", "the reward model"), ("ppo", "PPO, after it"),
+                        ("dpo", "DPO")):
+        row = [label]
+        for key in ("seconds", "lines", "settings"):
+            xs = data["claims"][f"cost {name} {key}"].values()
+            row.append(f"{min(xs):.0f}")
+        rows.append(row)
+    return table(["training of", "seconds", "lines", "settings"], rows)
 
 
 def identity(d):
