@@ -1104,7 +1104,7 @@ def answer(data):
 def loops(data):
     """What training costs. Of the seconds the least disturbed seed's."""
     rows = []
-    for name, label in (("reward_model", "the reward model"), ("ppo", "PPO, after it"),
+    for name, label in (("reward_model", "the reward model"), ("ppo", "PPO, after that"),
                         ("dpo", "DPO")):
         row = [label]
         for key in ("seconds", "lines", "settings"):
