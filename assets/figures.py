@@ -898,7 +898,7 @@ def claims(data):
         ["PPO-ptx mends it", "ECE 7115", "`ppo.py --ptx 0.5`",
          f"{of('ppo-ptx', 'pretraining', '.2f')} nats; J's share under gold "
          f"{of('ppo-ptx', 'share_gold', '.1%')}, PPO {of('ppo', 'share_gold', '.1%')}",
-         "holds; what it costs is within the spread"],
+         "holds, for some points of the share"],
         ["a baseline lowers the variance", "ECE 7115", f"`{LISTED} variance`",
          "of the gradient, in units of its squared length: none 42, batch mean 12, V 12, "
          "GAE λ = 0.5 7",
