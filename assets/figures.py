@@ -1267,18 +1267,18 @@ def deviation(xs):
 NAMED = {
     "gold": {
         "rsft-per_prompt": ("RSFT", 1.12, 3.05),
-        "ppo": ("PPO", 1.62, 2.72),
-        "dpo-online-annotator": ("online DPO, fresh labels", 2.1, 2.3),
-        "ppo-rloo": ("leave-one-out", 2.75, 2.62),
+        "ppo": ("PPO", 1.75, 2.8),
+        "ppo-rloo": ("leave-one-out", 2.0, 2.35),
+        "dpo-online-annotator": ("online DPO, fresh labels", 2.8, 2.75),
         "dpo-2e-4": ("DPO", 3.1, 3.2),
         "ppo-grpo": ("GRPO", 3.6, 3.5),
     },
     "reward": {
         "rsft-per_prompt": ("RSFT", 1.1, 0.95),
-        "ppo": ("PPO", 1.62, 0.68),
-        "dpo-online-annotator": ("online DPO, fresh labels", 2.1, 0.33),
-        "dpo-2e-4": ("DPO", 2.7, 0.72),
-        "ppo-rloo": ("leave-one-out", 3.25, 1.12),
+        "ppo": ("PPO", 1.7, 0.8),
+        "ppo-rloo": ("leave-one-out", 2.0, 0.45),
+        "dpo-online-annotator": ("online DPO, fresh labels", 2.8, 0.72),
+        "dpo-2e-4": ("DPO", 3.1, 1.1),
         "ppo-grpo": ("GRPO", 3.6, 1.45),
     },
 }
