@@ -868,11 +868,10 @@ def claims(data):
          f"{claim('where_trained sft share', '.0%')}, "
          f"best of 16 {claim('where_trained best of 16 share', '.0%')}, "
          f"PPO {claim('where_trained ppo share', '.0%')}, "
-         f"PPO without a penalty {claim('where_trained ppo-beta0 share', '.0%')}; gold for a "
-         f"point of score {claim('where_trained sft slope', '.1f')}, "
-         f"{claim('where_trained best of 16 slope', '.1f')}, "
-         f"{claim('where_trained ppo slope', '.1f')}, "
-         f"{claim('where_trained ppo-beta0 slope', '.1f')}",
+         f"PPO without a penalty {claim('where_trained ppo-beta0 share', '.0%')}; on the "
+         f"first three a point of score is {claim('where_trained sft slope', '.1f')}, "
+         f"{claim('where_trained best of 16 slope', '.1f')} and "
+         f"{claim('where_trained ppo slope', '.1f')} of gold",
          "fails far away, without a penalty; selection by its own score costs accuracy on SFT's "
          "answers too"],
         ["without a KL penalty the reward is hacked", "CME 295; ECE 7115", "`ppo.py --beta 0`",
