@@ -430,6 +430,7 @@ def tables(data):
         "orders": orders(data),
         "few": few(data),
         "direct": direct(data),
+        "turns": turns(data),
         "judges": judges(data),
         "steps": steps(data),
         "right": right(data),
@@ -595,6 +596,15 @@ def direct(data):
     head = ["", "J's share, gold", "J's share, reward model", "KL, nats", "length",
             "held-out accuracy", "distinct-2", "seconds", "models"]
     return table(head, policy_rows(data, DIRECT, columns))
+
+
+def turns(data):
+    """Rejection sampling and PPO, each alone and in turn."""
+    names = {"rsft-per_prompt": "RSFT", "ppo": "PPO", "ppo-after_rsft": "RSFT, then PPO",
+             "rsft-after_ppo": "PPO, then RSFT"}
+    columns = SHARES + [("reward", ".2f"), ("gold", ".2f")]
+    head = ["", "J's share, reward model", "J's share, gold", "KL, nats", "score", "gold"]
+    return table(head, policy_rows({"policies": data["turns"]}, names, columns))
 
 
 def judges(data):
