@@ -997,7 +997,7 @@ def claims(data):
          f"{claim(other_seed, '.2f')}, the base model {claim(of_base, '.2f')}; "
          f"SFT {claim('other_pairs SFT gold', '.2f')}; norm of the first gradient "
          f"{first_gradients}",
-         "a far policy's teach little, though their gradient is the largest"],
+         "not if they write alike; a far policy's teach nothing, though their gradient is the largest"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo --lr 1e-4`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo-2e-4', 'length', '.0f')}, "
          f"SimPO {of('dpo-simpo', 'length', '.0f')}",
