@@ -843,7 +843,8 @@ def claims(data):
          f"DPO {of_few('dpo', '512')}, PPO {of_few('ppo', '512')}; after 2,048: "
          f"{of_few('sft', '2048')}, {of_few('dpo', '2048')}, {of_few('ppo', '2048')}; after "
          f"12,288: {of_few('sft', FULL)}, {of_few('dpo', FULL)}, {of_few('ppo', FULL)} (seed 1)",
-         "holds for DPO; PPO mends a fifth of the broken stories after 512, two fifths after 2,048"],
+         "holds for DPO; PPO mends a fifth of the broken stories after 512, two fifths after "
+         "2,048"],
         ["instruction tuning generalizes (there: to new tasks; here: to new phrasings)",
          "CS 224R ch. 4", "`python -m assets.claims.phrasings`",
          "two of twelve ways to ask left out: a story for "
@@ -919,13 +920,15 @@ def claims(data):
          f"`{LISTED} passes`",
          "8 passes, nats from π*: no ratio 0.75 to 2.01, ratio 0.96 to 2.26, ratio and clip 0.06 "
          "to 0.09 (three seeds; the command prints one)",
-         "holds in this world: with both it ends near π*, with a ratio alone no nearer than without"],
+         "holds in this world: with both it ends near π*, with a ratio alone no nearer than "
+         "without"],
         ["several passes save samples", "ECE 7115", "`ppo.py --epochs K`",
          "J's share, reward model, after 1,280 / 2,560 / 6,400 responses: "
          f"K = 1 {by_responses('1')}, 2 {by_responses('2')}, 4 {by_responses('4')}, "
          f"8 {by_responses('8')}, 8 without the clip {by_responses('8-no_clip')} "
          "(± 1 %; seed 1)",
-         "holds where responses are few; without the clip, at the same rate, 8 passes save nothing"],
+         "holds where responses are few; without the clip, at the same rate, 8 passes save "
+         "nothing"],
         ["four models, three, two in memory", "CME 295; ECE 7115", "`ppo.py --method …`",
          f"PPO {of('ppo', 'models', '.0f')}, {of('ppo', 'memory_mb', '.0f')} MB; "
          f"GRPO {of('ppo-grpo', 'models', '.0f')}, {of('ppo-grpo', 'memory_mb', '.0f')} MB; "
@@ -997,7 +1000,8 @@ def claims(data):
          f"{claim(other_seed, '.2f')}, the base model {claim(of_base, '.2f')}; "
          f"SFT {claim('other_pairs SFT gold', '.2f')}; norm of the first gradient "
          f"{first_gradients}",
-         "not if they write alike; a far policy's teach nothing, though their gradient is the largest"],
+         "not if they write alike; a far policy's teach nothing, though their gradient is "
+         "the largest"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo --lr 1e-4`",
          f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo-2e-4', 'length', '.0f')}, "
          f"SimPO {of('dpo-simpo', 'length', '.0f')}",

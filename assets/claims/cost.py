@@ -134,8 +134,8 @@ def main(argv=None):
          Column("MB, peak", [row["memory_mb"] for row in rows], ".0f"),
          Column("lines", [row["lines"] for row in rows], "d"),
          Column("settings", [row["settings"] for row in rows], "d")],
-        ["seconds: of the loop; the comparisons, which DPO reads too, were collected before. MB: of "
-         "the process.",
+        ["seconds: of the loop; the comparisons, which DPO reads too, were collected before.",
+         "MB: of the process.",
          "lines: of code, of the loop and of what is called there and is the algorithm's own.",
          *[f"settings of {row['what']}: {', '.join(row['names'])}" for row in rows]])
     folder = folder / "claim-cost"

@@ -15,7 +15,6 @@ from unittest import mock
 import ppo
 from data.files import run_script
 
-
 one_step = ppo.minibatches
 
 
@@ -28,7 +27,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
-    parser.add_argument("--seed", default="1")
+    parser.add_argument("--seed", default="1", help="fixes prompts and samples")
     parser.add_argument("--iterations", default="100", help="batches of 64 responses")
     arguments = parser.parse_args(argv)
     with mock.patch("ppo.minibatches", four_steps):
