@@ -163,6 +163,13 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 8-two_passes ppo,ppo-two_passes --samples 32
 
     claim cost
+
+    # A small β on every seed; on the first one more of them, below
+    for kind in ppo dpo; do
+        run $kind.py $kind-beta-0.05 --name $kind-beta-0.05 --beta 0.05
+    done
+    [ "$seed" = 1 ] || yardstick 8-betas ppo,dpo,ppo-beta-0.05,dpo-beta-0.05 --samples 16
+
     [ "$seed" = 1 ] || continue  # what follows has one seed
 
     # K passes over each batch of 64: three learning rates on 2,560 responses, the best on fewer and

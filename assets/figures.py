@@ -975,7 +975,7 @@ def claims(data):
         ["DPO is hacked less", "CS 224R ch. 9", "`dpo.py --beta 0.05`, `ppo.py --beta 0.05`",
          f"gold with β = 0.2, 0.05 and 0.02: DPO {of_betas('dpo', 'gold', '.2f')} at "
          f"{of_betas('dpo', 'kl', '.0f')} nats; PPO {of_betas('ppo', 'gold', '.2f')} at "
-         f"{of_betas('ppo', 'kl', '.0f')} (seed 1)",
+         f"{of_betas('ppo', 'kl', '.0f')} (0.02: seed 1)",
          "not here: DPO loses gold first, not to the score but to sentences of no world"],
         ["DPO raises the chosen response's probability", "ECE 7115 \"DPO Loss\"", "`dpo.py`",
          "log-ratios of the pairs it trains on, last 64 steps: chosen "
