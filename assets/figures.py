@@ -758,53 +758,65 @@ def claims(data):
         return spread(values(data, name, key), form)
 
     def of_pipeline(name, key, form):
+        """From the chains of the README's first table."""
         return spread(values({"policies": data["pipeline"]}, name, key), form)
 
     def in_turn(name):
+        """A policy's two shares, from rejection sampling and PPO in turn."""
         shares = [spread(values({"policies": data["turns"]}, name, key), ".0%").removesuffix(" %")
                   for key in ("share_reward", "share_gold")]
         return " / ".join(shares)
 
     def by_responses(K):
+        """The shares with K passes, on few and on many responses."""
         shares = [of(f"ppo-passes-{K}-{count}", "share_reward", ".0%").removesuffix(" %")
                   for count in RESPONSES]
         return " / ".join(shares)
 
     def of_few(name, count):
+        """Gold and flawless stories after SFT on that many demonstrations."""
         figures = data["few"][count]
         flawless = 100 * figures[f"{name} flawless"]
         return f"{figures[f'{name} gold']:.2f} and {flawless:.0f} %"
 
     def of_orders(name, key, form):
+        """Over four chains and both orders of the data."""
         xs = []
         for order in ("", "-order2"):
             xs += data["orders"][f"{name}{order}"][key].values()
         return spread(xs, form)
 
     def of_betas(kind, key, form):
+        """With β = 0.2, 0.05 and 0.02."""
         found = []
         for name in (kind, f"{kind}-beta-0.05", f"{kind}-beta-0.02"):
             found.append(spread(values({"policies": data["betas"]}, name, key), form))
         return ", ".join(found)
 
     def unpenalized(key, iterations):
+        """PPO without a penalty, the mean over a slice of its iterations."""
         runs = data["runs"]["ppo-beta0"].values()
         return spread([statistics.mean(run[key][iterations]) for run in runs], ".2f")
 
     def of_possible(count):
+        """The reward model's accuracy above chance, of Bayes', after that many comparisons."""
         figures = data["curves"]["reward_model"][count]["above_chance"]
         return spread(list(figures.values()), ".1%")
 
     def frontier_kl(beta):
+        """The nats of the reward model's optimum at that β."""
         return spread(list(data["frontier"][f"reward model {beta}"]["kl"].values()), ".2f")
 
     def of_turns(key, form):
+        """RSFT on PPO's samples."""
         return spread(values({"policies": data["turns"]}, "rsft-after_ppo", key), form)
 
     def quickest(loop):
+        """The seconds of the least disturbed seed."""
         return f"{min(data['claims'][f'cost {loop} seconds'].values()):.0f}"
 
     def claim(key, form):
+        """What a script in assets/claims/ measured."""
         return spread(list(data["claims"].get(key, {}).values()), form)
 
     easier = []

@@ -93,7 +93,7 @@ def test_rows_are_read_or_the_first_wrong_line_is_named(tmp_path):
             continue
         with pytest.raises(InputError) as error:
             read_pairs(path)
-        message = str(error.value)
+        message = str(error.value).encode().decode()    # it can be printed
         assert message.startswith(f"{path}:{wrong[0]}: " if wrong else f"{path}: "), data
         assert len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
     assert read > 70        # the test sees both sorts
@@ -120,7 +120,7 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
     (read_pairs, {**PAIR, "rejected": "a\0b"}, '"rejected" holds a NUL character'),
     (read_labels, {"prompt": "a", "completion": "b"},
      'the field "label" is missing; true for a good completion, false for a bad one'),
-    (read_pairs, {"chosen": "Human: q A: a", "rejected": "Human: q A: b"},
+    (read_pairs, {"chosen": "Human: q A: a", "rejected": "Human: q A: b"},  # as HH-RLHF has it
      "the field \"prompt\" is missing; found 'chosen', 'rejected'; if both texts begin with the "),
     (read_demonstrations, {"messages": LONG},
      "\"messages\" has the turns 'user, assistant, user, assistant', but only one exchange is "),
@@ -257,7 +257,7 @@ def test_text_is_read_or_refused(data, tmp_path):
     path = put(tmp_path / "corpus.txt", data)
     message = ""
     try:
-        text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()
+        text = io.StringIO(data.decode("utf-8-sig"), newline=None).read()   # as open() does
         if "\0" in text:
             message = f"holds a NUL at character {text.index(chr(0)) + 1}; save the file as UTF-8"
     except UnicodeDecodeError as wrong:
