@@ -45,8 +45,8 @@ from data.files import (InputError, lock_folder, read_demonstrations, run_script
                         write_jsonl)
 from data.judges import verifier
 from data.run import (Run, allow_flags, announce, check_name, complete, forget_rounds,
-                      parse_config, progress, read_torch, refuse_flags, refuse_stale,
-                      refused_if_broken, show_models, stage_folder, train_missing)
+                      kind_of_policy, parse_config, progress, read_torch, refuse_flags,
+                      refuse_stale, refused_if_broken, show_models, stage_folder, train_missing)
 from data.stories import parse_request
 from data.table import Column, print_columns
 from data.tokenizer import encode_demonstrations
@@ -168,10 +168,7 @@ def load_policies(config, names, stage):
     for name in names:
         path = stage_folder(config, name) / "checkpoint.pt"
         complete(path.parent)
-        kind = ""
-        for prefix in ("ppo", "dpo", "rsft"):
-            if name.startswith(prefix):
-                kind = prefix
+        kind = kind_of_policy(name)
         if not kind or not path.exists():
             if name not in ("ppo", "dpo"):
                 raise InputError(f"--policies {name}: must be ppo or dpo, or the --name of a "
@@ -497,7 +494,8 @@ def forgetting(metrics, policies, tokenizer, micro_batch=64):
     what alignment forgets (CME 295, "catastrophic forgetting"; Ouyang et al. 2022). metrics: gpt's
     stage_metrics."""
     documents = encode_documents(held_out_documents(), tokenizer)
-    losses = {"base": last_with(metrics, "held_out")["held_out"]}
+    base = last_with(metrics, "held_out")
+    losses = {"base": base.get("old_held_out", base["held_out"])}  # old: before mid-training
     for name, policy in policies.items():
         losses[name] = held_out_loss(policy.model, documents, 1, micro_batch, policy.temperature)
     return losses
@@ -524,8 +522,9 @@ def yardstick(config):
     gold = not config.data  # the annotator knows the world's requests only
     stages = {}
     if gold:
-        for stage in ("gpt", "sft", "reward_model"):
-            stages[stage] = stage_metrics(config, stage)
+        base = read_torch(stage_folder(config, "sft") / "checkpoint.pt").get("base", "gpt")
+        for stage, name in (("gpt", base), ("sft", "sft"), ("reward_model", "reward_model")):
+            stages[stage] = stage_metrics(config, name)
 
     # 1. Held-out prompts: the world's, or those that every stage held out of the user's own.
     if gold:

@@ -494,8 +494,9 @@ def train(config):
     folder = stage_folder(config, config.name)
     judged = bool(config.online) and config.judge == "reward_model"
     judge = None
+    labels = folder / "unfinished/labels.jsonl"
     if config.online and not judged:
-        judge = judge_of(config.judge, folder / "unfinished/labels.jsonl")
+        judge_of(config.judge, labels)  # a mistyped program is refused before any training
     if config.data:  # before any training
         split, origin = read_rows(config)
     needed = ["gpt", "sft"]
@@ -540,7 +541,8 @@ def train(config):
         path = folder / "unfinished" / f"pairs-{number + 1}.jsonl"
         if not path.exists():  # else the run was interrupted in this round or after it
             rng = random.Random(f"dpo {config.seed} round {number}")
-            rows, _ = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, judge, config,
+            ask = judge or judge_of(config.judge, labels)  # new: "both" begins with the annotator
+            rows, _ = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, ask, config,
                                     rng)
             write_jsonl(path, rows)
         pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)

@@ -36,6 +36,7 @@ Departures from the slides, on purpose:
   nothing. --epochs 4 --lr 2e-4 shows the clip at work.
 """
 
+import math
 import random
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -290,6 +291,15 @@ def all_values(value_model, rollout, mask, micro_batch):
     return torch.where(mask, values, 0.0)
 
 
+def score(rollout, task, missing_end_score):
+    """R(x, y) as (scores at the end (B,), rewards token by token (B, T-1)). A response without
+    <|end|> gets missing_end_score and nothing else."""
+    ended = rollout.ended(task.end_token)
+    scores, token_rewards = task.reward(rollout)
+    scores = torch.where(ended, scores, missing_end_score)
+    return scores, torch.where(ended[:, None], token_rewards, 0.0)
+
+
 def sample(policy, reference, value_model, task, prompts, config, rng, run):
     """Steps 1 and 2: a response to each prompt, scored. value_model: None for methods without V."""
     # 1. Generate completions with π_θ, from its full distribution.
@@ -302,12 +312,10 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
     # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref, which is the
     #    SFT model itself, whatever the policy's temperature.
     mask = response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
-    ended = rollout.ended(task.end_token)
-    scores, token_rewards = task.reward(rollout)
+    scores, token_rewards = score(rollout, task, config.missing_end_score)
     rollouts = Rollouts(
-        rollout.tokens, rollout.lengths, mask, ended,
-        scores=torch.where(ended, scores, config.missing_end_score),
-        token_rewards=torch.where(ended[:, None], token_rewards, 0.0),
+        rollout.tokens, rollout.lengths, mask, rollout.ended(task.end_token), scores,
+        token_rewards,
         old_logprobs=all_logprobs(policy, rollout, mask, config.micro_batch, config.temperature),
         ref_logprobs=all_logprobs(reference, rollout, mask, config.micro_batch),
         old_values=all_values(value_model, rollout, mask, config.micro_batch))
@@ -671,10 +679,13 @@ def train(config):
     def gold(rollouts):
         return gold_rewards(rollouts, tokenizer)
 
+    def reward(rollout):
+        return score(rollout, task, config.missing_end_score)
+
     documents = []
     draw_documents = None
     if config.ptx:
-        path = stage_folder(config, "gpt") / "checkpoint.pt"
+        path = stage_folder(config, checkpoint.get("base", "gpt")) / "checkpoint.pt"
         _, _, base = load_checkpoint(path, "gpt", config.size)
         draw_documents, documents, files = pretraining_text(base, path, tokenizer,
                                                             policy.config.block_size)
@@ -693,8 +704,9 @@ def train(config):
         more = {name: getattr(config, name) for name in KEPT}
         if value_model:
             more["value_model"] = value_model.state_dict()
+        beta = run.rows[-1]["beta"] if config.kl_target else config.beta
         save_checkpoint(run.folder / "checkpoint.pt", "ppo", config.size, policy, tokenizer,
-                        beta=run.rows[-1]["beta"], metrics=run.figures(),
+                        beta=beta, metrics=run.figures(),
                         made_from=run.made_from(), **more)
         run.finish()
 
@@ -702,7 +714,7 @@ def train(config):
         before = held_out_loss(reference, documents, 1, config.micro_batch)
         after = held_out_loss(policy, documents, 1, config.micro_batch, config.temperature)
         print(f"pretraining loss {before:.3f} → {after:.3f} nats per token")
-    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, task.reward,
+    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, reward,
                               config.temperature)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py",
           flush=True)
@@ -719,7 +731,8 @@ KEPT = ("method", "reward", "data", "max_new_tokens", "gamma", "lam", "clip", "g
 def explain(config, samples=64):
     """Print a response of the policy of --name with every quantity of steps 2 to 4, a row a token.
 
-    It is the first of a batch of `samples` responses to one prompt: --prompt, or a held-out one.
+    It is the first of a batch of `samples` responses, rounded up to whole groups, to one prompt:
+    --prompt, or a held-out one.
     """
     allow_flags(config, ("prompt", "name", "seed", "size", "out"), "explain")
     check_name(config.name, "ppo")
@@ -730,6 +743,7 @@ def explain(config, samples=64):
     if "method" not in checkpoint:
         raise InputError(f"{path}: does not say how it was trained; train it again with ppo.py")
     config = replace(config, **{name: checkpoint[name] for name in KEPT})
+    samples = math.ceil(samples / config.group) * config.group
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     reference, _, sft_checkpoint = load_checkpoint(sft_path, "sft", config.size, get_device())
     reward_model = None
@@ -742,7 +756,9 @@ def explain(config, samples=64):
 
     prompt = config.prompt
     if not prompt and config.data:
-        prompt = split_prompts(config.data)[1][0]
+        prompts, _ = prompts_with_room(split_prompts(config.data)[1], config.data, tokenizer,
+                                       config.max_new_tokens, policy.config.block_size)
+        prompt = prompts[0]
     elif not prompt:
         sft.refuse_own_text(sft_path, sft_checkpoint)
         prompt = draw_requests(1, random.Random(f"explain {config.seed}"), held_out=True)[0]

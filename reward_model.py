@@ -94,7 +94,7 @@ GPU = dict(pairs=32768, held_out=2048, max_new_tokens=128, sample_batch=1024, ba
            micro_batch=64, lr=1e-4, report=128)
 # Ziegler et al. 2019's code for their GPT-2 of 124M, the stylistic tasks: batches of 32, lr 5e-5
 GPT2 = dict(batch=32, micro_batch=4, lr=5e-5, max_new_tokens=128, sample_batch=128)
-COLLECTING = ("judge", "pairs", "held_out", "sample_batch")  # flags of step one
+COLLECTING = ("judge", "pairs", "held_out", "sample_batch", "max_new_tokens")  # flags of step one
 
 
 class RewardModel(nn.Module):

@@ -35,8 +35,8 @@ from data.answer_key import standard_error
 from data.corpus import draw_demonstrations, draw_requests, has_room
 from data.files import InputError, hold_out, read_demonstrations, run_script
 from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
-                      parse_config, refuse_flags, refuse_stale, show, show_models, stage_folder,
-                      train_missing, with_error)
+                      kind_of_policy, parse_config, refuse_flags, refuse_stale, show, show_models,
+                      stage_folder, train_missing, with_error)
 from data.table import Column, print_columns
 from data.tokenizer import encode_demonstrations, remarks
 from gpt import (autocast, batches_by_length, excess, generate, get_device, held_out_loss,
@@ -317,8 +317,8 @@ def answer(config, stage, name):
 def load_policy(config, temperature=1.0):
     """(the policy of --start, its tokenizer, its checkpoint), for a run of ppo.py or dpo.py that
     goes on from it. temperature: of the training. InputError if it cannot go on here."""
-    stage = config.start.split("-")[0]
-    if stage not in ("ppo", "dpo", "rsft") or config.start == config.name:
+    stage = kind_of_policy(config.start)
+    if not stage or config.start == config.name:
         raise InputError(f"--start {config.start}: must be the --name of a run of ppo.py, dpo.py "
                          f"or RSFT, and not this run's own, {config.name}")
     path = stage_folder(config, config.start) / "checkpoint.pt"

@@ -148,10 +148,19 @@ def pretraining_text(checkpoint, path, tokenizer, block_size):
 
         return draw, held_out, [path, Path(text)]
 
-    def draw(count, rng):
-        return encode_documents([stories.document(rng) for _ in range(count)], tokenizer)
+    world = stories.WORLD
+    if checkpoint.get("curated"):
+        world, _ = stories.curate()
 
-    return draw, encode_documents(held_out_documents(), tokenizer), [path]
+    def draw(count, rng):
+        drawn = []
+        while len(drawn) < count:
+            ids, = encode_documents([stories.document(rng, world)], tokenizer)
+            if len(ids) <= block_size:  # as all that gpt.py drew, or it would have refused
+                drawn.append(ids)
+        return drawn
+
+    return draw, encode_documents(held_out_documents(world), tokenizer), [path]
 
 
 # --------------------------------------------------------------------------------------------------

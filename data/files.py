@@ -129,7 +129,10 @@ def read_demonstrations(path):
     rows = []
     bad = 0
     for row, where in objects(path, ("prompt", "completion", "chosen")):
-        if row.get("label", True) == 0:     # false, or a 0 for it
+        label = row.get("label", True)
+        if label not in (True, False):      # 1 and 0 are equal to them
+            raise InputError(f'{where}: "label" must be true or false, found {kind(label)}')
+        if not label:
             bad += 1
             continue
         field = "completion"

@@ -195,6 +195,14 @@ def check_name(name, stage, flag="name"):
                          "'_' or '-' behind it")
 
 
+def kind_of_policy(name):
+    """The stage that trained the policy in a folder: "ppo", "dpo", "rsft" or "" (none of them)."""
+    for stage in ("ppo", "dpo", "rsft"):
+        if name.startswith(stage):
+            return stage
+    return ""
+
+
 def refuse_stale(folder):
     """InputError if the checkpoint in a stage's folder was made from other checkpoints than those
     in the folders beside it now: a model would be measured against what it never saw. Of other
@@ -221,7 +229,8 @@ def refuse_stale(folder):
 
 # How each stage is trained: its script, and the flag that chooses it there.
 COMMANDS = {"gpt": "gpt", "sft": "sft", "reward_model": "reward_model",
-            "process_model": "reward_model --process", "ppo": "ppo", "dpo": "dpo"}
+            "process_model": "reward_model --process", "ppo": "ppo", "dpo": "dpo",
+            "rsft": "best_of_n --finetune per_prompt"}
 
 # At size cpu, on two cores.
 MINUTES = {"gpt": 2.0, "sft": 1.0, "reward_model": 2.0, "process_model": 2.0, "ppo": 2.0,

@@ -97,8 +97,7 @@ def draw_prompts(count, rng):
 
 def bare_rollouts(mask):
     """Rollouts of which only the mask is known."""
-    others = dict.fromkeys(ppo.Rollouts._fields)
-    return ppo.Rollouts(**{**others, "mask": mask})
+    return ppo.Rollouts(**{**dict.fromkeys(ppo.Rollouts._fields), "mask": mask})
 
 
 def optimize(policy, reference, value_model, task, config):

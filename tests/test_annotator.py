@@ -93,8 +93,7 @@ def test_a_step_is_read_at_its_sentences_last_token():
         assert len(ends) == len(sentences) and ends == sorted(set(ends))
         for k, end in enumerate(ends):
             before = split_sentences(tokenizer.decode(ids[:end]))
-            through = split_sentences(tokenizer.decode(ids[:end + 1]))
-            assert through == sentences[:k + 1]
+            assert split_sentences(tokenizer.decode(ids[:end + 1])) == sentences[:k + 1]
             # of a character that is no text, one byte is enough
             assert before[:k + 1] != sentences[:k + 1] or "\ufffd" in sentences[k]
 

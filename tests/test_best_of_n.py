@@ -49,8 +49,7 @@ def out(trained, tmp_path):
 
 def load(folder, name):
     """(model, tokenizer, checkpoint) of a policy."""
-    path = folder / "cpu" / name / "checkpoint.pt"
-    return load_checkpoint(path, name.partition("-")[0], "cpu")
+    return load_checkpoint(folder / "cpu" / name / "checkpoint.pt", name.partition("-")[0], "cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -149,8 +148,7 @@ def test_figures_of_the_yardstick(yard, trained):
     assert [x.figures["gold"].shape for x in yard.samples] == [(3, 32), (3, 16), (3, 16)]
     for name, n in (("sft", 1), ("best of 4", 4), ("best of 16", 16)):
         row = yard.rows[None, name]
-        expected = best_of_n_win_rate(reward, gold, n).mean().item()
-        assert row["win_rate"] == pytest.approx(expected)
+        assert row["win_rate"] == pytest.approx(best_of_n_win_rate(reward, gold, n).mean().item())
         mean = (subset_weights(reward, n) * gold).sum(dim=1).mean().item()
         assert row["gold"] == yard.rows["best of N", f"best of {n}"]["gold"] == pytest.approx(mean)
         J = mean - 0.5 * best_of_n_kl(n)

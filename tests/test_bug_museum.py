@@ -79,8 +79,7 @@ def penalty_twice(code):
     """The KL penalty in the rewards and in the loss."""
     code.edit(ppo, "ppo", "(weight * (policy_loss + value_loss)).backward()", """
         _, _, ref_k3 = kl_estimators(logprobs - batch.ref_logprobs)
-        policy_loss = policy_loss + beta * masked_mean(ref_k3, batch.mask)
-        (weight * (policy_loss + value_loss)).backward()
+        (weight * (policy_loss + beta * masked_mean(ref_k3, batch.mask) + value_loss)).backward()
         """)
 
 

@@ -79,15 +79,13 @@ def test_where_trained(out):
     rows = {row["what"]: row for row in metrics(out / "cpu/claim-where_trained/metrics.jsonl")}
     for name in ("best of 16", "ppo"):
         gains = [rows[part][name] for part in rubric(ASKED, "")]
-        gain = rows[name]["gold"] - rows["sft"]["gold"]
-        assert sum(gains) == pytest.approx(gain, abs=1e-5)
+        assert sum(gains) == pytest.approx(rows[name]["gold"] - rows["sft"]["gold"], abs=1e-5)
 
 
 def test_where_nats(out):
     """A sentence's first token counted to the one before; a second ending that is no longer after
     the first; nats that do not add up to log π(y|x)/π_ref(y|x)."""
-    pieces = re.findall(r" ?\w+|\W", story_of(KIND[0], HAPPY, KIND[1], HAPPY))
-    found = where_nats.places(pieces)
+    found = where_nats.places(re.findall(r" ?\w+|\W", story_of(KIND[0], HAPPY, KIND[1], HAPPY)))
     assert list(dict.fromkeys(found)) == list(where_nats.PLACES[:5])
     assert found.count("after an ending") == len(re.findall(r"\w+|\.", KIND[1] + HAPPY))
 

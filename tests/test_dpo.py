@@ -151,8 +151,7 @@ def test_a_step_pair_by_pair(loop, loss, monkeypatch):
     config = dpo.Config(loss=loss, beta=0.3, gamma=0.4, lam=0.7, batch=5, micro_batch=2)
     policy = tiny_gpt(0)
     reference = tiny_gpt(1) if loss in ("dpo", "ipo") else None
-    loop = getattr(dpo, loop)
-    gradients, row = learn(loop, policy, reference, PAIRS, PAIRS, config, monkeypatch)
+    gradients, row = learn(getattr(dpo, loop), policy, reference, PAIRS, PAIRS, config, monkeypatch)
 
     losses, margins = zip(*[pair_by_hand(loss, policy, reference, pair) for pair in PAIRS])
     expected = torch.autograd.grad(mean(losses), list(policy.parameters()))
@@ -300,10 +299,12 @@ def rounds_of(out):
     return [read_pairs(out / f"cpu/dpo/pairs-{number}.jsonl") for number in (1, 2)]
 
 
-@pytest.mark.parametrize("loss, judge", [("dpo", "reward_model"), ("kto", "constitution")])
+@pytest.mark.parametrize("loss, judge", [
+    ("dpo", "reward_model"), ("dpo", "both"), ("kto", "constitution")])
 def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
     """Every round on samples of the SFT model, or trained on another's pairs; a reference that
-    moves along; an optimizer or a schedule that starts again; a judge who isn't asked."""
+    moves along; an optimizer or a schedule that starts again; a judge who isn't asked, or whose
+    turn in a round is not the same in a resumed run."""
     start, tokenizer, _ = load_checkpoint(out / "cpu/sft/checkpoint.pt", "sft", "cpu")
     loop = "kto" if loss == "kto" else "fit_pairs"
     training = mock.Mock(wraps=getattr(dpo, loop))
@@ -312,10 +313,12 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
     monkeypatch.setattr(dpo, "optimizer_step", step)
     collect_pairs = dpo.collect_pairs
     sampled = []    # the policy's weights
+    judges = []
 
     def recorded_collect(policy, *rest):
         sampled.append({name: x.clone() for name, x in policy.state_dict().items()})
         assert (rest[3] is constitution_judge) == (judge == "constitution")
+        judges.append(rest[3])
         return collect_pairs(policy, *rest)
 
     def is_start(weights):
@@ -324,6 +327,7 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
     monkeypatch.setattr(dpo, "collect_pairs", recorded_collect)
     run_dpo(out, "--loss", loss, "--judge", judge, *ONLINE)
     assert is_start(sampled[0]) and not is_start(sampled[1])
+    assert (judges[0] is judges[1]) == (judge != "both")
     count = 12 if loss == "kto" else 6
     optimizers, _, rates = zip(*[call.args for call in step.call_args_list])
     assert len(rates) == count and len(set(map(id, optimizers))) == 1

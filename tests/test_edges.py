@@ -20,8 +20,7 @@ from reward_model import RewardModel
 
 
 def largest_change(model, other):
-    pairs = zip(model.parameters(), other.parameters())
-    return max((p - q).abs().max().item() for p, q in pairs)
+    return max((p - q).abs().max().item() for p, q in zip(model.parameters(), other.parameters()))
 
 
 EDGES = {"a batch of one": dict(rollouts=1),

@@ -99,8 +99,7 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
                                     config.desirable_weight, config.undesirable_weight)
         shown = sum(sums["loss λ_y - v"])
     else:
-        pairs = [Pair(*pair, len(prompt))]
-        expected, _ = dpo.loss_of_logprobs(logprobs, refs, pairs, config)
+        expected, _ = dpo.loss_of_logprobs(logprobs, refs, [Pair(*pair, len(prompt))], config)
         shown = float(re.search(r"loss.* (\d+\.\d{3})(;|$)", legend, re.M)[1])
     assert shown == pytest.approx(expected.item(), abs=2e-3)
     gradient = torch.autograd.grad(expected, logprobs)

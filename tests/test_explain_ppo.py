@@ -21,8 +21,8 @@ def trained(stages, tmp_path_factory):
     """A folder with a PPO policy and a GRPO policy, after an iteration each."""
     out = shutil.copytree(stages, tmp_path_factory.mktemp("explained") / "out")
     ppo.main(["--out", str(out), *SHORT])
-    ppo.main(["--out", str(out), *SHORT, "--method", "grpo_kl_in_rewards", "--group", "4",
-              "--name", "ppo-grpo"])
+    flags = "--name ppo-grpo --method grpo_kl_in_rewards --group 6 --rollouts 18"
+    ppo.main(["--out", str(out), *SHORT, *flags.split()])
     return out
 
 
@@ -72,10 +72,11 @@ def test_ppos_numbers(trained, monkeypatch, capsys):
 
 
 def test_a_groups_scores(trained, monkeypatch):
-    """GRPO's table of a group and the column of its advantages must be of the same response."""
+    """GRPO's table of a group and the column of its advantages must be of the same response; a
+    traceback where 64 responses are no whole groups."""
     (first, group), _ = explained(ppo, trained, monkeypatch, "--explain", "--name", "ppo-grpo")
     totals = torch.tensor(group["Σ r_t"], dtype=torch.float64)
-    assert len(totals) == 4
+    assert len(totals) == 6
     assert group["Â_1"] == pytest.approx((totals - totals.mean()).tolist(), abs=1e-5)
     assert first["Â_t"] == pytest.approx([group["Â_1"][0]] * len(first["a_t"]))
     assert sum(first["r_t"]) == pytest.approx(group["Σ r_t"][0], abs=1e-5)

@@ -222,8 +222,7 @@ def test_the_laws_are_found_again(figures):
     assert rows[2][2] == rows[2][5] == "2.00" and len(rows) == 3
 
     pairs = [(d * d, 3 * (1 - math.exp(-d)) - 0.2 * d) for d in ds]
-    third = list(figures.FORMS.values())[2]
-    assert figures.fit_law(pairs, *third) == pytest.approx((3, 0.2, 1))
+    assert figures.fit_law(pairs, *list(figures.FORMS.values())[2]) == pytest.approx((3, 0.2, 1))
 
 
 def test_gold_at_equal_kl(figures):
@@ -253,8 +252,7 @@ def test_what_is_drawn_of_a_run(figures, run, monkeypatch, capsys):
         figures.draw({})
         with pytest.raises(SystemExit):
             figures.draw_run(run)
-    message = "the pictures need matplotlib: pip install matplotlib\n"
-    assert capsys.readouterr().err == 2 * message
+    assert capsys.readouterr().err == 2 * "the pictures need matplotlib: pip install matplotlib\n"
 
 
 @pytest.mark.parametrize("content, message", [

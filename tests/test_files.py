@@ -118,6 +118,7 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
      '"completion" must be text, found the number 3; put it in quotes'),
     (read_pairs, {**PAIR, "prompt": "\n\u3000"}, '"prompt" is blank'),
     (read_pairs, {**PAIR, "rejected": "a\0b"}, '"rejected" holds a NUL character'),
+    (read_demonstrations, {**LABEL, "label": "bad"}, '"label" must be true or false, found '),
     (read_labels, {"prompt": "a", "completion": "b"},
      'the field "label" is missing; true for a good completion, false for a bad one'),
     (read_pairs, {"chosen": "Human: q A: a", "rejected": "Human: q A: b"},  # as HH-RLHF has it

@@ -149,8 +149,7 @@ def test_what_was_added_to_gpt2_is_left_out(copies, capsys, rows, tokens, said, 
     again, found, other, _ = read_folder(folder)
     assert again == shape and same_weights(found, weights)
     assert other.vocabulary == tokenizer.vocabulary and other.pattern == "gpt2"
-    printed = capsys.readouterr().out
-    assert printed == f"{folder}: left out, as no part of GPT-2: {said}\n"
+    assert capsys.readouterr().out == f"{folder}: left out, as no part of GPT-2: {said}\n"
 
 
 def test_where_it_cannot_be_the_way_is_named(copies):

@@ -14,7 +14,7 @@ import torch
 import gpt
 import ppo
 from data import corpus
-from data.run import read_torch
+from data.run import read_torch, write_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, load_checkpoint
 from helpers import (END, LIMIT, METHODS, V, bare_rollouts, draw_prompts, first_step,
@@ -33,15 +33,13 @@ def test_a_group_of_equal_scores():
     equal[7:] = torch.arange(7.0)  # another prompt's
     advantages = ppo.group_advantages(equal, 7, True)
     assert (advantages[:7] == 0).all() and advantages[7:].abs().max() > 0.4
-    nearly = 0.1 + 1e-6 * noise(0, 8)
-    assert ppo.group_advantages(nearly, 8, True).abs().max() < 0.05
+    assert ppo.group_advantages(0.1 + 1e-6 * noise(0, 8), 8, True).abs().max() < 0.05
 
 
 def advantages_of(method, rewards, mask, mean=0.0, **flags):
     """Step 3 of a method that has no use for V."""
     rollouts = bare_rollouts(mask)._replace(old_values=torch.full_like(rewards, 99.0))
-    config = ppo.Config(method=method, **flags)
-    return ppo.estimate_advantages(rewards, rollouts, mean, config)[0]
+    return ppo.estimate_advantages(rewards, rollouts, mean, ppo.Config(method=method, **flags))[0]
 
 
 def test_baselines():
@@ -320,15 +318,18 @@ def test_a_method_with_values(out, capsys, monkeypatch):
 
 
 def test_pretraining_text_of_the_little_world(out, capsys, monkeypatch):
-    """--ptx that does not train, or whose loss nobody tells, or tells at another temperature."""
+    """--ptx that does not train, or whose loss nobody tells, or tells at another temperature; the
+    text of the folder gpt, where SFT began from another base model."""
     documents = corpus.held_out_documents()[:10]
-    monkeypatch.setattr(corpus, "held_out_documents", lambda: documents)
-    flags = "--epochs 1 --beta 0 --ptx 20 --temperature 0.8"
+    monkeypatch.setattr(corpus, "held_out_documents", lambda world: documents)
+    (out / "cpu/gpt").rename(out / "cpu/gpt-other")
+    path = out / "cpu/sft/checkpoint.pt"
+    write_torch(path, read_torch(path) | {"base": "gpt-other"})
+    flags = "--epochs 1 --beta 0 --ptx 20 --temperature 0.8 --reward verifier"
     ppo.main(["--out", str(out), *TINY, *flags.split()])
     losses = []
     for stage, temperature in (("sft", 1.0), ("ppo", 0.8)):
-        path = out / "cpu" / stage / "checkpoint.pt"
-        model, tokenizer, _ = load_checkpoint(path, stage, "cpu")
+        model, tokenizer, _ = load_checkpoint(out / "cpu" / stage / "checkpoint.pt", stage, "cpu")
         ids = corpus.encode_documents(documents, tokenizer)
         losses.append(gpt.held_out_loss(model, ids, 1, 8, temperature))
     line, = re.findall("^pretraining loss .*", capsys.readouterr().out, re.M)
@@ -337,8 +338,8 @@ def test_pretraining_text_of_the_little_world(out, capsys, monkeypatch):
 
 
 def test_pretraining_text_of_somebodys_own(tmp_path):
-    """--ptx that draws the little world's stories, the held-out tenth, or windows that the context
-    cannot hold."""
+    """--ptx that draws the little world's stories, the held-out tenth, or windows or documents that
+    the context cannot hold."""
     text = tmp_path / "text.txt"
     text.write_text("abc " * 2700 + "cba " * 300)  # the last tenth is held out
     tokenizer = Tokenizer(train_vocabulary("", 259))
@@ -347,6 +348,8 @@ def test_pretraining_text_of_somebodys_own(tmp_path):
     windows = [tokenizer.decode(list(ids)) for ids in draw_documents(64, random.Random(0))]
     assert len(windows) == 64 and len(set(windows)) > 1
     assert all(len(window) == 64 and "ba " not in window for window in windows)
+    draw_documents, _, _ = ppo.pretraining_text({"text": ""}, text, tokenizer, 300)
+    assert 250 < max(map(len, draw_documents(64, random.Random(0)))) <= 300
 
 
 @pytest.mark.parametrize("flags, expected", [

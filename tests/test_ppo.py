@@ -3,6 +3,7 @@ test_policy_gradients.py, where training ends is in test_enumerable.py."""
 
 import math
 import random
+import re
 import shutil
 import sys
 from unittest import mock
@@ -243,8 +244,7 @@ def test_a_prompt_is_answered_by_the_policy(out, capsys):
                                      ("--top_k 1", 2, 1e-4)):
         ppo.main(["--out", str(out), "--size", "cpu", "--name", "ppo-sharp", "--prompt", ASKED,
                   "--max_new_tokens", "12", *flags.split()])
-        prompt = tokenizer.prompt(ASKED)
-        [text], _ = gpt.respond(policy, tokenizer, [prompt], 12, seed, temperature)
+        [text], _ = gpt.respond(policy, tokenizer, [tokenizer.prompt(ASKED)], 12, seed, temperature)
         assert capsys.readouterr().out == text + "\n"
 
 
@@ -273,9 +273,13 @@ def test_flags_that_would_cost_a_run(stages, flags, reason):
 @pytest.mark.parametrize("fine, noted", [("9", True), ("-9", False)])
 def test_a_fine_that_pays_is_told(out, fine, noted, capsys):
     """A policy that learns never to end, because that costs less than its scores, without a word;
-    or the word in every iteration. A checkpoint that does not say how it was trained."""
-    train(out, f"--iterations 2 --temperature 0.8 --missing_end_score={fine}")
-    assert capsys.readouterr().out.count("never ending pays") == noted
+    or the word in every iteration; no fine in the scores before and after. A checkpoint that does
+    not say how it was trained."""
+    train(out, f"--iterations 2 --temperature 0.8 --max_new_tokens 5 --missing_end_score={fine}")
+    printed = capsys.readouterr().out
+    assert printed.count("never ending pays") == noted
+    before, after = map(float, re.search(r"reward (\S+) → (\S+)", printed).groups())
+    assert (before > 0.3, after > 0.3) == (noted, noted)
     checkpoint = read_torch(out / "cpu/ppo/checkpoint.pt")
     assert (checkpoint["temperature"], checkpoint["missing_end_score"]) == (0.8, float(fine))
 

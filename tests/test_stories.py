@@ -118,8 +118,7 @@ def test_samples_are_as_frequent_as_their_probability():
     rng = random.Random(5)
     n = 4000
     p = {text: math.exp(log_probability(REQUEST, text, TINIEST)) for text in all_stories(TINIEST)}
-    counts = Counter(stories.story(rng, REQUEST, TINIEST).text for _ in range(n))
-    assert frequent(counts, p, n)
+    assert frequent(Counter(stories.story(rng, REQUEST, TINIEST).text for _ in range(n)), p, n)
     titled = Counter(stories.document(rng, TINIEST).text[:4] == "The " for _ in range(2000))
     assert frequent(titled, {True: 0.7, False: 0.3}, 2000)
     for held_out in (False, True):
