@@ -1,5 +1,6 @@
 """Comparisons rather than scores (notes on CS 224R, Lecture 9, 4.3.3), and how clear they were
-(ECE 7115, four-step ratings): reward models trained on comparisons, on ratings and on marks.
+(four steps, as in Touvron et al. 2023, Llama 2; the form in ECE 7115, "RLHF Dataset", has two):
+reward models trained on comparisons, on ratings and on marks.
 
     python -m assets.claims.marks --out OUT [--seed S] [--limit N]      after reward_model.py
 
