@@ -5,7 +5,7 @@
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About twelve hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names
+# About fifteen hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names
 # are those that assets/figures.py reads.
 set -eu
 export OMP_NUM_THREADS=1
