@@ -188,6 +188,10 @@ for seed in ${SEEDS:-1 2 3}; do
         done
     done
     yardstick 8-betas $names --samples 16
+    [ -e "$out/cpu/claim-where_nats-betas.txt" ] ||
+        python -m assets.claims.where_nats --out "$out" --seed "$seed" \
+            --policies ppo-beta-0.02,dpo-beta-0.02,dpo-beta-0.05 \
+            > "$out/cpu/claim-where_nats-betas.txt"
 
     # A bad SFT model, and all that follows from it
     for count in 512 2048; do
@@ -218,12 +222,6 @@ for seed in ${SEEDS:-1 2 3}; do
         names=$names$name,
     done
     yardstick 8-clips ${names%,} --samples 32
-
-    # Where the nats of a small β go
-    [ -e "$out/cpu/claim-where_nats-betas.txt" ] ||
-        python -m assets.claims.where_nats --out "$out" \
-            --policies ppo-beta-0.02,dpo-beta-0.02,dpo-beta-0.05 \
-            > "$out/cpu/claim-where_nats-betas.txt"
 
     # A fourth chain
     (

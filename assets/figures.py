@@ -885,8 +885,8 @@ def claims(data):
          f"{claim('marks comparisons above_chance', '.1%')}, in four steps "
          f"{claim('marks four-step ratings above_chance', '.1%')}, marks from 1 to 7 "
          f"{claim('marks marks above_chance', '.1%')}",
-         "a tie, where a mark is as noisy as a look in a comparison and each annotator biased; that "
-         "people's marks are noisier is not tested"],
+         "a tie, where a mark is as noisy as a look in a comparison and each annotator biased; "
+         "that people's marks are noisier is not tested"],
         ["the reward model is right only where it was trained", "CS 224R notes 4.3.4",
          "`python -m assets.claims.where_trained`",
          "above chance, of what is possible: on SFT's answers "
@@ -1497,7 +1497,7 @@ def draw_hacked(plt, data):
     ax.set_ylim(0, 5)
     ax.set_xlabel("KL to the SFT model, nats")
     ax.set_ylabel("score")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="lower right", ncol=2)
     save(figure, "hacked")
 
 
@@ -1506,16 +1506,19 @@ def draw_passes(plt, data):
     responses."""
     figure, (ax,) = axes(plt)
     colors = {"1": GRAY, "2": GREEN, "4": BLUE, "8": ORANGE, "8-no_clip": ORANGE}
-    for K, (label, _) in PASSES.items():
+    for place, (K, (label, _)) in enumerate(PASSES.items()):
+        aside = 1.02 ** (place - 2)  # so that no error lies on another
         curve = []
         for count in RESPONSES:
             shares = values(data, f"ppo-passes-{K}-{count}", "share_reward")
             if shares:
-                curve.append((int(count), 100 * statistics.mean(shares)))
+                percents = [100 * share for share in shares]
+                curve.append((aside * int(count), statistics.mean(percents), deviation(percents)))
         if curve:
-            counts, shares = zip(*curve)
+            counts, means, errors = zip(*curve)
             style = ":" if K == "8-no_clip" else "-"
-            ax.plot(counts, shares, style, color=colors[K], marker="o", markersize=4, label=label)
+            ax.errorbar(counts, means, yerr=errors, linestyle=style, color=colors[K], marker="o",
+                        markersize=4, elinewidth=1, label=label)
     ax.set_xscale("log", base=2)
     counts = [int(count) for count in RESPONSES]
     ax.set_xticks(counts, [f"{count:,}" for count in counts])
