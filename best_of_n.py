@@ -275,6 +275,9 @@ def log_ratios_of(drawn, policies, micro_batch):
 def answer(config):
     """Best-of-N for one prompt: print the candidates, best first, and the winner. They are SFT's,
     with how the optimum weighs them, or with --finetune those of the fine-tuned policy."""
+    if config.name and not is_trained(config, config.name):
+        raise InputError(f"--finetune {config.finetune}: {config.name} is not trained yet; without "
+                         "--prompt this command trains it")
     name = config.name or "sft"
     names = [config.name] if config.name else []
     if name == "sft" and is_trained(config, "ppo"):

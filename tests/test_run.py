@@ -139,8 +139,8 @@ NOTHING = "must be positive; with 0 nothing is learnt$"
     ("reward_model", "--process --data x", "cannot be used with --data"),
     ("best_of_n", "--rounds 2", "goes with --finetune per_prompt or overall only$"),
     ("best_of_n", "--policies ppo,foo", "must be ppo or dpo, or the --name"),
-    ("best_of_n", "--beta 0", "must be positive"),
-    ("best_of_n", "--n 4", "goes with --prompt or --finetune only"),
+    ("best_of_n", "--beta 0", "must be positive"), ("best_of_n", "--n 4", "goes with --prompt or "),
+    ("best_of_n", "--finetune overall --prompt x", "rsft-overall is not trained yet; without --pr"),
     ("best_of_n", "--name sft --finetune overall", "must be rsft")])
 def test_impossible_values_are_refused(name, argv, message, tmp_path, monkeypatch):
     """--report 0 divides by zero after an hour, --lr nan makes every weight nan; --data $FILE with
