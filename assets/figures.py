@@ -941,8 +941,8 @@ def claims(data):
          "J's share, reward model, after 1,280 / 2,560 / 6,400 responses: "
          f"K = 1 {by_responses('1')}, 2 {by_responses('2')}, 4 {by_responses('4')}, "
          f"8 {by_responses('8')}, 8 without the clip {by_responses('8-no_clip')}",
-         "holds where responses are few; without the clip, at the same rate, 8 passes save "
-         "nothing"],
+         "holds where responses are few; without the clip, at the same rate, 8 passes are no "
+         "better than one after 2,560"],
         ["four models, three, two in memory", "CME 295; ECE 7115", "`ppo.py --method …`",
          f"PPO {of('ppo', 'models', '.0f')}, {of('ppo', 'memory_mb', '.0f')} MB; "
          f"GRPO {of('ppo-grpo', 'models', '.0f')}, {of('ppo-grpo', 'memory_mb', '.0f')} MB; "
