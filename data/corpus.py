@@ -134,7 +134,7 @@ def pretraining_text(checkpoint, path, tokenizer, block_size):
     """What a base model was trained on, for later stages.
 
     checkpoint: the model's, a dict, from the file path. Returns (draw(count, rng) -> lists of ids,
-    held-out lists of ids, the files that they depend on).
+    held-out lists of ids, the files that they depend on). No list is longer than block_size.
     """
     text = checkpoint["text"]
     if checkpoint.get("loaded"):

@@ -124,7 +124,7 @@ def read_demonstrations(path):
     """Rows {"prompt", "completion"}. In a row of a file of pairs, "chosen" is the completion.
 
     Rows with "label": false, which KTO has, are no demonstrations: they are left out, and a line
-    says how many. InputError if no other is left.
+    says how many. InputError if no other is left, or for a label that is neither true nor false.
     """
     rows = []
     bad = 0
