@@ -62,8 +62,7 @@ def test_baselines():
     centred = groups - groups.mean(dim=1, keepdim=True)
     for method in ppo.GRPO:
         expected[method] = centred.view(6, 1)
-    deviation = groups.std(dim=1, keepdim=True, correction=0)
-    expected["grpo"] = (centred / deviation).view(6, 1)
+    expected["grpo"] = (centred / groups.std(dim=1, keepdim=True, correction=0)).view(6, 1)
     for method, advantages in expected.items():
         found = advantages_of(method, rewards, mask, mean=2.5, group=3, gamma=0.9)
         torch.testing.assert_close(found, advantages * mask, rtol=1e-4, atol=1e-5)
@@ -338,8 +337,8 @@ def test_pretraining_text_of_the_little_world(out, capsys, monkeypatch):
 
 
 def test_pretraining_text_of_somebodys_own(tmp_path):
-    """--ptx that draws the little world's stories, the held-out tenth, or windows or documents that
-    the context cannot hold."""
+    """--ptx that draws the little world's stories, also where mid-training was on curated ones; the
+    held-out tenth, or windows or documents that the context cannot hold."""
     text = tmp_path / "text.txt"
     text.write_text("abc " * 2700 + "cba " * 300)  # the last tenth is held out
     tokenizer = Tokenizer(train_vocabulary("", 259))
@@ -348,8 +347,9 @@ def test_pretraining_text_of_somebodys_own(tmp_path):
     windows = [tokenizer.decode(list(ids)) for ids in draw_documents(64, random.Random(0))]
     assert len(windows) == 64 and len(set(windows)) > 1
     assert all(len(window) == 64 and "ba " not in window for window in windows)
-    draw_documents, _, _ = ppo.pretraining_text({"text": ""}, text, tokenizer, 300)
-    assert 250 < max(map(len, draw_documents(64, random.Random(0)))) <= 300
+    draw, documents, _ = ppo.pretraining_text({"text": "", "curated": True}, 0, tokenizer, 300)
+    assert documents != corpus.encode_documents(corpus.held_out_documents(), tokenizer)
+    assert 250 < max(map(len, draw(64, random.Random(0)))) <= 300
 
 
 @pytest.mark.parametrize("flags, expected", [
