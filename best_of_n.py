@@ -459,7 +459,13 @@ def finetune(config):
                         distils=config.n ** config.rounds)
         run.finish()
     forget_rounds(folder, "kept", config.rounds)
-    reward = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
+    score = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
+
+    def reward(rollout):
+        scores, token_rewards = score(rollout)
+        ended = rollout.ended(tokenizer.end_token)
+        return torch.where(ended, scores, config.missing_end_score), token_rewards
+
     show_before_and_after(held_out, reference, policy, tokenizer, config, reward)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --policies "
           f"ppo,dpo,{config.name}", flush=True)

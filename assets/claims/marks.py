@@ -103,7 +103,9 @@ def main(argv=None):
         stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, get_device())
     data = encode_comparisons(read_comparisons(folder), folder / "pairs.jsonl", tokenizer,
                               policy.config.block_size)
-    count = arguments.limit or len(data.pairs)
+    if arguments.limit < 0:
+        raise InputError(f"--limit {arguments.limit}: must be a number of pairs, or 0 for all")
+    count = min(arguments.limit, len(data.pairs)) or len(data.pairs)
     pairs = data.pairs[:count]
     rows = data.rows[:count]
 

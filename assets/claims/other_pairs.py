@@ -122,12 +122,15 @@ def main(argv=None):
 
     device = get_device()
     models = {}
-    for name, folder, stage in (("its own", arguments.out, "sft"),
-                                ("another seed's SFT", arguments.other, "sft"),
-                                ("the base model's", arguments.out, "gpt")):
-        path = Path(folder) / config.size / stage / "checkpoint.pt"
-        model, tokenizer, _ = load_checkpoint(path, stage, config.size, device)
+    for name, folder in (("its own", arguments.out), ("another seed's SFT", arguments.other)):
+        path = Path(folder) / config.size / "sft/checkpoint.pt"
+        model, tokenizer, checkpoint = load_checkpoint(path, "sft", config.size, device)
         models[name] = (model, tokenizer)
+        if name == "its own":
+            base = checkpoint.get("base", "gpt")
+    path = Path(arguments.out) / config.size / base / "checkpoint.pt"
+    model, tokenizer, _ = load_checkpoint(path, "gpt", config.size, device)
+    models["the base model's"] = (model, tokenizer)
     reference, tokenizer = models["its own"]
     held_out = draw_requests(arguments.questions, random.Random("other pairs"), held_out=True)
 

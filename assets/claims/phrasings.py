@@ -75,10 +75,10 @@ def main(argv=None):
                         **sizes)
 
     device = get_device()
-    path = stage_folder(config, "gpt") / "checkpoint.pt"
-    without, tokenizer, _ = load_checkpoint(path, "gpt", config.size, device)
     path = stage_folder(config, "sft") / "checkpoint.pt"
-    stage, _, _ = load_checkpoint(path, "sft", config.size, device)
+    stage, _, checkpoint = load_checkpoint(path, "sft", config.size, device)
+    path = stage_folder(config, checkpoint.get("base", "gpt")) / "checkpoint.pt"
+    without, tokenizer, _ = load_checkpoint(path, "gpt", config.size, device)
 
     rows = demonstrations_without(arguments.demonstrations, config.seed)
     demonstrations, _ = encode_demonstrations(rows, tokenizer, without.config.block_size)

@@ -15,7 +15,7 @@ from data.annotator import answers, gold_reward
 from data.answer_key import cell, mean_and_error
 from data.corpus import draw_demonstrations
 from data.files import InputError, run_script, write_jsonl
-from data.run import complete, refuse_stale, stage_folder, with_error
+from data.run import complete, kind_of_policy, refuse_stale, stage_folder, with_error
 from data.stories import parse_request, split_sentences
 from data.table import Column, print_columns
 from gpt import get_device, load_checkpoint, respond
@@ -23,7 +23,7 @@ from gpt import get_device, load_checkpoint, respond
 
 def load_policy(config, name):
     """(the policy of the folder OUT/SIZE/NAME, its tokenizer, its checkpoint)."""
-    stage = name.split("-")[0]
+    stage = kind_of_policy(name) or name[:3]  # gpt or sft
     if stage not in ("gpt", "sft", "ppo", "dpo", "rsft"):
         raise InputError(f"--policies {name}: must be the --name of a run of ppo, dpo or RSFT")
     folder = stage_folder(config, name)
@@ -64,11 +64,11 @@ def read_arguments(description, questions, argv):
 
 def main(argv=None):
     arguments, config = read_arguments(__doc__, 1000, argv)
-    base, tokenizer, checkpoint = load_policy(config, "gpt")
     policies = {}
     for name in ["sft", *arguments.policies.split(",")]:
         policies[name] = load_policy(config, name)
-    model, its_tokenizer, _ = policies["sft"]
+    model, its_tokenizer, sft_checkpoint = policies["sft"]
+    base, tokenizer, checkpoint = load_policy(config, sft_checkpoint.get("base", "gpt"))
     policies["SFT at temperature 0.1"] = (model, its_tokenizer, {"temperature": 0.1})
 
     # Gold of the writers' own answers, and of every policy's to the same requests.
