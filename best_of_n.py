@@ -459,14 +459,9 @@ def finetune(config):
                         distils=config.n ** config.rounds)
         run.finish()
     forget_rounds(folder, "kept", config.rounds)
-    score = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
-
-    def reward(rollout):
-        scores, token_rewards = score(rollout)
-        ended = rollout.ended(tokenizer.end_token)
-        return torch.where(ended, scores, config.missing_end_score), token_rewards
-
-    show_before_and_after(held_out, reference, policy, tokenizer, config, reward)
+    reward = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
+    show_before_and_after(held_out, reference, policy, tokenizer, config, reward,
+                          missing_end_score=config.missing_end_score)
     print(f"saved {folder / 'checkpoint.pt'}; next: python best_of_n.py --policies "
           f"ppo,dpo,{config.name}", flush=True)
 
@@ -498,13 +493,12 @@ def judge_steps(samples, process_model, tokenizer, micro_batch):
     return {rule: torch.cat(scores).view(shape) for rule, scores in parts.items()}
 
 
-def forgetting(metrics, policies, tokenizer, micro_batch=64):
-    """Every policy's loss on the held-out pretraining text, nats a token, and the base model's own:
-    what alignment forgets (CME 295, "catastrophic forgetting"; Ouyang et al. 2022). metrics: gpt's
-    stage_metrics."""
+def forgetting(policies, tokenizer, micro_batch=64):
+    """The loss of every policy, and of the base model among them, on the held-out pretraining text,
+    nats a token: what alignment forgets (CME 295, "catastrophic forgetting"; Ouyang et al. 2022).
+    """
     documents = encode_documents(held_out_documents(), tokenizer)
-    base = last_with(metrics, "held_out")
-    losses = {"base": base.get("old_held_out", base["held_out"])}  # old: before mid-training
+    losses = {}
     for name, policy in policies.items():
         losses[name] = held_out_loss(policy.model, documents, 1, micro_batch, policy.temperature)
     return losses
@@ -577,7 +571,9 @@ def yardstick(config):
     # 5. The tables.
     losses = {}
     if gold and last_with(stages["gpt"], "entropy"):  # it was pretrained on the world's text
-        losses = forgetting(stages["gpt"], policies, tokenizer, config.micro_batch)
+        base_path = stage_folder(config, base) / "checkpoint.pt"
+        model, _, _ = load_checkpoint(base_path, "gpt", config.size, get_device())
+        losses = forgetting({"base": Policy(model), **policies}, tokenizer, config.micro_batch)
     rows = print_yardstick(per_prompt, figures, log_ratios, losses, stages, config.beta)
     powers = {n: best_of_n_kl(n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= config.samples}
     rows += best_of_n_rows(sft.figures, sft.texts, powers)

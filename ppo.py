@@ -291,15 +291,6 @@ def all_values(value_model, rollout, mask, micro_batch):
     return torch.where(mask, values, 0.0)
 
 
-def score(rollout, task, missing_end_score):
-    """R(x, y) as (scores at the end (B,), rewards token by token (B, T-1)). A response without
-    <|end|> gets missing_end_score and nothing else."""
-    ended = rollout.ended(task.end_token)
-    scores, token_rewards = task.reward(rollout)
-    scores = torch.where(ended, scores, missing_end_score)
-    return scores, torch.where(ended[:, None], token_rewards, 0.0)
-
-
 def sample(policy, reference, value_model, task, prompts, config, rng, run):
     """Steps 1 and 2: a response to each prompt, scored. value_model: None for methods without V."""
     # 1. Generate completions with π_θ, from its full distribution.
@@ -312,10 +303,12 @@ def sample(policy, reference, value_model, task, prompts, config, rng, run):
     # 2. Score: R(x, y), and log-probabilities under π_θ, from now on π_old, and π_ref, which is the
     #    SFT model itself, whatever the policy's temperature.
     mask = response_mask(rollout.prompt_lengths, rollout.lengths, rollout.tokens.shape[1])
-    scores, token_rewards = score(rollout, task, config.missing_end_score)
+    ended = rollout.ended(task.end_token)
+    scores, token_rewards = task.reward(rollout)
     rollouts = Rollouts(
-        rollout.tokens, rollout.lengths, mask, rollout.ended(task.end_token), scores,
-        token_rewards,
+        rollout.tokens, rollout.lengths, mask, ended,
+        scores=torch.where(ended, scores, config.missing_end_score),
+        token_rewards=torch.where(ended[:, None], token_rewards, 0.0),
         old_logprobs=all_logprobs(policy, rollout, mask, config.micro_batch, config.temperature),
         ref_logprobs=all_logprobs(reference, rollout, mask, config.micro_batch),
         old_values=all_values(value_model, rollout, mask, config.micro_batch))
@@ -679,9 +672,6 @@ def train(config):
     def gold(rollouts):
         return gold_rewards(rollouts, tokenizer)
 
-    def reward(rollout):
-        return score(rollout, task, config.missing_end_score)
-
     documents = []
     draw_documents = None
     if config.ptx:
@@ -714,8 +704,8 @@ def train(config):
         before = held_out_loss(reference, documents, 1, config.micro_batch)
         after = held_out_loss(policy, documents, 1, config.micro_batch, config.temperature)
         print(f"pretraining loss {before:.3f} → {after:.3f} nats per token")
-    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, reward,
-                              config.temperature)
+    sft.show_before_and_after(held_out, reference, policy, tokenizer, config, task.reward,
+                              config.temperature, config.missing_end_score)
     print(f"saved {folder / 'checkpoint.pt'}; next: python dpo.py, then python best_of_n.py",
           flush=True)
 

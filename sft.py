@@ -332,12 +332,14 @@ def load_policy(config, temperature=1.0):
     return policy, tokenizer, checkpoint
 
 
-def show_before_and_after(prompts, before, after, tokenizer, config, reward=None, temperature=1.0):
+def show_before_and_after(prompts, before, after, tokenizer, config, reward=None, temperature=1.0,
+                          missing_end_score=None):
     """Two policies answer the same prompts (None: 33 held-out requests of the world) with one seed,
     the second one at the temperature at which it was trained. Prints the mean scores of both, and
     both texts for the prompt with the median gain, in gold if it is known, else in reward.
 
-    reward: a function of a rollout, see reward_model.make_reward, or None.
+    reward: a function of a rollout, see reward_model.make_reward, or None. missing_end_score: what
+    a response without <|end|> gets instead, or None.
     """
     if prompts is None:
         prompts = draw_requests(33, random.Random("before and after"), held_out=True)
@@ -347,8 +349,9 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward=None
     if not prompts:
         return
     world = all(stories.parse_request(prompt) for prompt in prompts)
-    old = scored_answers(prompts, before, tokenizer, config, reward, 1.0, world)
-    new = scored_answers(prompts, after, tokenizer, config, reward, temperature, world)
+    old = scored_answers(prompts, before, tokenizer, config, reward, 1.0, missing_end_score, world)
+    new = scored_answers(prompts, after, tokenizer, config, reward, temperature, missing_end_score,
+                         world)
 
     means = []
     gains = torch.zeros(len(prompts))
@@ -368,7 +371,8 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward=None
         show((label, scored(prompts[median], found["texts"][median], score)))
 
 
-def scored_answers(prompts, policy, tokenizer, config, reward, temperature, world):
+def scored_answers(prompts, policy, tokenizer, config, reward, temperature, missing_end_score,
+                   world):
     """{"texts": a policy's answers, "reward": (N,) if there is one, "gold": (N,) if the prompts are
     the world's}."""
     ids = [tokenizer.prompt(prompt) for prompt in prompts]
@@ -378,7 +382,10 @@ def scored_answers(prompts, policy, tokenizer, config, reward, temperature, worl
                            seed=config.seed, at_once=config.sample_batch)
     if reward:
         scores, token_rewards = reward(rollout)
-        found["reward"] = (scores + token_rewards.sum(dim=1)).cpu()
+        R = scores + token_rewards.sum(dim=1)
+        if missing_end_score is not None:
+            R = torch.where(rollout.ended(tokenizer.end_token), R, missing_end_score)
+        found["reward"] = R.cpu()
     found["texts"] = response_texts(rollout, tokenizer)
     if world:
         found["gold"] = gold_rewards(rollout, tokenizer)

@@ -5,8 +5,8 @@
 #
 #     sh assets/experiments.sh && python assets/figures.py out/seed1 out/seed2 out/seed3
 #
-# About fifteen hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1). The folder names
-# are those that assets/figures.py reads.
+# Some fifteen hours on two cores, one seed a core (SEEDS="2 3" beside SEEDS=1), reckoned from the
+# single runs. The folder names are those that assets/figures.py reads.
 set -eu
 export OMP_NUM_THREADS=1
 

@@ -779,6 +779,14 @@ def claims(data):
                  for key, form in (("gold", ".2f"), ("flawless", ".0%"))]
         return " and ".join(found)
 
+    def mended(count):
+        """How many of SFT's stories that are not flawless PPO mends, the least and the most."""
+        figures = data["few"][count]
+        shares = []
+        for seed, before in figures["sft flawless"].items():
+            shares.append((figures["ppo flawless"][seed] - before) / (1 - before))
+        return f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
+
     def of_orders(name, key, form):
         """Over four chains and both orders of the data."""
         xs = []
@@ -856,8 +864,8 @@ def claims(data):
          f"DPO {of_few('dpo', '512')}, PPO {of_few('ppo', '512')}; after 2,048: "
          f"{of_few('sft', '2048')}, {of_few('dpo', '2048')}, {of_few('ppo', '2048')}; after "
          f"12,288: {of_few('sft', FULL)}, {of_few('dpo', FULL)}, {of_few('ppo', FULL)}",
-         "holds for DPO; PPO mends 10 to 21 % of the broken stories after 512, 27 to 42 % after "
-         "2,048"],
+         f"holds for DPO; PPO mends {mended('512')} of the broken stories after 512, "
+         f"{mended('2048')} after 2,048"],
         ["instruction tuning generalizes (there: to new tasks; here: to new phrasings)",
          "CS 224R ch. 4", "`python -m assets.claims.phrasings`",
          "two of twelve ways to ask left out: a story for "

@@ -584,6 +584,20 @@ class Config:
     resume: bool = False    # nothing here takes long
 
 
+def read_temperature(folder):
+    """The temperature that a policy is sampled at, by generation_config.json; 1 if it says none.
+    Another one than 1 is told. InputError if it is no positive number."""
+    path = Path(folder) / "generation_config.json"
+    temperature = read_json(path).get("temperature") if path.exists() else None
+    if temperature is None:
+        return 1.0
+    if not isinstance(temperature, (int, float)) or temperature < 1e-4:
+        raise InputError(f"{path}: temperature is {temperature}; it must be at least 0.0001")
+    if temperature != 1:
+        print(f"note    {path}: this policy is sampled at temperature {temperature}", flush=True)
+    return float(temperature)
+
+
 def load(config):
     """Save the GPT-2 in config.folder as the base model, or as a policy trained elsewhere."""
     from gpt import GPT, GPTConfig, get_device, load_checkpoint, save_checkpoint
@@ -591,7 +605,9 @@ def load(config):
     check_name(config.name, config.stage)
     shape, weights, tokenizer, begins = read_folder(config.folder)
     sources = []
+    temperature = 1.0
     if config.stage != "gpt":
+        temperature = read_temperature(config.folder)
         path = stage_folder(config, "sft") / "checkpoint.pt"
         _, sft_tokenizer, _ = load_checkpoint(path, "sft", config.size)
         if sft_tokenizer.vocabulary != tokenizer.vocabulary:
@@ -607,7 +623,7 @@ def load(config):
     with Run(config.name, folder, config, report=None, sources=sources) as run:
         save_checkpoint(run.folder / "checkpoint.pt", config.stage, config.size, model, tokenizer,
                         metrics=[], text="" if begins else config.folder, loaded=config.folder,
-                        made_from=run.made_from())
+                        temperature=temperature, made_from=run.made_from())
         run.finish()
     print(f"saved {run.home / 'checkpoint.pt'}", flush=True)
 

@@ -179,7 +179,7 @@ def test_what_is_forgotten_is_measured_on_pretrainings_text(trained, monkeypatch
     """A pretraining loss of other documents than gpt.py's, beside which it is printed."""
     base, tokenizer, checkpoint = load(trained, "gpt")
     monkeypatch.setattr(best_of_n, "held_out_documents", held_out_documents)
-    found = forgetting([dict(held_out=0.0)], {"gpt": Policy(base)}, tokenizer)
+    found = forgetting({"gpt": Policy(base)}, tokenizer)
     assert found["gpt"] == pytest.approx(checkpoint["metrics"][-1]["held_out"])
 
 
@@ -344,7 +344,7 @@ def test_rounds_of_finetuning(how, out, monkeypatch):
     that learns from other responses than those beside its checkpoint; a stage written over."""
     before = snapshot(out)
     shown = []
-    monkeypatch.setattr(best_of_n, "show_before_and_after", lambda *x: shown.extend(x))
+    monkeypatch.setattr(best_of_n, "show_before_and_after", lambda *x, **_: shown.extend(x))
     rounds = watch(monkeypatch)
     rsft(out, "--rounds", "2", "--n", "3", "--finetune", how)
     first, second = rounds

@@ -343,6 +343,7 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     source = tmp_path / "gpt2/sft/checkpoint.pt"
     model, tokenizer, _ = load_checkpoint(source, "sft", "gpt2")
     assert tokenizer.vocabulary == read_folder(FOLDERS / "published")[2].vocabulary
+    write_jsonl(Path(folder) / "generation_config.json", [{"temperature": 0.7}])
     huggingface.main(["load", folder, "--stage", "ppo", "--name", "ppo-theirs", *common])
     path = tmp_path / "gpt2/ppo-theirs/checkpoint.pt"
     again, other, checkpoint = load_checkpoint(path, "ppo", "gpt2")
@@ -350,6 +351,7 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     assert other.pattern == tokenizer.pattern == "gpt2"
     assert same_weights(again.state_dict(), model.state_dict())
     assert checkpoint["made_from"] == {"sft/checkpoint.pt": checksum(source)}
+    assert checkpoint["temperature"] == 0.7
 
     before = snapshot(tmp_path)
     for flags, message in (

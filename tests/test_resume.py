@@ -418,8 +418,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     for content in contents:
         path.write_bytes(content)
         try:
-            found = gpt.load_checkpoint(path, "sft", "cpu")[2]
-            assert torch_bytes(found) == torch_bytes(values)
+            assert torch_bytes(gpt.load_checkpoint(path, "sft", "cpu")[2]) == torch_bytes(values)
         except InputError as error:
             assert path.name in str(error) and "\n" not in str(error)
     assert "code runs" not in capsys.readouterr().out

@@ -14,7 +14,7 @@ import random
 
 import best_of_n
 from data.corpus import draw_requests
-from data.files import run_script
+from data.files import checksum, run_script
 from data.run import SilentRun, stage_folder
 from data.tokenizer import encode_demonstrations
 from gpt import save_checkpoint
@@ -46,8 +46,12 @@ def main(argv=None):
 
     folder = stage_folder(config, "rsft-after_ppo")
     folder.mkdir(exist_ok=True)
+    made_from = {}
+    for stage in ("sft", "reward_model", "ppo"):
+        name = f"{stage}/checkpoint.pt"
+        made_from[name] = checksum(folder.parent / name)
     save_checkpoint(folder / "checkpoint.pt", "rsft", config.size, policy, tokenizer,
-                    missing_end_score=config.missing_end_score)
+                    missing_end_score=config.missing_end_score, made_from=made_from)
     print(f"saved {folder / 'checkpoint.pt'}")
 
 

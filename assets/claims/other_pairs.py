@@ -121,17 +121,15 @@ def main(argv=None):
                         **sizes)
 
     device = get_device()
-    models = {}
-    for name, folder in (("its own", arguments.out), ("another seed's SFT", arguments.other)):
-        path = Path(folder) / config.size / "sft/checkpoint.pt"
-        model, tokenizer, checkpoint = load_checkpoint(path, "sft", config.size, device)
-        models[name] = (model, tokenizer)
-        if name == "its own":
-            base = checkpoint.get("base", "gpt")
-    path = Path(arguments.out) / config.size / base / "checkpoint.pt"
-    model, tokenizer, _ = load_checkpoint(path, "gpt", config.size, device)
-    models["the base model's"] = (model, tokenizer)
-    reference, tokenizer = models["its own"]
+    path = stage_folder(config, "sft") / "checkpoint.pt"
+    reference, tokenizer, checkpoint = load_checkpoint(path, "sft", config.size, device)
+    path = Path(arguments.other) / config.size / "sft/checkpoint.pt"
+    other, other_tokenizer, _ = load_checkpoint(path, "sft", config.size, device)
+    path = stage_folder(config, checkpoint.get("base", "gpt")) / "checkpoint.pt"
+    base, _, _ = load_checkpoint(path, "gpt", config.size, device)
+    models = {"its own": (reference, tokenizer),
+              "another seed's SFT": (other, other_tokenizer),
+              "the base model's": (base, tokenizer)}
     held_out = draw_requests(arguments.questions, random.Random("other pairs"), held_out=True)
 
     found = []
