@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from data import stories
 from data.corpus import encode_documents, held_out_documents, text_corpus, world_corpus
-from data.files import InputError, run_script
+from data.files import InputError, checksum, run_script
 from data.run import (COMMANDS, Run, allow_flags, announce, check_name, complete, gpu_has_bf16,
                       parse_config, read_torch, refused_if_broken, show, stage_folder, write_torch)
 from data.table import Column, print_columns
@@ -791,6 +791,7 @@ def train(config):
     else:
         corpus = world_corpus(tokenizer, config.vocab_size, config.block_size, count, config.seed,
                               folder, config.curated)
+    text_checksum = checksum(config.text) if config.text else None
     tokenizer = corpus.tokenizer
     if model is None:
         shape = GPTConfig(tokenizer.n_vocab, config.block_size, config.n_layer, config.n_head,
@@ -814,8 +815,8 @@ def train(config):
 
         # 3. Save; the same beginning before and after.
         save_checkpoint(run.folder / "checkpoint.pt", "gpt", config.size, model, tokenizer,
-                        text=config.text, curated=config.curated, metrics=run.figures(),
-                        made_from=run.made_from())
+                        text=config.text, text_checksum=text_checksum,
+                        curated=config.curated, metrics=run.figures(), made_from=run.made_from())
         run.finish()
     after, _ = respond(model, tokenizer, [beginning] * 2, room, config.seed)
     for text in before:

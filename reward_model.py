@@ -393,7 +393,9 @@ def stage_comparisons(config):
     folder = stage_folder(config, "reward_model")
     if (folder / "checkpoint.pt").exists():
         refuse_stale(folder)
-        if not config.resume:  # a run that trained the stage first is resumed with its flags
+        # A run of --process that trained the stage first is resumed with its flags.
+        unfinished = stage_folder(config, "process_model") / "unfinished"
+        if not (config.resume and unfinished.exists()):
             refuse_flags(config, COLLECTING, f"{folder} has its comparisons already")
     else:
         train(config)
@@ -730,6 +732,8 @@ def main(argv=None):
     if config.process and config.learning_curve:
         raise InputError("--learning_curve True: is a curve of pairs, but --process trains on "
                          "steps")
+    if config.learning_curve:
+        refuse_flags(config, ("resume", "report"), "cannot be used with --learning_curve")
     if config.process:
         train_process(config)
     elif config.learning_curve:

@@ -187,7 +187,14 @@ def read_data(config, split, tokenizer, block_size):
         if has_room(row["prompt"], tokenizer, config.max_new_tokens, block_size):
             questions.append(row["prompt"])
     description = (f"{origin}: {len(demonstrations):,} demonstrations, {len(held_out)} held out; "
-                   f"dropped {dropped} longer than the context{remarks(rows + held_out_rows)}")
+                   f"dropped {dropped} longer than the context")
+    if not questions:
+        no_room = (f"no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "
+                   f"in the context of {block_size}")
+        if split is None:
+            raise InputError(f"{origin}: {no_room}; lower it")
+        description += f"; {no_room}, so no answer is shown"
+    description += remarks(rows + held_out_rows)
     return Data(demonstrations, held_out, questions[:config.questions], entropy, description)
 
 
@@ -454,6 +461,8 @@ def main(argv=None):
     else:
         if config.data:
             refuse_flags(config, ("demonstrations",), "is of the little world; leave out --data")
+        if config.learning_curve:
+            refuse_flags(config, ("resume", "report"), "cannot be used with --learning_curve")
         train(config)
 
 

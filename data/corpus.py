@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import stories
-from data.files import InputError
+from data.files import InputError, checksum
 from data.run import memory_mapped, progress
 from data.tokenizer import Tokenizer, encode_file, remark_on_file, sample_text
 from data.tokenizer import train as train_vocabulary
@@ -54,7 +54,7 @@ def split_text(path, tokenizer, block_size, folder):
     held_out = [tokens[start:start + block_size].tolist() for start in starts[::stride]]
     if cut < block_size or not held_out:
         raise InputError(f"{path}: {len(tokens)} tokens are too few for a context of {block_size}; "
-                         "give a longer text, or a smaller --block_size")
+                         "give a longer text, or pretrain with a smaller --block_size")
     description = (f"{path}: {cut:,} tokens to train on, the last {len(tokens) - cut:,} held out, "
                    f"{sum(map(len, held_out)):,} of them read")
     return tokens[:cut], held_out, description
@@ -111,7 +111,7 @@ def world_corpus(tokenizer, vocab_size, block_size, count, seed, folder, curated
     longest = max(map(len, held_out + sequences))
     if longest > block_size:
         raise InputError(f"--block_size {block_size}: the longest document has {longest} tokens; "
-                         "raise it to that")
+                         "pretrain with as many")
     description = (f"{what}: {len(sequences):,} fresh documents, {sum(map(len, sequences)):,} "
                    f"tokens; {len(documents)} documents held out")
     return Corpus(tokenizer, sequences, held_out, [tokenizer.end_token], entropy, description)
@@ -135,12 +135,17 @@ def pretraining_text(checkpoint, path, tokenizer, block_size):
 
     checkpoint: the model's, a dict, from the file path. Returns (draw(count, rng) -> lists of ids,
     held-out lists of ids, the files that they depend on). No list is longer than block_size.
+    InputError if its text is not known, or is another one by now.
     """
     text = checkpoint["text"]
     if checkpoint.get("loaded"):
         raise InputError(f"{path}: came from {checkpoint['loaded']}; what that was trained on is "
                          "not known, so leave out --ptx")
     if text:
+        known = checkpoint.get("text_checksum")
+        if known is not None and known != checksum(text):
+            raise InputError(f"{text}: has changed since {path} was trained on it; restore it, or "
+                             "leave out --ptx")
         tokens, held_out, _ = split_text(text, tokenizer, block_size, path.parent)
 
         def draw(count, rng):

@@ -609,9 +609,14 @@ def load(config):
     if config.stage != "gpt":
         temperature = read_temperature(config.folder)
         path = stage_folder(config, "sft") / "checkpoint.pt"
-        _, sft_tokenizer, _ = load_checkpoint(path, "sft", config.size)
+        reference, sft_tokenizer, _ = load_checkpoint(path, "sft", config.size)
+        other = ""
         if sft_tokenizer.vocabulary != tokenizer.vocabulary:
-            raise InputError(f"{config.folder}: its vocabulary is not that of {path}, so the two "
+            other = "vocabulary"
+        elif shape["block_size"] != reference.config.block_size:
+            other = f"context of {shape['block_size']} tokens"
+        if other:
+            raise InputError(f"{config.folder}: its {other} is not that of {path}, so the two "
                              "cannot be compared; load a policy that was trained from that model")
         sources = [path]
 

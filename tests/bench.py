@@ -82,8 +82,7 @@ def bench_gpt(config):
     mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
 
     def step():
-        loss = -masked_logprobs(model, tokens, mask).mean()
-        loss.backward()
+        (-masked_logprobs(model, tokens, mask).mean()).backward()
         optimizer_step(optimizer, model, config.lr)
 
     seconds = median_seconds(step)
@@ -154,9 +153,9 @@ def bench_ppo(config):
         bound = language + 2 * language + 2 * scalar + config.epochs * 3 * (language + scalar)
         seconds = "".join(f"{x:10.2f}" for x in (*parts, total, bound / rate))
         print(f"{rollouts:8d}{response:10d}{seconds}{emitted / total:12,.0f}")
-    weights = sum(p.numel() for p in policy.parameters())
+    megabytes = (4 + 4 + 1 + 1) * 4 * sum(p.numel() for p in policy.parameters()) / 2 ** 20
     print(f"{memory_line()}, of which weights, gradients and AdamW's moments of the four models "
-          f"{(4 + 4 + 1 + 1) * 4 * weights / 2 ** 20:,.0f} MB")
+          f"{megabytes:,.0f} MB")
 
 
 def main(argv=None):

@@ -51,8 +51,7 @@ def ragged_mask(seed, B=5, T=12):
     prompts = [rng.randint(1, 4) for _ in range(B)]
     lengths = [prompt + rng.randint(1, T - prompt) for prompt in prompts]
     lengths[0] = T
-    mask = response_mask(torch.tensor(prompts), torch.tensor(lengths), T)
-    return mask, prompts, lengths
+    return response_mask(torch.tensor(prompts), torch.tensor(lengths), T), prompts, lengths
 
 
 def made_up_rollouts(policy, value_model):

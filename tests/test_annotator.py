@@ -82,8 +82,7 @@ def test_a_step_is_read_at_its_sentences_last_token():
     one's first word; sentences counted otherwise than the annotator does: all marks move."""
     tokenizer = Tokenizer(train_vocabulary(" ".join(HOSTILE) + story_of(*KIND), 300))
     rng = random.Random(5)
-    texts = HOSTILE + [story_of(*KIND, HAPPY), story_of(SAD)]
-    samples = [tokenizer.encode(text) for text in texts]
+    samples = tokenizer.encode_batch(HOSTILE + [story_of(*KIND, HAPPY), story_of(SAD)])
     tokens = tokenizer.encode(". ! \"? é 日 a b") + list(range(tokenizer.n_vocab))
     for _ in range(100):        # any tokens: bytes that are no text, special ones
         samples.append(rng.choices(tokens, k=40))

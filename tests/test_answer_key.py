@@ -92,8 +92,7 @@ def test_pooled_and_judged_optimum_are_exact():
     assert J.item() == pytest.approx(exact_gold)
     share = torch.tensor(counts) / samples.shape[1]
     weights = ((REWARDS / BETA).exp() * p[0] / (share[:, None] * p).sum(dim=0))[samples]
-    size = weights.sum() ** 2 / (weights ** 2).sum()
-    assert effective.item() == pytest.approx(size.item())
+    assert effective.item() == pytest.approx((weights.sum() ** 2 / (weights ** 2).sum()).item())
 
 
 def test_the_frontier_is_that_of_the_list():
@@ -275,8 +274,7 @@ def test_close_to_the_best(capsys):
     row = dict(under="gold", policy="ppo", J=3.5, J_error=0.05, J_star=3.4, J_star_error=0.04,
                share=1.05, share_error=0.031)
     close_to_the_best(stages, [row])
-    lines = capsys.readouterr().out.splitlines()
-    assert [re.split(r"  +", line) for line in lines[3:]] == [
+    assert [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[3:]] == [
         ["pretraining, nats per token", "0.800", "0.600", "75.0 %"],
         ["reward model, accuracy", "0.750 ± 0.012", "0.800", "93.8 ± 1.4 %"],
         ["reward model, accuracy above chance", "0.250 ± 0.012", "0.300", "83.3 ± 3.8 %"],

@@ -40,8 +40,7 @@ def test_the_benchmarks_print_and_save_nothing(tmp_path, capsys, monkeypatch):
     compiles or allocates, that is counted; "peak memory" without a figure, on Windows."""
     calls = []
     assert 0 <= bench.median_seconds(lambda: calls.append(1), repeats=4) < 0.01 and len(calls) == 5
-    once = functools.partial(bench.median_seconds, repeats=1)
-    monkeypatch.setattr(bench, "median_seconds", once)
+    monkeypatch.setattr(bench, "median_seconds", functools.partial(bench.median_seconds, repeats=1))
     out = ["--size", "cpu", "--out", str(tmp_path)]
     small = "--n_layer 1 --n_embd 16 --block_size 16 --vocab_size 300 --batch 2".split()
     bench.main(["gpt", *out, *small])

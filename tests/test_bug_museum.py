@@ -43,8 +43,7 @@ class Code:
 
     def edit(self, module, name, right, wrong):
         """Put wrong, a line or several, in the place of a line of a function."""
-        source = self.sources.get(name) or inspect.getsource(getattr(module, name))
-        lines = source.splitlines()
+        lines = (self.sources.get(name) or inspect.getsource(getattr(module, name))).splitlines()
         places = [i for i, line in enumerate(lines) if line.partition("  #")[0].strip() == right]
         assert len(places) == 1, f"{module.__name__}.{name} has {len(places)} lines: {right}"
         line = lines[places[0]]
@@ -260,8 +259,7 @@ def dpo_distance(world):
     pairs = all_pairs(rewards[:count], copies=8)
     config = dpo.Config(epochs=6, batch=128, micro_batch=128, lr=3e-3, beta=BETA)
     dpo.dpo(policy, reference, pairs, [], config, Blocks(0, 8), SilentRun())
-    found = exact_logprobs(policy)[:count].log_softmax(0)
-    return kl(found, best[:count].log_softmax(0))
+    return kl(exact_logprobs(policy)[:count].log_softmax(0), best[:count].log_softmax(0))
 
 
 EXHIBITS = [(ppo_distance, exhibit) for exhibit in OF_PPO]

@@ -493,8 +493,7 @@ def test_value_model_learns_the_expected_return(world):
     optimize(policy, reference, value_model, world_task(table_reward(rewards)), config)
     assert torch.equal(token_logprobs(policy), logprobs)
 
-    log_ratios = logprobs - token_logprobs(reference).detach()
-    to_go = log_ratios.flip(1).cumsum(1).flip(1)
+    to_go = (logprobs - token_logprobs(reference).detach()).flip(1).cumsum(1).flip(1)
     weights = logprobs.sum(dim=1, keepdim=True).exp() * MASK
     exact, weights = mean_by(STATE, rewards[:, None] - BETA * to_go, weights)
     prefixes, ends = pad(STATES)
@@ -516,8 +515,7 @@ def test_optimality_identity_is_exact(world):
     policy = (counts.double() / counts.sum()).log()
     J, _ = optimality_gap(rewards[samples][None], (policy - ref)[samples][None], BETA)
     kept = counts > 0
-    expected = BETA * kl(policy[kept], best[kept])
-    assert J_star - J.item() == pytest.approx(expected, abs=1e-9)
+    assert J_star - J.item() == pytest.approx(BETA * kl(policy[kept], best[kept]), abs=1e-9)
 
 
 def test_the_estimates_of_the_optimum_agree(world):
@@ -554,8 +552,7 @@ def test_best_of_n_has_its_exact_law(world):
 
     def law_of(p):
         """From the probabilities of responses, the worst first."""
-        cumulative = torch.cat([torch.zeros(1), p.cumsum(0)])
-        return (cumulative ** n).diff()
+        return (torch.cat([torch.zeros(1), p.cumsum(0)]) ** n).diff()
 
     order = rewards.argsort()
     law = law_of(ref.exp()[order])

@@ -365,6 +365,9 @@ def test_later_stages_run_on_what_was_loaded(tmp_path):
     sft.main([*fine_tuning, "--lr", "1e-3"])
     with pytest.raises(InputError, match="load ppo-theirs again, if it is a policy of this one"):
         refuse_stale(path.parent)
+    save_checkpoint(source, "sft", "gpt2", tiny_gpt(0, tokenizer.n_vocab), tokenizer)
+    with pytest.raises(InputError, match="its context of .* tokens is not that of"):
+        huggingface.main(["load", folder, "--stage", "dpo", *common])
 
 
 def test_models_that_do_not_fit_are_refused(monkeypatch, capsys):

@@ -14,6 +14,7 @@ import torch
 import gpt
 import ppo
 from data import corpus
+from data.files import InputError, checksum
 from data.run import read_torch, write_torch
 from data.tokenizer import Tokenizer, train as train_vocabulary
 from gpt import GPT, load_checkpoint
@@ -338,15 +339,18 @@ def test_pretraining_text_of_the_little_world(out, capsys, monkeypatch):
 
 def test_pretraining_text_of_somebodys_own(tmp_path):
     """--ptx that draws the little world's stories, also where mid-training was on curated ones; the
-    held-out tenth, or windows or documents that the context cannot hold."""
+    held-out tenth, or what the context cannot hold; a file that has changed since."""
     text = tmp_path / "text.txt"
     text.write_text("abc " * 2700 + "cba " * 300)  # the last tenth is held out
     tokenizer = Tokenizer(train_vocabulary("", 259))
-    draw_documents, _, _ = ppo.pretraining_text({"text": str(text)}, tmp_path / "checkpoint.pt",
-                                                tokenizer, 64)
+    base = {"text": str(text), "text_checksum": checksum(text)}
+    draw_documents, _, _ = ppo.pretraining_text(base, tmp_path / "checkpoint.pt", tokenizer, 64)
     windows = [tokenizer.decode(list(ids)) for ids in draw_documents(64, random.Random(0))]
     assert len(windows) == 64 and len(set(windows)) > 1
     assert all(len(window) == 64 and "ba " not in window for window in windows)
+    text.write_text("abd " * 3000)
+    with pytest.raises(InputError, match="text.txt: has changed since .*checkpoint.pt"):
+        ppo.pretraining_text(base, tmp_path / "checkpoint.pt", tokenizer, 64)
     draw, documents, _ = ppo.pretraining_text({"text": "", "curated": True}, 0, tokenizer, 300)
     assert documents != corpus.encode_documents(corpus.held_out_documents(), tokenizer)
     assert 250 < max(map(len, draw(64, random.Random(0)))) <= 300

@@ -115,8 +115,7 @@ def test_first_minibatch_is_on_policy(monkeypatch):
     assert len(set(mask.sum(dim=1).tolist())) > 1
     assert figures["clip_fraction"] == 0 and abs(figures["approx_kl"]) < 1e-6
     assert figures["length"] == pytest.approx(mask.sum().item() / 32)
-    entropy = -batch.old_logprobs[mask].mean().item()
-    assert figures["entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert figures["entropy"] == pytest.approx(-batch.old_logprobs[mask].mean().item(), rel=1e-5)
 
     kl = 0.0
     for row, t in mask.nonzero().tolist():

@@ -124,8 +124,7 @@ def before(name, stages, out):
         if earlier == name:
             break
         shutil.copytree(stages / "cpu" / earlier, out / "cpu" / earlier)
-    data = stages / "demonstrations.jsonl"      # a text, too
-    flags = STAGES[name][1].format(data=data)
+    flags = STAGES[name][1].format(data=stages / "demonstrations.jsonl")      # a text, too
     return ["--size", "cpu", "--out", str(out), *flags.split()], out / "cpu" / name
 
 

@@ -323,9 +323,12 @@ def test_both_models_on_the_world(out, monkeypatch, capsys):
     # The learning curve's last point has all pairs.
     before = snapshot(out)
     train(out, "--learning_curve")
-    for flag in ("--pairs 8", "--max_new_tokens 8"):
+    for job, flag in (("--learning_curve", "--pairs 8"), ("--process", "--max_new_tokens 8"),
+                      ("--process --resume", "--pairs 8")):
         with pytest.raises(InputError, match=f"{flag}: .*reward_model has its comparisons already"):
-            train(out, "--learning_curve", *flag.split())
+            train(out, *job.split(), *flag.split())
+    with pytest.raises(InputError, match="--resume True: cannot be used with --learning_curve"):
+        train(out, "--learning_curve", "--resume")
     assert snapshot(out) == before
     line = capsys.readouterr().out.splitlines()[-1].replace("%", "")
     count, accuracy, _, _, share, *_ = line.split()

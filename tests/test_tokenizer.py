@@ -176,8 +176,7 @@ def test_repeated_prompts_and_spelled_special_tokens_are_counted(tokenizer, tmp_
     assert "2 of 3 rows spell <|end|>, <|user|>: that stays ordinary text" in said
     assert "1 of 3 rows repeat their prompt at the beginning of the answers" in said
     assert remarks(rows[2:]) == ""
-    split = (rows[:2], rows[2:])
-    assert encode_comparisons(split, "rows", tokenizer, 99).description.endswith(said)
+    assert encode_comparisons((rows[:2], rows[2:]), "", tokenizer, 99).description.endswith(said)
 
     labels = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
     split = (labels[:2], labels[2:])
