@@ -21,10 +21,10 @@ folder for transformers, TRL and vLLM.
 
 The conventions that every later file keeps:
 - Sequences are prompt + response + <|end|>, padded on the RIGHT: a causal model never sees the
-  padding after a token, so attention needs no mask and positions need no arithmetic.
+  padding after a token, so in training attention needs no mask and positions no arithmetic.
 - log π(y|x) is response_logprobs, per token masked_logprobs. The shift of log-probabilities happens
-  there and in token_logprobs, and nowhere else: per-token tensors are (B, T-1), and column t
-  belongs to the action "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
+  in masked_logprobs and token_logprobs, and nowhere else: per-token tensors are (B, T-1), and
+  column t belongs to the action "emit tokens[:, t+1]" taken in the state tokens[:, :t+1].
 - Masks come from lengths, never from token values (padding may be any token, <|end|> too).
 """
 
@@ -335,7 +335,7 @@ class KVCache:
 
 class RecordedStep:
     """One decoding step of a model, recorded as a CUDA graph: on a GPU the launches of its kernels
-    cost more than their work. It is recorded for the rows of the cache and for 64 tokens; within
+    cost more than their work. It is recorded for the rows of the cache and some 60 tokens; within
     them no shape depends on t, the empty slots are hidden."""
 
     def __init__(self, model, cache, prompt_lengths):
@@ -382,7 +382,8 @@ def sample_token(logits, u, temperature=1.0, top_k=None):
     """Sample by inverting the distribution function: the first token whose cumulative probability
     exceeds u. logits (B, V), u (B,) uniform in [0, 1) -> (B,).
 
-    top_k keeps the k likeliest tokens (None: all; 1 is greedy decoding).
+    top_k keeps the k likeliest tokens, and those as likely as the last of them (None: all; 1 is
+    greedy decoding).
     >>> logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
     >>> [sample_token(logits, torch.tensor([u])).item() for u in (0.49, 0.51, 0.76)]
     [0, 1, 2]
@@ -391,10 +392,10 @@ def sample_token(logits, u, temperature=1.0, top_k=None):
     if top_k is not None and top_k < logits.shape[1]:
         kth_best = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
-    cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (B, V)
-    threshold = u[:, None] * cumulative[:, -1:]  # the last one is 1 but for rounding
-    new = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-    return new.clamp(max=logits.shape[1] - 1)  # the product may be rounded up
+    cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)  # (B, V), up to about 1
+    threshold = u[:, None] * cumulative[:, -1:]  # of the sum as it was rounded, not of 1
+    new = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)  # the first above it
+    return new.clamp(max=logits.shape[1] - 1)  # none is above if the product was rounded up to it
 
 
 @torch.no_grad()
@@ -479,12 +480,12 @@ def generate_batch(model, prompts, uniforms, end_token, temperature, top_k):
                 if recorded:
                     recorded.keep(going)
 
-        cache.move_to(t)
-        positions = (prompt_lengths[rows] + t)[:, None]  # (b, 1)
         with torch.inference_mode():  # not around more: training cannot use tensors made under it
             if recorded:
-                hidden = recorded(new, t)
+                hidden = recorded(new, t)  # which moves the cache itself
             else:
+                cache.move_to(t)
+                positions = (prompt_lengths[rows] + t)[:, None]  # (b, 1)
                 hidden = model.hidden(new[:, None], positions, cache).squeeze(1)  # (b, C)
     if not finite:
         raise FloatingPointError("the model's output is not finite: its weights or its input are "
@@ -717,9 +718,10 @@ def pretrain(model, corpus, old_documents, config, run):
     forget ([]: none)."""
     optimizer = make_optimizer(model, config.weight_decay)
     sequences = corpus.sequences
-    lengths = [len(ids) for ids in sequences]
-    batches = batches_by_length(lengths, config.batch, random.Random(f"batches {config.seed}"))
-    tokens_per_batch = (sum(lengths) - len(lengths)) / len(batches)  # so every token counts equally
+    sizes = [len(ids) for ids in sequences]
+    batches = batches_by_length(sizes, config.batch, random.Random(f"batches {config.seed}"))
+    predicted = sum(sizes) - len(sizes)  # all tokens but the first of each
+    tokens_per_batch = predicted / len(batches)  # so every token counts equally
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         tokens, lengths = pad([sequences[i] for i in batches[step]], model.wte.weight.device)
@@ -727,7 +729,7 @@ def pretrain(model, corpus, old_documents, config, run):
 
         loss = -masked_logprobs(model, tokens, mask).sum()  # -Σ_t log p_θ(x_t | x_<t)
         (loss / tokens_per_batch).backward()
-        lr = learning_rate(step, config.steps, config.lr, config.warmup)
+        lr = learning_rate(step, len(batches), config.lr, config.warmup)
         norm = optimizer_step(optimizer, model, lr)
 
         run.log(step, weight=mask.sum(), loss=loss / mask.sum())  # nats a token
@@ -882,11 +884,10 @@ def explain(config):
                          f"{model.config.block_size}")
 
     tokens = torch.tensor([ids], device=get_device())  # (1, T)
-    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)  # (1, T-1)
     with torch.inference_mode(), autocast(tokens.device):
-        logprobs = masked_logprobs(model, tokens, mask)[0]  # (T-1,)
-        logits = model(tokens)[0]  # (T, V)
-    print_predictions(tokens[0], logprobs, logits, whole, tokenizer)
+        logits = model(tokens)  # (1, T, V)
+        logprobs = token_logprobs(logits, tokens)[0]  # (T-1,)
+    print_predictions(tokens[0], logprobs, logits[0], whole, tokenizer)
 
     n = len(logprobs)
     total = -logprobs.sum().item()
@@ -905,8 +906,7 @@ def print_predictions(tokens, logprobs, logits, whole, tokenizer):
     and in a last row what comes next, unless the text is a whole document."""
     predictions = logits.float().log_softmax(dim=1)  # (T, V)
     entropy = -(predictions.exp() * predictions).sum(dim=1)  # (T,)
-    own = predictions[:-1].gather(1, tokens[1:, None])  # (T-1, 1)
-    ranks = 1 + (predictions[:-1] > own).sum(dim=1)  # (T-1,)
+    ranks = 1 + (predictions[:-1] > logprobs[:, None]).sum(dim=1)  # (T-1,)
     best = predictions.topk(3)  # (T, 3)
 
     columns = [Column("x_t", [*tokenizer.shown(tokens.tolist()), "(next)"]),
@@ -920,7 +920,7 @@ def print_predictions(tokens, logprobs, logits, whole, tokenizer):
     if whole:
         columns = [column._replace(values=column.values[:-1]) for column in columns]
     print_columns(columns, [
-        "log p_θ(x_t | x_<t), nats: CS 224R, Lecture 9, ch. 3 (masked_logprobs). Beside it what",
+        "log p_θ(x_t | x_<t), nats: CS 224R, Lecture 9, ch. 3 (token_logprobs). Beside it what",
         "the model expects before it sees x_t: x_t's rank, the entropy, the likeliest tokens."])
 
 

@@ -32,8 +32,9 @@ Departures from the slides, on purpose:
 - V is fitted to λ-returns, A_t + V(s_t); the slides fit it to the plain sum of rewards, G_t.
 - Advantages are whitened, and the value loss is clipped (both from Ziegler et al. 2019's code).
 - A response that hits the length limit has not earned its score: it gets missing_end_score.
-- The slides have K = 2 to 4 passes; at size cpu K is 1, so ρ_t stays near 1 and clips next to
-  nothing. --epochs 4 --lr 2e-4 shows the clip at work.
+- The slides update in K epochs, "typical: K = 2-4 gradient steps per batch"; at size cpu it is one
+  epoch of 4 steps, so ρ_t stays near 1 and clips next to nothing. --epochs 4 --lr 2e-4 shows the
+  clip at work.
 """
 
 import math
@@ -248,8 +249,8 @@ class Rollouts(NamedTuple):
     lengths: torch.Tensor           # prompt + response
     mask: torch.Tensor
     ended: torch.Tensor             # whether the response has its <|end|>
-    scores: torch.Tensor            # R(x, y)
-    token_rewards: torch.Tensor     # rewards of single actions; 0 where r_φ judges the whole
+    scores: torch.Tensor            # of whole responses
+    token_rewards: torch.Tensor     # of single actions, which add to R(x, y); 0 of r_φ
     old_logprobs: torch.Tensor      # log π_old(a_t|s_t), of the policy that sampled
     ref_logprobs: torch.Tensor      # log π_ref(a_t|s_t)
     old_values: torch.Tensor        # V(s_t), of the value model at that time; 0 without one
@@ -349,12 +350,12 @@ def log_rollouts(run, iteration, rollouts, rewards, beta, value_model, task, con
 
 def ptx_backward(policy, documents, tokens_in_batch, config):
     """PPO-ptx: accumulate the gradient of -γ E[log π_θ(x)] (Ouyang et al. 2022, eq. 2) over as many
-    documents, lists of ids, as responses, with the divisor of their loss."""
+    documents, lists of ids, as responses, divided by the number of the responses' tokens."""
     for start in range(0, len(documents), config.micro_batch):
         tokens, lengths = pad(documents[start:start + config.micro_batch], tokens_in_batch.device)
         mask = response_mask(torch.ones_like(lengths), lengths, tokens.shape[1])
         loss = -masked_logprobs(policy, tokens, mask, config.temperature).sum()
-        (loss / (tokens_in_batch / config.ptx)).backward()
+        (config.ptx * loss / tokens_in_batch).backward()
 
 
 def ppo(policy, reference, value_model, task, config, run):
@@ -389,7 +390,8 @@ def ppo(policy, reference, value_model, task, config, run):
         for rows in minibatches(config.rollouts, config.epochs, config.minibatch, rng,
                                 mask.device):
             tokens_in_batch = mask[rows].sum()
-            for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):
+            rows = rows[rollouts.lengths[rows].argsort()]  # by length: little padding in a part
+            for part in rows.split(config.micro_batch):
                 batch = rollouts.pick(part)
                 weight = batch.mask.sum() / tokens_in_batch  # the parts add up to a token mean
 
@@ -484,14 +486,20 @@ def adapt_penalty(coefficient, kl, target):
     return coefficient
 
 
-def estimate_advantages(rewards, rollouts, mean, config):
-    """Step 3 of the other methods: (advantages, returns), both (B, T-1).
+def at_first_token(x, mask):
+    """x (B, T-1) at the first token of every response: (B,)."""
+    first = mask.int().argmax(dim=1, keepdim=True)  # argmax finds the first 1
+    return x.gather(1, first).squeeze(1)
 
-    mean: reinforce_moving's baseline, the mean return of the batches before.
+
+def estimate_advantages(rewards, rollouts, mean, config):
+    """Step 3 of every method: (advantages, returns), both (B, T-1).
+
+    mean: reinforce_moving's baseline, in training the mean return of the batches before.
     """
     mask = rollouts.mask
     returns = returns_to_go(rewards, mask, config.gamma)
-    whole = returns.gather(1, mask.int().argmax(dim=1, keepdim=True))  # (B, 1): G_0
+    G_0 = at_first_token(returns, mask)  # (B,): of the whole response
     if config.method in WITH_VALUES:
         advantages, returns = gae(rewards, rollouts.old_values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)
@@ -502,10 +510,10 @@ def estimate_advantages(rewards, rollouts, mean, config):
     elif config.method == "reinforce_moving":
         advantages = returns - mean
     elif config.method == "rloo":
-        advantages = returns - leave_one_out(whole[:, 0], config.group)[:, None]
+        advantages = returns - leave_one_out(G_0, config.group)[:, None]
     else:  # GRPO: every token has its response's
         divide = config.method == "grpo"
-        advantages = group_advantages(whole[:, 0], config.group, divide)[:, None]
+        advantages = group_advantages(G_0, config.group, divide)[:, None]
     return torch.where(mask, advantages, 0.0), returns
 
 
@@ -552,7 +560,8 @@ def policy_gradients(policy, reference, value_model, task, config, run):
         # 4. Update.
         for rows in minibatches(config.rollouts, epochs, size, rng, mask.device):
             tokens_in_batch = mask[rows].sum()
-            for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):
+            rows = rows[rollouts.lengths[rows].argsort()]
+            for part in rows.split(config.micro_batch):
                 batch = rollouts.pick(part)
                 weight = batch.mask.sum() / tokens_in_batch
                 logprobs = masked_logprobs(policy, batch.tokens, batch.mask, config.temperature)
@@ -627,30 +636,30 @@ def train(config):
         needed.append("process_model")
     train_missing(config, needed, config.name)
 
-    # The four models. V starts as r_φ or, if there is none, as the policy with a new head.
+    # The four models. V starts as that of --start, as r_φ (--reward process: as that model) or, if
+    # there is neither, as the policy with a new head.
     device = get_device()
     sources = [stage_folder(config, "sft") / "checkpoint.pt"]
     reference, tokenizer, checkpoint = load_checkpoint(sources[0], "sft", config.size, device)
     if not config.data:
         sft.refuse_own_text(sources[0], checkpoint)
     policy = deepcopy(reference)
+    start_checkpoint = {}
+    if config.start:
+        policy, start_tokenizer, start_checkpoint = sft.load_policy(config, config.temperature)
+        sources.append(stage_folder(config, config.start) / "checkpoint.pt")
+        if start_tokenizer.vocabulary != tokenizer.vocabulary:
+            raise InputError(f"{sources[-1]}: its vocabulary is not the SFT model's; train "
+                             f"{config.start} again")
     reward_model = None
     if "reward_model" in needed:
         reward_model, path = load_reward_model(config, tokenizer)
         sources.append(path)
     value_model = None
-    if config.method in WITH_VALUES and reward_model:
-        value_model = deepcopy(reward_model)
-    elif config.method in WITH_VALUES:
-        value_model = start_from(policy)
-    if config.start:
-        policy, found, start = sft.load_policy(config, config.temperature)
-        sources.append(stage_folder(config, config.start) / "checkpoint.pt")
-        if found.vocabulary != tokenizer.vocabulary:
-            raise InputError(f"{sources[-1]}: its vocabulary is not the SFT model's; train "
-                             f"{config.start} again")
-        if value_model and "value_model" in start:
-            value_model.load_state_dict(start["value_model"])
+    if config.method in WITH_VALUES:
+        value_model = deepcopy(reward_model) if reward_model else start_from(policy)
+        if "value_model" in start_checkpoint:
+            value_model.load_state_dict(start_checkpoint["value_model"])
 
     data = "fresh requests of the little world"
     if own:
@@ -718,11 +727,11 @@ KEPT = ("method", "reward", "data", "max_new_tokens", "gamma", "lam", "clip", "g
         "temperature", "missing_end_score")
 
 
-def explain(config, samples=64):
+def explain(config):
     """Print a response of the policy of --name with every quantity of steps 2 to 4, a row a token.
 
-    It is the first of a batch of `samples` responses, rounded up to whole groups, to one prompt:
-    --prompt, or a held-out one.
+    It is the first of a batch of 64 responses, rounded up to whole groups, to one prompt: --prompt,
+    or a held-out one.
     """
     allow_flags(config, ("prompt", "name", "seed", "size", "out"), "explain")
     check_name(config.name, "ppo")
@@ -733,7 +742,7 @@ def explain(config, samples=64):
     if "method" not in checkpoint:
         raise InputError(f"{path}: does not say how it was trained; train it again with ppo.py")
     config = replace(config, **{name: checkpoint[name] for name in KEPT})
-    samples = math.ceil(samples / config.group) * config.group
+    samples = math.ceil(64 / config.group) * config.group
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"
     reference, _, sft_checkpoint = load_checkpoint(sft_path, "sft", config.size, get_device())
     reward_model = None
@@ -763,22 +772,21 @@ def explain(config, samples=64):
 
     # 3. Estimate advantages.
     beta = checkpoint["beta"]
-    if config.method in KL_IN_LOSS:
-        beta = 0.0
+    beta_in_rewards = 0.0 if config.method in KL_IN_LOSS else beta
     rewards = shaped_rewards(
-        rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, mask, beta)
+        rollouts.scores, rollouts.old_logprobs, rollouts.ref_logprobs, mask, beta_in_rewards)
     rewards = rewards + rollouts.token_rewards
-    returns = returns_to_go(rewards, mask, config.gamma)
-    mean = masked_mean(returns, mask).item()
-    advantages, _ = estimate_advantages(rewards, rollouts, mean, config)
+    G = returns_to_go(rewards, mask, config.gamma)
+    mean = masked_mean(G, mask).item()  # in the place of that of the batches before
+    advantages, returns = estimate_advantages(rewards, rollouts, mean, config)
     rollouts = rollouts._replace(advantages=advantages, returns=returns)
 
     _, text = read_texts(rollouts.tokens[:1], rollouts.lengths[:1], tokenizer)[0]
     R = rollouts.scores + rollouts.token_rewards.sum(dim=1)  # R(x, y)
     show(("prompt", prompt), ("response", scored(prompt, text, R[0])))
     actions = Column("a_t", tokenizer.shown(rollouts.tokens[0, 1:][mask[0]].tolist()))
-    print_rewards(actions, rewards, rollouts, config)
-    print_sums(R, rewards, rollouts, beta, checkpoint["beta"])
+    print_rewards(actions, rewards, G, rollouts, config)
+    print_sums(R, rewards, rollouts, beta_in_rewards, beta)
     if config.method in ("rloo", *GRPO):
         print_group(R, rewards, rollouts, config)
     if config.method == "ppo":
@@ -790,8 +798,8 @@ def column(name, x, rollouts, signed=True):
     return Column(name, x[0, rollouts.mask[0]].tolist(), ".3f", signed)
 
 
-def print_rewards(actions, rewards, rollouts, config):
-    """Steps 2 and 3 for the first response, a row a token. rollouts.returns: G_t."""
+def print_rewards(actions, rewards, G, rollouts, config):
+    """Steps 2 and 3 for the first response, a row a token."""
     columns = [actions,
                column("log π_θ", rollouts.old_logprobs, rollouts, signed=False),
                column("log π_ref", rollouts.ref_logprobs, rollouts, signed=False),
@@ -805,15 +813,17 @@ def print_rewards(actions, rewards, rollouts, config):
         columns += [column("V(s_t)", V, rollouts),
                     column("δ_t", deltas, rollouts),
                     column("A_t", estimates, rollouts),
-                    column("G_t - V", rollouts.returns - V, rollouts),
+                    column("G_t - V", G - V, rollouts),
                     column("whitened", rollouts.advantages, rollouts)]
         legend += [f'A_t with λ = {config.lam}: "Generalized Advantage Estimation" (gae); δ_t has '
                    "λ = 0, G_t - V has λ = 1."]
     else:
-        columns += [column("G_t", rollouts.returns, rollouts),
+        columns += [column("G_t", G, rollouts),
                     column("Â_t", rollouts.advantages, rollouts)]
         legend += [f'G_t: "Value Function" (returns_to_go); Â_t: --method {config.method} '
                    "(estimate_advantages)."]
+        if config.method == "reinforce_moving":
+            legend += ["Its baseline is the mean of these responses here, not of batches before."]
     print()
     print_columns(columns, legend)
 
@@ -840,8 +850,7 @@ def print_group(R, rewards, rollouts, config):
     """What the first response is compared with, a row a response of its group."""
     group = slice(config.group)
     totals = rewards.sum(dim=1)
-    first = rollouts.mask.int().argmax(dim=1, keepdim=True)  # the first token of each response
-    advantages = rollouts.advantages.gather(1, first)[:, 0]
+    advantages = at_first_token(rollouts.advantages, rollouts.mask)
     columns = [Column("response", list(range(1, config.group + 1)), "d"),
                Column("|y|", rollouts.mask[group].sum(dim=1).tolist(), "d"),
                Column("R(x, y)", R[group].tolist(), ".3f"),
@@ -855,8 +864,9 @@ def print_group(R, rewards, rollouts, config):
     print(f"mean {totals[group].mean():.3f}, spread {totals[group].std(correction=0):.3f}")
 
 
-def print_update(actions, policy, rollouts, config, count=16):
-    """Step 4 for the first response: a copy of the policy takes one step on `count` responses."""
+def print_update(actions, policy, rollouts, config):
+    """Step 4 for the first response: a copy of the policy takes one step on 16 responses."""
+    count = 16
     updated = deepcopy(policy)
     optimizer = make_optimizer(updated, weight_decay=0.0)
     tokens_in_batch = rollouts.mask[:count].sum()

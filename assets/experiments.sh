@@ -56,13 +56,17 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo
     run dpo.py dpo
 
-    # The same data in another order; other learning rates, 2e-4 that of DPO's relatives
+    # The same data in another order; other learning rates, 2e-4 that of DPO on other labels
     run ppo.py ppo-order2 --name ppo-order2 --seed 1$seed
     run dpo.py dpo-order2 --name dpo-order2 --seed 1$seed
     run dpo.py dpo-1.25e-4 --name dpo-1.25e-4 --lr 1.25e-4
     run dpo.py dpo-1.25e-4-order2 --name dpo-1.25e-4-order2 --lr 1.25e-4 --seed 1$seed
     run dpo.py dpo-2e-4 --name dpo-2e-4 --lr 2e-4
     yardstick orders $orders
+
+    # A second epoch of the reward model
+    copy_stages "$out/epochs2" gpt sft
+    (out=$out/epochs2; run reward_model.py reward_model --epochs 2)
 
     # How much data it takes
     for stage in sft reward_model; do
@@ -99,13 +103,12 @@ for seed in ${SEEDS:-1 2 3}; do
     run ppo.py ppo-process --name ppo-process --reward process
 
     # Direct methods: 10,240 comparisons each; RSFT: 16,384 samples
-    run dpo.py dpo-ipo --name dpo-ipo --loss ipo --lr 2e-4
-    run dpo.py dpo-kto --name dpo-kto --loss kto --lr 2e-4
-    run dpo.py dpo-simpo --name dpo-simpo --loss simpo --lr 1e-4
+    run dpo.py dpo-ipo --name dpo-ipo --loss ipo
+    run dpo.py dpo-kto --name dpo-kto --loss kto
+    run dpo.py dpo-simpo --name dpo-simpo --loss simpo
     run dpo.py dpo-orpo --name dpo-orpo --loss orpo
-    run dpo.py dpo-online --name dpo-online --online 5 --lr 2e-4
-    run dpo.py dpo-online-annotator --name dpo-online-annotator --online 5 --judge annotator \
-        --lr 2e-4
+    run dpo.py dpo-online --name dpo-online --online 5
+    run dpo.py dpo-online-annotator --name dpo-online-annotator --online 5 --judge annotator
     run best_of_n.py rsft-per_prompt --finetune per_prompt
     run best_of_n.py rsft-overall --finetune overall
 
@@ -141,12 +144,12 @@ for seed in ${SEEDS:-1 2 3}; do
     yardstick 2-methods ppo,ppo-ppo_penalty,$without_ratio --samples 32
     grpos=ppo-grpo,ppo-grpo_no_division,ppo-grpo_kl_in_rewards,ppo-grpo_token_mean
     yardstick 3-grpo $grpos,ppo-ptx --samples 32
-    yardstick 4-direct dpo-2e-4,dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
-    yardstick 5-online dpo-online,rsft-per_prompt,rsft-overall --samples 32
+    yardstick 4-direct dpo,dpo-ipo,dpo-kto,dpo-simpo,dpo-orpo --samples 32
+    yardstick 5-online dpo-online,dpo-online-annotator,rsft-per_prompt,rsft-overall --samples 32
     verified=ppo-verifier,ppo-verifier-grpo,ppo-verifier-beta0,ppo-verifier-grpo-beta0
     yardstick 6-verifier $verified --samples 32 --verify
     yardstick 7-process ppo-process --samples 32 --process
-    yardstick 8-judges dpo-constitution,dpo-both,dpo-online-annotator --samples 32
+    yardstick 8-judges dpo-2e-4,dpo-constitution,dpo-both --samples 32
     yardstick 8-without-penalty ppo-beta0 --samples 32
 
     yardstick 8-turns rsft-per_prompt,ppo,ppo-after_rsft,rsft-after_ppo --samples 32

@@ -39,7 +39,7 @@ METHODS = {
     "ppo-ptx": "PPO-ptx",
 }
 DIRECT = {
-    "dpo-2e-4": "DPO",
+    "dpo": "DPO",
     "dpo-ipo": "IPO",
     "dpo-kto": "KTO",
     "dpo-simpo": "SimPO",
@@ -88,6 +88,7 @@ CLIPS = {"0.05": "0.05", "0.1": "0.1", "0.2": "0.2", "0.5": "0.5", "1e9": "none"
 TRIED = ("0.02", "0.05", "0.1", "0.2", "0.4", "0.8")
 # Groups of policies that are also kept by themselves, from one set of chains
 GROUPS = {"best_of_n-1-pipeline": "pipeline", "best_of_n-2-methods": "methods",
+          "best_of_n-4-direct": "direct", "best_of_n-5-online": "direct",
           "best_of_n-8-turns": "turns", "best_of_n-8-betas": "betas"}
 FULL = "12288"  # demonstrations of the default SFT
 LAWS = {"": "10,240 comparisons, 4 layers", "4096": "4,096 comparisons",  # of the reward models in
@@ -143,7 +144,8 @@ def collect(folders):
     {name: {figure: {seed: number}}}, and the curves."""
     data = {"seeds": len(folders), "stages": {}, "policies": {}, "frontier": {}, "runs": {},
             "curves": {}, "laws": {}, "variance": [], "peers": {}, "claims": {}, "orders": {},
-            "few": {}, "pipeline": {}, "methods": {}, "turns": {}, "betas": {}}
+            "few": {}, "pipeline": {}, "methods": {}, "direct": {}, "turns": {}, "betas": {},
+            "epochs": {}}
     for seed, folder in enumerate(folders, start=1):
         folder = Path(folder)
         cpu = folder / "cpu"
@@ -151,6 +153,7 @@ def collect(folders):
         collect_yardstick(data, seed, cpu)
         collect_peers(data, seed, cpu)
         collect_training(data, seed, cpu)
+        collect_epochs(data, seed, folder)
         collect_curves(data, seed, cpu)
         collect_laws(data, folder)
         collect_claims(data, seed, cpu)
@@ -257,8 +260,9 @@ def collect_training(data, seed, cpu):
     """What the runs themselves say: seconds, memory, entropy; and every batch of two PPO runs."""
     several = [path.name for path in sorted(cpu.glob("ppo-passes-*")) if path.is_dir()]
     clipped = [f"ppo-clip-{clip}" for clip in CLIPS]
-    for name in ["dpo", *METHODS, *DIRECT, *several, *clipped]:
-        figures = data["policies"].setdefault(name, {})
+    for name in [*METHODS, *DIRECT, *several, *clipped]:
+        group = "direct" if name in DIRECT else "policies"
+        figures = data[group].setdefault(name, {})
         rows = read_rows(cpu / name / "metrics.jsonl")
         for key in ("held_out_accuracy", "chosen_log_ratio", "rejected_log_ratio"):
             put(figures, key, seed, last(rows, key))
@@ -284,6 +288,18 @@ def collect_training(data, seed, cpu):
             for key in ("reward", "gold", "kl", "entropy", "clip_fraction", "value_explained",
                         "length"):
                 run[key] = [float(f"{row[key]:.4g}") for row in rows]
+
+
+def collect_epochs(data, seed, folder):
+    """The reward model after one epoch and after two, from OUT/epochs2."""
+    for count, out in (("1", folder), ("2", folder / "epochs2")):
+        figures = data["epochs"].setdefault(count, {})
+        rows = read_rows(out / "cpu/reward_model/metrics.jsonl")
+        trained = [row["loss"] for row in rows if "held_out_loss" in row]
+        if trained:
+            put(figures, "training_loss", seed, trained[-1])
+        for key in ("held_out_loss", "share_of_bayes"):
+            put(figures, key, seed, last(rows, key))
 
 
 def collect_curves(data, seed, cpu):
@@ -594,7 +610,7 @@ def direct(data):
                ("models", ".0f")]
     head = ["", "J's share, gold", "J's share, reward model", "KL, nats", "length",
             "held-out accuracy", "distinct-2", "seconds", "models"]
-    return table(head, policy_rows(data, DIRECT, columns))
+    return table(head, policy_rows({"policies": data["direct"]}, DIRECT, columns))
 
 
 def turns(data):
@@ -760,6 +776,15 @@ def claims(data):
         """From the chains of the README's first table."""
         return spread(values({"policies": data["pipeline"]}, name, key), form)
 
+    def of_direct(name, key, form):
+        """From the chains of DPO's relatives."""
+        return spread(values({"policies": data["direct"]}, name, key), form)
+
+    def of_epochs(key, form):
+        """The reward model after one epoch and after two."""
+        found = [spread(list(data["epochs"][count][key].values()), form) for count in ("1", "2")]
+        return " after one, ".join(found) + " after two"
+
     def in_turn(name):
         """A policy's two shares, from rejection sampling and PPO in turn."""
         shares = [spread(values({"policies": data["turns"]}, name, key), ".0%").removesuffix(" %")
@@ -829,9 +854,9 @@ def claims(data):
 
     beside_ptx = spread(values({"policies": data["methods"]}, "ppo", "share_gold"), ".1%")
     easier = []
-    for kept, every in zip(values(data, "rsft-overall", "kept_prompts_reward"),
-                           values(data, "rsft-overall", "kept_all_reward")):
-        easier.append(kept - every)
+    overall = data["direct"]["rsft-overall"]
+    for seed, every in overall["kept_all_reward"].items():
+        easier.append(overall["kept_prompts_reward"][seed] - every)
     other_seed = "other_pairs another seed's SFT gold"
     of_base = "other_pairs the base model's gold"
     gradients = []
@@ -879,8 +904,9 @@ def claims(data):
          "a constant on all rewards changes neither loss nor gradient",
          "holds exactly"],
         ["a second epoch overfits the reward model", "ECE 7115", "`reward_model.py --epochs 2`",
-         "held-out loss 0.506 after one, 0.494 after two (training 0.468); "
-         "94.2 and 95.0 % of Bayes accuracy (seed 1)",
+         f"held-out loss {of_epochs('held_out_loss', '.3f')} (training loss "
+         f"{of_epochs('training_loss', '.3f')}); of Bayes accuracy "
+         f"{of_epochs('share_of_bayes', '.1%')}",
          "not with 10,240 pairs"],
         ["more comparisons, better rewards", "ours (CS 224R ch. 9 assumes infinite data)",
          "`reward_model.py --learning_curve`",
@@ -954,7 +980,7 @@ def claims(data):
         ["four models, three, two in memory", "CME 295; ECE 7115", "`ppo.py --method …`",
          f"PPO {of('ppo', 'models', '.0f')}, {of('ppo', 'memory_mb', '.0f')} MB; "
          f"GRPO {of('ppo-grpo', 'models', '.0f')}, {of('ppo-grpo', 'memory_mb', '.0f')} MB; "
-         f"DPO {of('dpo-2e-4', 'models', '.0f')}, {of('dpo-2e-4', 'memory_mb', '.0f')} MB",
+         f"DPO {of_direct('dpo', 'models', '.0f')}, {of_direct('dpo', 'memory_mb', '.0f')} MB",
          "holds"],
         ["best-of-N: N times the cost, KL ≤ log N − (N−1)/N", "CME 295 (the cost)",
          f"`{LISTED} exact_law`, `python -m assets.claims.cost`",
@@ -965,7 +991,7 @@ def claims(data):
          "N times the samples; in one batch a few times the seconds"],
         ["top-K overall favours easy prompts", "ECE 7115", "`best_of_n.py --finetune overall`",
          "the best 1,024 of 16,384 responses come from "
-         f"{of('rsft-overall', 'kept_prompts', '.0f')} of 1,024 prompts, "
+         f"{of_direct('rsft-overall', 'kept_prompts', '.0f')} of 1,024 prompts, "
          f"on which SFT's mean reward is higher by {spread(easier, '.2f')}",
          "holds"],
         ["RL and rejection sampling, in turn", "ECE 7115 \"The Full Pipeline\"",
@@ -1002,8 +1028,8 @@ def claims(data):
          "not here: DPO loses gold first, not to the score but to sentences of no world"],
         ["DPO raises the chosen response's probability", "ECE 7115 \"DPO Loss\"", "`dpo.py`",
          "log-ratios of the pairs it trains on, last 64 steps: chosen "
-         f"{of('dpo', 'chosen_log_ratio', '.1f')}, rejected "
-         f"{of('dpo', 'rejected_log_ratio', '.1f')} nats",
+         f"{of_direct('dpo', 'chosen_log_ratio', '.1f')}, rejected "
+         f"{of_direct('dpo', 'rejected_log_ratio', '.1f')} nats",
          "not here: both fall"],
         ["DPO is easier to tune", "CME 295; CS 224R ch. 9", "`dpo.py`, `ppo.py`, `--lr`, `--beta`",
          "gold share over 4 learning rates and 3 β, best, median, worst: "
@@ -1012,10 +1038,10 @@ def claims(data):
          "of three β, PPO with none"],
         ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11",
          "`dpo.py --online 5 --judge annotator --lr 2e-4`",
-         f"gold share: offline {of('dpo-2e-4', 'share_gold', '.1%')}, "
+         f"gold share: offline {of_direct('dpo', 'share_gold', '.1%')}, "
          "online with the annotator's labels "
-         f"{of('dpo-online-annotator', 'share_gold', '.1%')}, "
-         f"with the reward model's {of('dpo-online', 'share_gold', '.1%')}",
+         f"{of_direct('dpo-online-annotator', 'share_gold', '.1%')}, "
+         f"with the reward model's {of_direct('dpo-online', 'share_gold', '.1%')}",
          "holds with the annotator's labels, not with a reward model's, the lecture's way"],
         ["pairs of other policies teach less", "CS 224R ch. 9",
          "`python -m assets.claims.other_pairs --other OUT`",
@@ -1027,8 +1053,9 @@ def claims(data):
          "not if they write alike; a far policy's teach nothing, though their gradient is "
          "the largest"],
         ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo --lr 1e-4`",
-         f"tokens: SFT {of('sft', 'length', '.0f')}, DPO {of('dpo-2e-4', 'length', '.0f')}, "
-         f"SimPO {of('dpo-simpo', 'length', '.0f')}",
+         f"tokens: SFT {of_direct('sft', 'length', '.0f')}, "
+         f"DPO {of_direct('dpo', 'length', '.0f')}, "
+         f"SimPO {of_direct('dpo-simpo', 'length', '.0f')}",
          "it shortens"],
         ["too much optimization collapses modes", "ECE 7115", "`ppo.py --beta 0 --name ppo-beta0`, "
          "`best_of_n.py --policies ppo,ppo-beta0`",
@@ -1308,7 +1335,7 @@ NAMED = {
         "ppo": ("PPO", 1.75, 2.8),
         "ppo-rloo": ("leave-one-out", 2.0, 2.35),
         "dpo-online-annotator": ("online DPO, fresh labels", 2.8, 2.75),
-        "dpo-2e-4": ("DPO", 3.1, 3.2),
+        "dpo": ("DPO", 3.1, 3.2),
         "ppo-grpo": ("GRPO", 3.6, 3.5),
     },
     "reward": {
@@ -1316,7 +1343,7 @@ NAMED = {
         "ppo": ("PPO", 1.7, 0.8),
         "ppo-rloo": ("leave-one-out", 2.0, 0.45),
         "dpo-online-annotator": ("online DPO, fresh labels", 2.8, 0.72),
-        "dpo-2e-4": ("DPO", 3.1, 1.1),
+        "dpo": ("DPO", 3.1, 1.1),
         "ppo-grpo": ("GRPO", 3.6, 1.45),
     },
 }
@@ -1326,10 +1353,10 @@ def points(ax, data, field):
     """Every policy within 4 nats as a point, the mean of its seeds. The best known ones have their
     spread and a name; the others are gray."""
     named = NAMED[field]
-    for names, color in ((METHODS, BLUE), (DIRECT, ORANGE)):
+    for group, names, color in (("policies", METHODS, BLUE), ("direct", DIRECT, ORANGE)):
         for name in names:
-            xs = values(data, name, "kl")
-            ys = values(data, name, field)
+            xs = values({"policies": data[group]}, name, "kl")
+            ys = values({"policies": data[group]}, name, field)
             if not xs or statistics.mean(xs) > 4:
                 continue
             x = statistics.mean(xs)
@@ -1418,6 +1445,8 @@ def draw_how_close(plt, data):
     names = {name: name for name in BEST}
     names.update(METHODS)
     names.update(DIRECT)
+    direct = {name: data["direct"].get(name, {}) for name in DIRECT}
+    data = {**data, "policies": {**data["policies"], **direct}}
     names = {name: label for name, label in names.items() if values(data, name, "share_gold")}
 
     figure, (ax,) = axes(plt, height=0.36 * len(names) + 1)

@@ -193,9 +193,8 @@ def whitened_over_padding(code):
 
 def mean_of_means(code):
     """Every micro-batch's token mean counts alike: a token among short responses weighs more."""
-    code.edit(ppo, "ppo",
-              "for part in rows[rollouts.lengths[rows].argsort()].split(config.micro_batch):",
-              "for part in rows[rollouts.lengths[rows].argsort()].chunk(4):")
+    code.edit(ppo, "ppo", "for part in rows.split(config.micro_batch):",
+              "for part in rows.chunk(4):")
     code.edit(ppo, "ppo", "weight = batch.mask.sum() / tokens_in_batch", "weight = 1 / 4")
 
 
