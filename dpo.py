@@ -24,13 +24,14 @@ Everything up to "The family" is DPO and can be read top to bottom.
 Departures from the slides: none in DPO, whose log-probabilities are sums over the response.
 - SimPO: CS 224R adds γ to the implicit reward of both responses, where it cancels; it is the margin
   between the two.
+- ORPO: CS 224R has the odds of the whole response; as in its paper, p = exp(mean log-probability).
 - Online DPO: the judge chooses with Bradley-Terry's noise; without it a pair's margin has no finite
   optimum.
 """
 
 import math
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -42,7 +43,7 @@ from data.corpus import draw_requests, prompts_with_room
 from data.files import (InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script,
                         write_jsonl)
 from data.judges import JUDGES, judge_of
-from data.run import (Run, allow_flags, announce, check_name, complete, forget_rounds,
+from data.run import (Run, allow_flags, announce, check_name, complete, counts, forget_rounds,
                       parse_config, refuse_stale, show, show_models, stage_folder, train_missing)
 from data.table import Column, print_columns
 from data.tokenizer import (Label, Pair, encode_comparisons, encode_labels, encode_pairs,
@@ -114,9 +115,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
                                                         (CS 224R, "Understanding the DPO Gradient")
     Worked number of the lecture: dpo_loss(-15.2, -14.8, -16.0, -14.5, beta=0.1) = 0.640.
     """
-    chosen = policy_chosen - ref_chosen        # log π_θ(y_w|x) / π_ref(y_w|x)
-    rejected = policy_rejected - ref_rejected  # log π_θ(y_l|x) / π_ref(y_l|x)
-    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+    chosen_log_ratio = policy_chosen - ref_chosen        # log π_θ(y_w|x) / π_ref(y_w|x)
+    rejected_log_ratio = policy_rejected - ref_rejected  # log π_θ(y_l|x) / π_ref(y_l|x)
+    return -F.logsigmoid(beta * (chosen_log_ratio - rejected_log_ratio)).mean()
 
 
 def pair_logprobs(model, pairs):
@@ -170,7 +171,7 @@ def log_held_out(policy, reference, held_out, config, run, step):
         ref_chosen, ref_rejected = pair_logprobs(reference, part)
         chosen, rejected = pair_logprobs(policy, part)
         loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
-        margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+        margin = config.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
         run.log(step, len(part), held_out_loss=loss, held_out_accuracy=(margin > 0).float().mean())
 
 
@@ -193,8 +194,8 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 def simpo_loss(policy_chosen_mean, policy_rejected_mean, beta, gamma):
     """Simple preference optimization (Meng et al. 2024, eq. 6; ECE 7115, "DPO Variants"): no
     reference. Both (B,): the mean log-probability of a response's tokens. Returns a scalar."""
-    margin = beta * policy_chosen_mean - beta * policy_rejected_mean - gamma
-    return -F.logsigmoid(margin).mean()
+    z = beta * policy_chosen_mean - beta * policy_rejected_mean - gamma
+    return -F.logsigmoid(z).mean()
 
 
 def orpo_loss(chosen_mean, rejected_mean, lam):
@@ -218,10 +219,10 @@ def kto_loss(policy, ref, desirable, baseline, beta, desirable_weight=1.0, undes
     policy, ref (B,): log-probabilities summed over the response; desirable (B,), bool; baseline:
     z0 >= 0, in nats (see kto_baseline). Returns the mean of λ_y - v(x, y), a scalar.
     """
-    r = policy - ref  # r̂ = log π_θ(y|x) / π_ref(y|x)
+    log_ratio = policy - ref  # log π_θ(y|x) / π_ref(y|x)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)  # λ_y: λ_D or λ_U
-    gain = torch.where(desirable, r - baseline, baseline - r)
-    v = weight * torch.sigmoid(beta * gain)  # λ_y σ(±β(r̂ - z0))
+    gain = torch.where(desirable, log_ratio - baseline, baseline - log_ratio)
+    v = weight * torch.sigmoid(beta * gain)  # λ_y σ(±β(log ratio - z0))
     return (weight - v).mean()
 
 
@@ -326,14 +327,16 @@ def kto_baseline(policy, reference, labels, rows=64):
 
 
 def kto_part(policy, reference, labels, z0, config):
-    """(loss, r̂ - z0 in reward units (B,), desirable (B,)) of Labels."""
+    """(loss, margin (B,)) of Labels: how far each is on its right side of z0, in reward units."""
     desirable = torch.tensor([label.desirable for label in labels], device=policy.wte.weight.device)
     with torch.no_grad():
         ref = label_logprobs(reference, labels)
     logprobs = label_logprobs(policy, labels)
     loss = kto_loss(logprobs, ref, desirable, z0, config.beta, config.desirable_weight,
                     config.undesirable_weight)
-    return loss, config.beta * (logprobs - ref - z0).detach(), desirable
+    log_ratio = (logprobs - ref).detach()
+    gain = torch.where(desirable, log_ratio - z0, z0 - log_ratio)
+    return loss, config.beta * gain
 
 
 def kto(policy, reference, labels, held_out, paired, optimizer, config, rng, run):
@@ -346,9 +349,8 @@ def kto(policy, reference, labels, held_out, paired, optimizer, config, rng, run
         z0 = kto_baseline(policy, reference, batch, config.micro_batch)
         for start in range(0, len(batch), config.micro_batch):
             part = batch[start:start + config.micro_batch]
-            loss, r, desirable = kto_part(policy, reference, part, z0, config)
+            loss, margin = kto_part(policy, reference, part, z0, config)
             (loss * len(part) / len(batch)).backward()
-            margin = torch.where(desirable, r, -r)
             run.log(step, len(part), loss=loss, accuracy=(margin > 0).float().mean(),
                     margin=margin.mean())
 
@@ -365,11 +367,11 @@ def log_kto_held_out(policy, reference, held_out, paired, config, run, step):
     margins = []
     for start in range(0, len(held_out), config.micro_batch):
         part = held_out[start:start + config.micro_batch]
-        loss, r, desirable = kto_part(policy, reference, part, z0, config)
+        loss, margin = kto_part(policy, reference, part, z0, config)
         run.log(step, len(part), held_out_loss=loss)
-        margins.append(torch.where(desirable, r, -r))
+        margins.append(margin)
     margin = torch.cat(margins)
-    if paired:
+    if paired:  # first the chosen, then the rejected, which have the sign turned: z0 cancels
         chosen, rejected = margin.chunk(2)
         margin = chosen + rejected  # r̂(x, y_w) - r̂(x, y_l)
     run.log(step, held_out_accuracy=(margin > 0).float().mean())
@@ -474,7 +476,7 @@ def read_data(config, split, origin, tokenizer, block_size):
     if config.online:
         own, asked = online_prompts(config, own, origin, tokenizer, block_size)
         description = (f"{asked}\n        {config.online} rounds of {config.pairs:,} pairs, by the "
-                       f"{config.judge}; held out: {description}")
+                       f"{config.judge}; its held-out ones are those of {description}")
     elif config.loss == "kto":
         note_balance(items, config)
     return Data(items, held_out, paired, own, questions, description)
@@ -492,15 +494,14 @@ def train(config):
     if config.beta == 0:
         raise InputError("--beta 0.0: must be positive; with 0 no comparison would move the policy")
     folder = stage_folder(config, config.name)
-    judged = bool(config.online) and config.judge == "reward_model"
-    judge = None
-    labels = folder / "unfinished/labels.jsonl"
-    if config.online and not judged:
-        judge_of(config.judge, labels)  # a mistyped program is refused before any training
+    by_model = bool(config.online) and config.judge == "reward_model"
+    labels_path = folder / "unfinished/labels.jsonl"
+    if config.online and not by_model:
+        judge_of(config.judge, labels_path)  # a mistyped program is refused before any training
     if config.data:  # before any training
         split, origin = read_rows(config)
     needed = ["gpt", "sft"]
-    if judged or not config.data:
+    if by_model or not config.data:
         needed.append("reward_model")
     train_missing(config, needed, config.name)
 
@@ -516,10 +517,9 @@ def train(config):
         refuse_other_tokens(config, tokenizer, "sft", reference_tokenizer)
         used.append("sft")
     reward_model = None
-    if judged:
+    if by_model:
         reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
         refuse_other_tokens(config, tokenizer, "reward_model", reward_tokenizer)
-        judge = reward_model_judge(reward_model, reward_tokenizer, 4 * config.micro_batch)
         used.append("reward_model")
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
 
@@ -541,9 +541,13 @@ def train(config):
         path = folder / "unfinished" / f"pairs-{number + 1}.jsonl"
         if not path.exists():  # else the run was interrupted in this round or after it
             rng = random.Random(f"dpo {config.seed} round {number}")
-            ask = judge or judge_of(config.judge, labels)  # new: "both" begins with the annotator
-            rows, _ = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, ask, config,
-                                    rng)
+            if by_model:
+                judge = reward_model_judge(reward_model, tokenizer, 4 * config.micro_batch)
+            else:
+                judge = judge_of(config.judge, labels_path)  # new: "both" begins with the annotator
+            rows, dropped = collect_pairs(policy, tokenizer, draw_prompts, config.pairs, judge,
+                                          config, rng)
+            print(f"        replaced {counts(dropped)}", flush=True)
             write_jsonl(path, rows)
         pairs, _, _ = encode_pairs(read_pairs(path), tokenizer, policy.config.block_size)
         return pairs
@@ -572,7 +576,7 @@ def train(config):
         if config.loss in ("dpo", "kto"):  # the others' beta is no price of KL
             extra["beta"] = config.beta
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer,
-                        metrics=run.figures(), made_from=run.made_from(), **extra)
+                        metrics=run.figures(), made_from=run.made_from(), data=config.data, **extra)
         run.finish()
     forget_rounds(folder, "pairs", config.online)
 
@@ -591,8 +595,8 @@ def train(config):
 # One example
 
 
-SETTINGS = [field.name for field in fields(Config)]
-OBJECTIVE = SETTINGS[:SETTINGS.index("start")]  # the loss, its β and what else is its own
+# The loss, its β and what else is its own.
+OBJECTIVE = ("loss", "beta", "gamma", "lam", "desirable_weight", "undesirable_weight")
 
 
 def explain(config):
@@ -611,6 +615,8 @@ def explain(config):
         if name in config.given and getattr(config, name) != value:
             raise InputError(f"--{name} {getattr(config, name)}: {path} was trained with {value}")
         setattr(config, name, value)
+    if not config.data:
+        config.data = checkpoint.get("data", "")
     reference = None
     if config.loss not in WITHOUT_REFERENCE:
         reference, reference_tokenizer = load(config, "sft")
@@ -640,7 +646,7 @@ def explain(config):
     print_tokens(names, labels, policy, reference, tokenizer)
     rewards = {}
     if config.loss == "kto":
-        batch = rng.sample(held_out, min(64, len(held_out)))  # as in a step of training
+        batch = rng.sample(held_out, min(64, len(held_out)))  # to estimate z0 from
         print_labels(names, labels, batch, policy, reference, config)
     else:
         rewards = print_pair(pair, policy, reference, config)
@@ -763,21 +769,21 @@ def print_labels(names, labels, batch, policy, reference, config):
                                config.beta, config.desirable_weight, config.undesirable_weight))
     losses = torch.stack(losses)
     gradient, = torch.autograd.grad(losses.sum(), logprobs)
-    r = (logprobs - ref_logprobs).detach()
+    log_ratios = (logprobs - ref_logprobs).detach()
     print()
     print_columns(
         [Column("", names),
          Column("label", ["good" if label.desirable else "bad" for label in labels]),
          Column("log π_θ(y|x)", logprobs.tolist(), ".3f"),
          Column("log π_ref(y|x)", ref_logprobs.tolist(), ".3f"),
-         Column("r̂ = log ratio", r.tolist(), ".3f"),
-         Column("r̂ - z0", (r - z0).tolist(), ".3f", signed=True),
+         Column("log ratio", log_ratios.tolist(), ".3f"),
+         Column("log ratio - z0", (log_ratios - z0).tolist(), ".3f", signed=True),
          Column("loss λ_y - v", losses.tolist(), ".3f"),
          Column("∂L/∂log π_θ(y|x)", gradient.tolist(), ".4f", signed=True)],
         [f"z0 = {z0:.3f} nats, the mean log-ratio of {len(batch)} held-out prompts with others' "
          "responses (kto_baseline);",
-         f"v = λ_D σ(β (r̂ - z0)) if good, λ_U σ(β (z0 - r̂)) if bad; β = {config.beta}, "
-         f"λ_D = {config.desirable_weight}, λ_U = {config.undesirable_weight}",
+         "v = λ_D σ(β (log ratio - z0)) if good, λ_U σ(β (z0 - log ratio)) if bad; "
+         f"β = {config.beta}, λ_D = {config.desirable_weight}, λ_U = {config.undesirable_weight}",
          'CS 224R, ch. 10, "KTO: Kahneman-Tversky Optimization" (kto_loss).'])
 
 
@@ -785,11 +791,13 @@ def print_rewards(rewards, names, labels, texts, reward_model):
     """The same responses by other rewards than the policy's own: the reward model's and, where the
     prompt is the world's, the annotator's."""
     rewards = dict(rewards)
+    legend = []
     if reward_model is not None:
         rewards["r_φ(x, y)"] = score_all(reward_model, [label.ids for label in labels])
     if stories.parse_request(texts[0][0]):
         golds = [gold_reward(prompt, text) for prompt, text in texts]
         rewards["gold(x, y)"] = torch.tensor(golds)
+        legend = ["gold: the annotator's true reward."]
     if not rewards:
         return
     x = torch.stack(list(rewards.values()))  # (rewards, responses)
@@ -800,9 +808,9 @@ def print_rewards(rewards, names, labels, texts, reward_model):
         margins = x[:, 0] - x[:, 1]
         columns += [Column("y_w - y_l", margins.tolist(), ".3f"),
                     Column("P(y_w ≻ y_l) = σ(y_w - y_l)", margins.sigmoid().tolist(), ".3f")]
+        legend = ["P: CS 224R, ch. 6, Bradley-Terry.", *legend]
     print()
-    print_columns(columns, ['CS 224R, ch. 6, Bradley-Terry; gold is the true reward of the '
-                            "annotator, who chose y_w."])
+    print_columns(columns, legend)
 
 
 def main(argv=None):

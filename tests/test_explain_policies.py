@@ -30,14 +30,15 @@ def trained(stages, tmp_path_factory):
         flags = f"--loss {loss} --name dpo-{loss} --batch 8 --lr 1e-2 --warmup 1".split()
         for name, value in settings.items():
             flags += [f"--{name}", str(value)]
+        if loss == "ipo":  # as on a file of one's own
+            flags += ["--data", str(out / "cpu/reward_model/pairs.jsonl")]
         dpo.main(common + flags)
     ppo.main(common + "--iterations 2 --rollouts 8 --minibatch 4 --lr 1e-3".split())
     return out
 
 
 def explained_pair(loss, out, monkeypatch, *flags):
-    """What dpo.py --explain prints of a loss's policy: its tables; its texts, {label: text}; the
-    lines below the tables, one text."""
+    """dpo.py --explain of a loss's policy: its tables, {label: text}, the lines below, one text."""
     texts = {}
     monkeypatch.setattr(dpo, "show", lambda *lines: texts.update(lines))
     tables, lines = explained(dpo, out, monkeypatch, "--explain", "--name", f"dpo-{loss}", *flags)
@@ -58,13 +59,13 @@ def response_logprobs(model, ids, prompt):
 
 @pytest.mark.parametrize("loss", SETTINGS)
 def test_a_pairs_numbers(loss, trained, monkeypatch):
-    """A column of another response or model; a β, γ or λ that is the default's and not the one that
-    the policy was trained with; a gradient with the sign of the other response."""
+    """A column of another response or model; a β, γ, λ or pair that is the default's and not one of
+    the policy's training; a gradient with the sign of the other response."""
     (tokens, sums, rewards), texts, legend = explained_pair(loss, trained, monkeypatch)
     policy, tokenizer, _ = load(trained, f"dpo-{loss}", "dpo")
     reference, _, _ = load(trained, "sft", "sft")
     reward_model, _, _ = load(trained, "reward_model", "reward_model", RewardModel)
-    rows = read_pairs(trained / "cpu/reward_model/held_out.jsonl")
+    rows = read_pairs(trained / f"cpu/reward_model/{'pairs' if loss == 'ipo' else 'held_out'}.jsonl")
     assert dict(prompt=texts["prompt"], chosen=texts["y_w"], rejected=texts["y_l"]) in rows
 
     prompt = tokenizer.prompt(texts["prompt"])
@@ -92,7 +93,7 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
 
     config = dpo.Config(loss=loss, **SETTINGS[loss])
     if loss == "kto":
-        z0 = sums["r̂ = log ratio"][0] - sums["r̂ - z0"][0]
+        z0 = sums["log ratio"][0] - sums["log ratio - z0"][0]
         assert f"z0 = {z0:.3f} nats" in legend
         good = torch.tensor([True, False])
         expected = 2 * dpo.kto_loss(torch.cat(logprobs), torch.cat(refs), good, z0, config.beta,
