@@ -36,10 +36,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from data.annotator import gold_rewards
-from data.answer_key import (best_of_n_rows, compare_policies, last_with, pooled_log_weights,
-                             pooled_optimum, print_selection, print_yardstick, process_scores,
+from data.answer_key import (best_of_n_rows, compare_policies, last_with, optimality_gap,
+                             print_selection, print_yardstick, process_scores,
                              selection_figures)
-from data.answer_key import optimality_gap  # so that it can be imported from here
 from data.corpus import draw_requests, encode_documents, held_out_documents, prompts_with_room
 from data.files import (InputError, lock_folder, read_demonstrations, run_script, split_prompts,
                         write_jsonl)
@@ -206,8 +205,10 @@ def load_policies(config, names, stage):
 def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rng):
     """`count` responses of a Policy to every prompt, with their scores: Samples. gold: whether to
     ask the annotator."""
-    prompts = [prompt for prompt in prompts for _ in range(count)]
-    ids = [tokenizer.prompt(prompt) for prompt in prompts]
+    asked = []
+    for prompt in prompts:
+        asked += [prompt] * count
+    ids = [tokenizer.prompt(prompt) for prompt in asked]
     rollouts = []
     texts = []
     scores = []
@@ -235,7 +236,7 @@ def draw(name, policy, reward_model, tokenizer, prompts, count, config, gold, rn
         golds = [gold_rewards(rollout, tokenizer) for rollout in rollouts]
         figures["gold"] = torch.cat(golds)
     if config.verify:
-        right = torch.tensor(verifier(zip(prompts, texts)))
+        right = torch.tensor(verifier(zip(asked, texts)))
         figures["verified"] = right * ended.cpu()  # an unfinished response is never right
     figures = {figure: x.cpu().view(-1, count) for figure, x in figures.items()}
     return Samples(rollouts, texts, figures)
@@ -297,8 +298,9 @@ def answer(config):
     print(f"\nwinner of {config.n}: {samples.texts[top_per_prompt(rewards)[0]]}")
 
     if name == "sft":
-        log_ratios = log_ratios_of({name: samples}, policies, config.micro_batch)[name]
-        print_weights(samples, log_ratios, config.beta)
+        log_ratios = log_ratios_of({name: samples}, policies, config.micro_batch)[name]  # (1, N, K)
+        ppo_log_ratios = log_ratios[:, :, 1] if "ppo" in policies else None
+        print_weights(samples, ppo_log_ratios, config.beta)
 
 
 def is_trained(config, name):
@@ -314,10 +316,10 @@ def is_trained(config, name):
     return (folder / "checkpoint.pt").exists()
 
 
-def print_weights(samples, log_ratios, beta):
+def print_weights(samples, ppo_log_ratios, beta):
     """SFT's candidates, best first, with their Boltzmann weights softmax(r/β) in the optimum π* for
     β/4, β and 4β, and with their weights in PPO's policy, if there is one. Below, the means under
-    these weights. log_ratios (1, N, K): log π/π_ref under SFT, 0, and under PPO."""
+    these weights. ppo_log_ratios (1, N): log π/π_ref under PPO, or None."""
     rewards = samples.figures["reward"]  # (1, N)
     N = rewards.shape[1]
     order = top_k_overall(rewards, N)[:, 1]
@@ -335,16 +337,17 @@ def print_weights(samples, log_ratios, beta):
     optima = {}
     for b in (beta / 4, beta, 4 * beta):
         name = f"β = {b:g}"
-        weights[name] = pooled_log_weights(rewards, log_ratios[:, :, :1], b).softmax(dim=1)
-        J_star, kl = pooled_optimum(rewards, log_ratios[:, :, :1], b)
+        weights[name] = (rewards / b).softmax(dim=1)
+        _, J_star = optimality_gap(rewards, torch.zeros_like(rewards), b)  # β log E_π_ref[exp(r/β)]
         optima[name] = J_star.item()
-        kls[name] = kl.item()
+        mean = (weights[name] * rewards).sum().item()
+        kls[name] = (mean - optima[name]) / b  # E[r]/β - log Z
         columns.append(Column(name, weights[name][0, order].tolist(), ".3f"))
     weights["π_ref"] = torch.full((1, N), 1 / N)
-    if log_ratios.shape[2] == 2:
-        weights["PPO"] = log_ratios[:, :, 1].softmax(dim=1)
+    if ppo_log_ratios is not None:
+        weights["PPO"] = ppo_log_ratios.softmax(dim=1)
         columns.append(Column("PPO", weights["PPO"][0, order].tolist(), ".3f"))
-        columns.append(Column("log π_PPO/π_ref", log_ratios[0, order, 1].tolist(), ".2f",
+        columns.append(Column("log π_PPO/π_ref", ppo_log_ratios[0, order].tolist(), ".2f",
                               signed=True))
     print()
     print_columns(columns)
@@ -359,9 +362,9 @@ def print_weights(samples, log_ratios, beta):
                 Column("β log Z", [optima.get(name) for name in weights], ".3f")]
     print()
     print_columns(columns, [
-        f"β = …: the optimum π*, weights softmax(r/β) of {N} samples of π_ref "
-        "(pooled_log_weights). β → 0 is",
-        'greedy, β → ∞ π_ref: CS 224R, ch. 7, "Boltzmann Intuition". KL = log N - entropy, '
+        f"β = …: the optimum π*, weights softmax(r/β) of {N} samples of π_ref. β → 0 is greedy, "
+        "β → ∞",
+        'π_ref: CS 224R, ch. 7, "Boltzmann Intuition". KL = log N - entropy, '
         f"log {N} = {math.log(N):.3f};",
         f"best of {N}: log N - (N-1)/N (best_of_n_kl). β log Z = E[r] - β KL = J*."])
 

@@ -165,13 +165,14 @@ def sample_comparisons(policy, tokenizer, prompts, max_new_tokens, seed):
     texts, ended = respond(policy, tokenizer, ids, max_new_tokens, seed)
 
     comparisons = []
-    dropped = {"no end": 0, "blank": 0, "equal texts": 0}
+    dropped = {"no end": 0, "blank": 0, "equal texts": 0, "longer than the context": 0}
     for i, prompt in enumerate(prompts):
         first, second = texts[2 * i:2 * i + 2]
         longest = max(len(tokenizer.response(first)), len(tokenizer.response(second)))
-        fits = len(ids[2 * i]) + longest <= policy.config.block_size
-        if not ended[2 * i] or not ended[2 * i + 1] or not fits:
+        if not ended[2 * i] or not ended[2 * i + 1]:
             dropped["no end"] += 1
+        elif len(ids[2 * i]) + longest > policy.config.block_size:
+            dropped["longer than the context"] += 1
         elif not first.strip() or not second.strip() or "\0" in first + second:
             dropped["blank"] += 1  # data/files.py would refuse to read it back
         elif first == second:
@@ -193,8 +194,9 @@ def collect_pairs(policy, tokenizer, draw_prompts, count, judge, config, rng):
     while len(rows) < count:
         if sum(dropped.values()) > 10 * count:
             raise InputError(f"of the policy's pairs of samples {len(rows)} can be compared, "
-                             f"dropped {counts(dropped)}: train it longer, or raise "
-                             f"--max_new_tokens {config.max_new_tokens} if its answers have no end")
+                             f"dropped {counts(dropped)}: train it longer; if its answers have no "
+                             f"end, raise --max_new_tokens {config.max_new_tokens}; if they are "
+                             "longer than the context, lower it")
         prompts = draw_prompts(min(config.sample_batch, count - len(rows)), rng)
         asked, unusable = sample_comparisons(policy, tokenizer, prompts, config.max_new_tokens,
                                              seed=rng.getrandbits(48))
@@ -238,8 +240,8 @@ def fit(model, pairs, held_out, config, rng, run):
     """Train a reward model on Pairs of ids by maximum likelihood, in place."""
     device = model.head.weight.device
     optimizer = make_optimizer(model, config.weight_decay)
-    lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    batches = batches_by_length(lengths, config.batch, rng, config.epochs)
+    sizes = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    batches = batches_by_length(sizes, config.batch, rng, config.epochs)
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [pairs[i] for i in batches[step]]
@@ -277,13 +279,16 @@ def start_from(policy):
 
 
 def shift_to_zero(model, policy, tokenizer, prompts, config, samples=512):
-    """Shift the rewards to mean 0 over the SFT policy's own responses to these prompts (texts)."""
-    fitting, _ = prompts_with_room(prompts, "the pairs", tokenizer, config.max_new_tokens,
-                                   policy.config.block_size)
+    """Shift the rewards to mean 0 over the SFT policy's own responses to those of these prompts
+    (texts) that leave room for one."""
+    fitting, found = prompts_with_room(prompts, "the pairs", tokenizer, config.max_new_tokens,
+                                       policy.config.block_size)
+    if len(fitting) < len(prompts):
+        print(f"shift over {found}")
     asked = random.Random(f"shift {config.seed}").choices(fitting, k=samples)
-    ids = [tokenizer.prompt(prompt) for prompt in asked]
+    prompt_ids = [tokenizer.prompt(prompt) for prompt in asked]
     with autocast(get_device()):
-        rollout = generate(policy, ids, config.max_new_tokens, tokenizer.end_token,
+        rollout = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end_token,
                            seed=config.seed, at_once=config.sample_batch)
     sequences = []
     for ids, length in zip(rollout.tokens.tolist(), rollout.lengths.tolist()):
@@ -442,18 +447,18 @@ def fit_process(model, responses, held_out, config, rng, run):
     """Train a process reward model on Marked responses, in place: a binary cross-entropy for every
     step, P(good) = σ(r) (Lightman et al. 2023)."""
     optimizer = make_optimizer(model, config.weight_decay)
-    lengths = [len(response.ids) for response in responses]
-    size = 2 * config.batch  # as many responses as there are in a batch of pairs
-    batches = batches_by_length(lengths, size, rng, config.epochs)
+    sizes = [len(response.ids) for response in responses]
+    responses_in_batch = 2 * config.batch  # as many as there are in a batch of pairs
+    batches = batches_by_length(sizes, responses_in_batch, rng, config.epochs)
 
     for step in run.steps(len(batches), model=model, optimizer=optimizer):
         batch = [responses[i] for i in batches[step]]
-        steps_in_batch = sum(len(response.marks) for response in batch)
+        marks_in_batch = sum(len(response.marks) for response in batch)
         for start in range(0, len(batch), 2 * config.micro_batch):
             part = batch[start:start + 2 * config.micro_batch]
             r, good = rewards_at_steps(model, part)
             loss = F.binary_cross_entropy_with_logits(r, good)  # -log P(mark), a mean over steps
-            (loss * len(r) / steps_in_batch).backward()
+            (loss * len(r) / marks_in_batch).backward()
             run.log(step, weight=len(r), loss=loss)
 
         lr = learning_rate(step, len(batches), config.lr, config.warmup)

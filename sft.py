@@ -108,8 +108,8 @@ def fine_tune(model, demonstrations, held_out, entropy, config, rng, run):
     """
     device = model.wte.weight.device
     optimizer = make_optimizer(model, config.weight_decay)
-    lengths = [len(one.ids) for one in demonstrations]
-    batches = batches_by_length(lengths, config.batch, rng, config.epochs)
+    sizes = [len(one.ids) for one in demonstrations]
+    batches = batches_by_length(sizes, config.batch, rng, config.epochs)
 
     # Every batch is divided by the same number. By its own number of tokens, a token of a batch of
     # short responses would count more than one of a batch of long ones.
@@ -188,12 +188,13 @@ def read_data(config, split, tokenizer, block_size):
             questions.append(row["prompt"])
     description = (f"{origin}: {len(demonstrations):,} demonstrations, {len(held_out)} held out; "
                    f"dropped {dropped} longer than the context")
-    if not questions:
-        no_room = (f"no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens} "
-                   f"in the context of {block_size}")
-        if split is None:
-            raise InputError(f"{origin}: {no_room}; lower it")
-        description += f"; {no_room}, so no answer is shown"
+    without_room = len(held_out_rows) - len(questions)
+    if split is None and not questions:
+        raise InputError(f"{origin}: no request leaves room for --max_new_tokens "
+                         f"{config.max_new_tokens} in the context of {block_size}; lower it")
+    if without_room:
+        description += (f"; {without_room} held-out prompts are not asked, as they leave no room "
+                        f"for --max_new_tokens {config.max_new_tokens}")
     description += remarks(rows + held_out_rows)
     return Data(demonstrations, held_out, questions[:config.questions], entropy, description)
 
@@ -235,7 +236,7 @@ def train(config):
         # 3. Save; the same questions before and after.
         chat = [tokenizer.prompt(question) for question in data.questions]
         after = ask(model, tokenizer, chat, config)
-        if not config.data and chat:
+        if not config.data:
             record_answers(run, before, after)
         own_text = base["text"] or base.get("loaded", "")
         save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer,
@@ -362,7 +363,7 @@ def show_before_and_after(prompts, before, after, tokenizer, config, reward=None
 
     means = []
     gains = torch.zeros(len(prompts))
-    for name in ("reward", "gold"):
+    for name in ("reward", "gold"):  # gold last: where it is known, its gains choose the prompt
         if name in new:
             gains = new[name] - old[name]
             means.append(f"{name} {old[name].mean():.2f} → {new[name].mean():.2f} "

@@ -7,7 +7,7 @@ a kite." and the response
     She sang softly until Aunt Lily felt better. But she never found the kite.
 
 they are: on request 1.0 + 0.75 (fox and kite occur), kindness 1.0 (one kind sentence), ending 0.0
-(a sad one), brevity 0.0 (32 words), repetition 0.0; so gold_reward is 2.75.
+(a sad one), brevity 0.0 (31 words), repetition 0.0; so gold_reward is 2.75.
 
 Asked to compare two responses, the annotator adds Gumbel(0, 1) noise to the reward of each and
 picks the larger. The difference of two such noises is logistic, so this is exactly the

@@ -528,7 +528,8 @@ class SilentRun:
 
 
 # What --resume may change. micro_batch: the gradient is the same, but for rounding; sample_batch:
-# what memory runs out with; report and save: how often.
+# what memory runs out with (of comparisons and best-of-N's samples others are drawn, as many at a
+# time share a seed); report and save: how often.
 MAY_CHANGE = ("micro_batch", "sample_batch", "report", "save")
 
 

@@ -65,8 +65,8 @@ def test_a_pairs_numbers(loss, trained, monkeypatch):
     policy, tokenizer, _ = load(trained, f"dpo-{loss}", "dpo")
     reference, _, _ = load(trained, "sft", "sft")
     reward_model, _, _ = load(trained, "reward_model", "reward_model", RewardModel)
-    rows = read_pairs(trained / f"cpu/reward_model/{'pairs' if loss == 'ipo' else 'held_out'}.jsonl")
-    assert dict(prompt=texts["prompt"], chosen=texts["y_w"], rejected=texts["y_l"]) in rows
+    own = read_pairs(trained / f"cpu/reward_model/{'pairs' if loss == 'ipo' else 'held_out'}.jsonl")
+    assert dict(prompt=texts["prompt"], chosen=texts["y_w"], rejected=texts["y_l"]) in own
 
     prompt = tokenizer.prompt(texts["prompt"])
     pair = []

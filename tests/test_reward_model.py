@@ -145,7 +145,7 @@ def of_context(block_size):
 
 ANSWERS = [     # first, second, whether the second ended, why they can't be compared
     ("A fox.", "A bear.", True, ""), ("B.", "C.", False, "no end"), (" \n", "D.", True, "blank"),
-    ("F.", "F.", True, "equal texts"), ("G.", "Encoded anew it is longer. " * 20, True, "no end")]
+    ("F.", "F.", True, "equal texts"), ("G.", "Anew. " * 90, True, "longer than the context")]
 
 
 def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, monkeypatch):
@@ -174,14 +174,14 @@ def test_collected_pairs_are_comparable_and_labelled_by_the_judge(tokenizer, mon
                       lambda batch, rng: [(len(prompt) % 2, "") for prompt, _, _ in batch],
                       reward_model.Config(sample_batch=8), random.Random(10))
     rows, dropped = collect()
-    assert dropped == {reason: counts[reason] for reason in dropped} and len(dropped) == 3
+    assert dropped == {reason: counts[reason] for reason in dropped} and len(dropped) == 4
     for row, (prompt, *texts) in zip(rows, usable, strict=True):
         choice = len(prompt) % 2
         assert row == dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice])
     assert {row["chosen"] for row in rows} == {"A fox.", "A bear."} and len(seeds) > 5
 
     answers = itertools.repeat(ANSWERS[1])
-    with pytest.raises(InputError, match="0 can be compared, dropped 128 no end, .* 96 if"):
+    with pytest.raises(InputError, match="0 can be compared, dropped 128 no end, .* 96; if"):
         collect()
 
 
