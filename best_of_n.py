@@ -50,7 +50,8 @@ from data.stories import parse_request
 from data.table import Column, print_columns
 from data.tokenizer import encode_demonstrations
 from gpt import (GPT, autocast, generate, get_device, held_out_loss, load_checkpoint,
-                 memory_of_pieces, response_logprobs, response_texts, save_checkpoint)
+                 memory_of_pieces, refuse_other_tokens, response_logprobs, response_texts,
+                 save_checkpoint)
 from reward_model import RewardModel, make_reward, step_rewards
 from sft import fine_tune, refuse_own_text, show_before_and_after
 
@@ -196,9 +197,7 @@ def load_policies(config, names, stage):
             if theirs != ours:
                 print(f"{name} was trained with {setting} {theirs}; J and J* are those of "
                       f"{setting} {ours}")
-        if policy_tokenizer.vocabulary != tokenizer.vocabulary:
-            raise InputError(f"{path}: its vocabulary is not that of {reward_path}; train the "
-                             "stages again")
+        refuse_other_tokens(path, policy_tokenizer, tokenizer)
     return policies, reward_model, tokenizer
 
 

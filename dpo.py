@@ -49,8 +49,8 @@ from data.table import Column, print_columns
 from data.tokenizer import (Label, Pair, encode_comparisons, encode_labels, encode_pairs,
                             labels_of)
 from gpt import (GPT, batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
-                 masked_logprobs, memory_of_pieces, optimizer_step, pad, response_logprobs,
-                 response_mask, save_checkpoint)
+                 masked_logprobs, memory_of_pieces, optimizer_step, pad, refuse_other_tokens,
+                 response_logprobs, response_mask, save_checkpoint)
 from reward_model import RewardModel, collect_pairs, make_reward, reward_model_judge, score_all
 from sft import answer, default_lr, load_policy, show_before_and_after
 
@@ -395,18 +395,14 @@ def online(policy, reference, draw_pairs, held_out, paired, config, rng, run):
 # The stage
 
 
-def load(config, stage, model_class=GPT):
-    """(a stage's model, its tokenizer)."""
+def load(config, stage, model_class=GPT, beside=None):
+    """(a stage's model, its tokenizer). InputError if it reads other tokens than the policy, whose
+    tokenizer is beside."""
     path = stage_folder(config, stage) / "checkpoint.pt"
     model, tokenizer, _ = load_checkpoint(path, stage, config.size, get_device(), model_class)
+    if beside:
+        refuse_other_tokens(path, tokenizer, beside)
     return model, tokenizer
-
-
-def refuse_other_tokens(config, tokenizer, stage, other):
-    """InputError if another stage's model reads other tokens than the policy."""
-    if other.vocabulary != tokenizer.vocabulary:
-        raise InputError(f"{stage_folder(config, stage) / 'checkpoint.pt'}: its vocabulary is not "
-                         f"that of the policy; train {stage} again")
 
 
 class Data(NamedTuple):
@@ -513,13 +509,11 @@ def train(config):
     used = [config.start]
     reference = None
     if config.loss not in WITHOUT_REFERENCE:
-        reference, reference_tokenizer = load(config, "sft")
-        refuse_other_tokens(config, tokenizer, "sft", reference_tokenizer)
+        reference, _ = load(config, "sft", beside=tokenizer)
         used.append("sft")
     reward_model = None
     if by_model:
-        reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
-        refuse_other_tokens(config, tokenizer, "reward_model", reward_tokenizer)
+        reward_model, _ = load(config, "reward_model", RewardModel, tokenizer)
         used.append("reward_model")
     sources = [stage_folder(config, stage) / "checkpoint.pt" for stage in used]
 
@@ -619,12 +613,10 @@ def explain(config):
         config.data = checkpoint.get("data", "")
     reference = None
     if config.loss not in WITHOUT_REFERENCE:
-        reference, reference_tokenizer = load(config, "sft")
-        refuse_other_tokens(config, tokenizer, "sft", reference_tokenizer)
+        reference, _ = load(config, "sft", beside=tokenizer)
     reward_model = None
     if (reward_folder / "checkpoint.pt").exists():
-        reward_model, reward_tokenizer = load(config, "reward_model", RewardModel)
-        refuse_other_tokens(config, tokenizer, "reward_model", reward_tokenizer)
+        reward_model, _ = load(config, "reward_model", RewardModel, tokenizer)
 
     # A held-out pair (x, y_w, y_l), also as two labels.
     split, origin = read_rows(config)

@@ -598,6 +598,13 @@ def load_checkpoint(path, stage, size, device="cpu", model_class=GPT):
     return model.to(device), tokenizer, checkpoint
 
 
+def refuse_other_tokens(path, found, tokenizer):
+    """InputError if the checkpoint's tokenizer, found, makes other tokens than another stage's."""
+    if found.vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{path}: its vocabulary is not that of the other stages; train "
+                         f"{path.parent.name} again")
+
+
 def make_optimizer(model, weight_decay):
     """AdamW with weight decay on matrices only, not on biases and gains. optimizer_step sets the
     learning rate."""

@@ -55,8 +55,8 @@ from data.run import (Run, SilentRun, allow_flags, announce, check_name, complet
                       parse_config, refuse_stale, show, show_models, stage_folder, train_missing)
 from data.table import Column, print_columns
 from gpt import (autocast, generate, get_device, held_out_loss, load_checkpoint, make_optimizer,
-                 masked_logprobs, memory_of_pieces, optimizer_step, pad, response_mask,
-                 save_checkpoint)
+                 masked_logprobs, memory_of_pieces, optimizer_step, pad, refuse_other_tokens,
+                 response_mask, save_checkpoint)
 from reward_model import load_reward_model, make_reward, start_from
 
 
@@ -648,9 +648,7 @@ def train(config):
     if config.start:
         policy, start_tokenizer, start_checkpoint = sft.load_policy(config, config.temperature)
         sources.append(stage_folder(config, config.start) / "checkpoint.pt")
-        if start_tokenizer.vocabulary != tokenizer.vocabulary:
-            raise InputError(f"{sources[-1]}: its vocabulary is not the SFT model's; train "
-                             f"{config.start} again")
+        refuse_other_tokens(sources[-1], start_tokenizer, tokenizer)
     reward_model = None
     if "reward_model" in needed:
         reward_model, path = load_reward_model(config, tokenizer)

@@ -46,7 +46,7 @@ from data.table import Column, print_columns
 from data.tokenizer import encode_comparisons
 from gpt import (GPT, autocast, batches_by_length, generate, get_device, learning_rate,
                  load_checkpoint, make_optimizer, memory_of_pieces, optimizer_step, pad,
-                 respond, save_checkpoint)
+                 refuse_other_tokens, respond, save_checkpoint)
 from sft import refuse_own_text
 
 
@@ -563,9 +563,7 @@ def load_reward_model(config, tokenizer):
     stage = "process_model" if config.reward == "process" else "reward_model"
     path = stage_folder(config, stage) / "checkpoint.pt"
     model, found, _ = load_checkpoint(path, stage, config.size, get_device(), RewardModel)
-    if found.vocabulary != tokenizer.vocabulary:
-        raise InputError(f"{path}: its vocabulary is not the policy's; train the reward model "
-                         "again")
+    refuse_other_tokens(path, found, tokenizer)
     return model, path
 
 
