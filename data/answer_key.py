@@ -219,7 +219,7 @@ def mean_and_error(x):
     """The mean over prompts, x (M,), and its standard error (None for a single prompt)."""
     if len(x) == 1:
         return x.item(), None
-    return x.mean().item(), (x.std() / math.sqrt(len(x))).item()
+    return x.mean().item(), standard_error(x)
 
 
 def with_errors(figures):
@@ -242,7 +242,7 @@ def share_and_error(part, way):
 
 def standard_error(x):
     """The standard error of the mean of x (N,), 0 for a single number."""
-    return (x.std(correction=0) / len(x) ** 0.5).item()
+    return (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else 0.0
 
 
 # --------------------------------------------------------------------------------------------------

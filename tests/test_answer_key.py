@@ -245,7 +245,7 @@ def test_a_reward_models_figures_by_hand():
     by_hand = {
         "accuracy": 0.5,
         "expected_accuracy": expected,
-        "expected_accuracy_error": (sigma(-0.5) - sigma(-2.0)) / 2 / math.sqrt(2),
+        "expected_accuracy_error": (sigma(-0.5) - sigma(-2.0)) / 2,
         "bayes_accuracy": bayes,
         "share_of_bayes": expected / bayes,
         "above_chance": (expected - 0.5) / (bayes - 0.5),

@@ -113,7 +113,7 @@ def test_agreement_by_hand(capsys):
     best = statistics.mean(max(x, 1 - x) for x in p)
     assert capsys.readouterr().out == (
         f"judge   the annotator agrees with {statistics.mean(p):.1%} ± "
-        f"{statistics.pstdev(p) / 3 ** 0.5:.1%} of the labels; at best {best:.1%}\n"
+        f"{statistics.stdev(p) / 3 ** 0.5:.1%} of the labels; at best {best:.1%}\n"
         "        66.7%  b\n        33.3%  a\n")
 
 
