@@ -29,6 +29,7 @@ Departures from the slides: none in DPO, whose log-probabilities are sums over t
   optimum.
 """
 
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ import torch.nn.functional as F
 from data import stories
 from data.annotator import gold_reward, read_texts
 from data.corpus import draw_requests, prompts_with_room
-from data.files import (InputError, hold_out, read_comparisons, read_labels, read_pairs, run_script,
-                        write_jsonl)
+from data.files import (InputError, checksum, hold_out, read_comparisons, read_labels, read_pairs,
+                        read_prompts, refuse_changed, run_script, write_jsonl)
 from data.judges import JUDGES, judge_of
 from data.run import (Run, allow_flags, announce, check_name, complete, counts, forget_rounds,
                       parse_config, refuse_stale, show, show_models, stage_folder, train_missing)
@@ -419,7 +420,8 @@ def read_rows(config):
     """((rows to train on, held-out rows), the file that they come from)."""
     if config.data:
         read = read_labels if config.loss == "kto" else read_pairs
-        return hold_out(read(config.data), config.data), config.data
+        rows = read(config.data)
+        return hold_out(rows, config.data, read_prompts(config.data)), config.data
     folder = stage_folder(config, "reward_model")
     return read_comparisons(folder), folder / "pairs.jsonl"
 
@@ -494,22 +496,33 @@ def train(config):
     labels_path = folder / "unfinished/labels.jsonl"
     if config.online and not by_model:
         judge_of(config.judge, labels_path)  # a mistyped program is refused before any training
+    data_checksum = None
     if config.data:  # before any training
         split, origin = read_rows(config)
+        data_checksum = checksum(config.data)
     needed = ["gpt", "sft"]
     if by_model or not config.data:
         needed.append("reward_model")
     train_missing(config, needed, config.name)
 
     # The models: π_θ, trained; π_ref, frozen; online, perhaps r_φ as the judge.
-    if config.start in ("sft", "gpt"):
-        policy, tokenizer = load(config, config.start)
-    else:
-        policy, tokenizer, _ = load_policy(config)
+    sft_path = stage_folder(config, "sft") / "checkpoint.pt"
+    reference, tokenizer, checkpoint = load_checkpoint(sft_path, "sft", config.size, get_device())
     used = [config.start]
-    reference = None
-    if config.loss not in WITHOUT_REFERENCE:
-        reference, _ = load(config, "sft", beside=tokenizer)
+    if config.start == "sft":
+        policy = copy.deepcopy(reference)
+    elif config.start == "gpt":  # the base model that SFT began from
+        used = [checkpoint.get("base", "gpt")]
+        path = stage_folder(config, used[0]) / "checkpoint.pt"
+        policy, start_tokenizer, _ = load_checkpoint(path, "gpt", config.size, get_device())
+        refuse_other_tokens(sft_path, tokenizer, start_tokenizer)
+    else:
+        policy, start_tokenizer, _ = load_policy(config)
+        refuse_other_tokens(stage_folder(config, config.start) / "checkpoint.pt", start_tokenizer,
+                            tokenizer)
+    if config.loss in WITHOUT_REFERENCE:
+        reference = None
+    else:
         used.append("sft")
     reward_model = None
     if by_model:
@@ -570,12 +583,13 @@ def train(config):
         if config.loss in ("dpo", "kto"):  # the others' beta is no price of KL
             extra["beta"] = config.beta
         save_checkpoint(run.folder / "checkpoint.pt", "dpo", config.size, policy, tokenizer,
-                        metrics=run.figures(), made_from=run.made_from(), data=config.data, **extra)
+                        metrics=run.figures(), made_from=run.made_from(), data=config.data,
+                        data_checksum=data_checksum, **extra)
         run.finish()
     forget_rounds(folder, "pairs", config.online)
 
     if reward_model is None and not config.data:
-        reward_model, _ = load(config, "reward_model", RewardModel)
+        reward_model, _ = load(config, "reward_model", RewardModel, tokenizer)
     reward = None
     if reward_model is not None:
         reward = make_reward("reward_model", reward_model, tokenizer, config.micro_batch)
@@ -611,6 +625,8 @@ def explain(config):
         setattr(config, name, value)
     if not config.data:
         config.data = checkpoint.get("data", "")
+        if config.data:
+            refuse_changed(config.data, checkpoint.get("data_checksum"), path)
     reference = None
     if config.loss not in WITHOUT_REFERENCE:
         reference, _ = load(config, "sft", beside=tokenizer)

@@ -787,6 +787,8 @@ def train(config):
                          "python -m data.huggingface load FOLDER --size gpt2")
     if config.n_embd % config.n_head:
         raise InputError(f"--n_embd {config.n_embd} must be a multiple of --n_head {config.n_head}")
+    if config.block_size < 2:
+        raise InputError(f"--block_size {config.block_size}: must be at least 2")
     if config.vocab_size < 259:
         raise InputError(f"--vocab_size {config.vocab_size}: 256 bytes and 3 special tokens need "
                          "at least 259")
@@ -796,7 +798,7 @@ def train(config):
     count = config.steps * config.batch
     if config.text:
         corpus = text_corpus(config.text, tokenizer, config.vocab_size, config.block_size, count,
-                             config.seed, stage_folder(config, "gpt"))
+                             config.seed, folder)
     else:
         corpus = world_corpus(tokenizer, config.vocab_size, config.block_size, count, config.seed,
                               folder, config.curated)

@@ -39,6 +39,7 @@ Departures from the slides, on purpose:
 
 import math
 import random
+import shlex
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Callable, Literal, NamedTuple
@@ -731,7 +732,7 @@ def explain(config):
     It is the first of a batch of 64 responses, rounded up to whole groups, to one prompt: --prompt,
     or a held-out one.
     """
-    allow_flags(config, ("prompt", "name", "seed", "size", "out"), "explain")
+    allow_flags(config, ("prompt", "reward", "name", "seed", "size", "out"), "explain")
     check_name(config.name, "ppo")
     path = stage_folder(config, config.name) / "checkpoint.pt"
     complete(path.parent)
@@ -739,6 +740,12 @@ def explain(config):
     policy, tokenizer, checkpoint = load_checkpoint(path, "ppo", config.size, get_device())
     if "method" not in checkpoint:
         raise InputError(f"{path}: does not say how it was trained; train it again with ppo.py")
+    trained_with = checkpoint["reward"]
+    if "reward" in config.given and config.reward != trained_with:
+        raise InputError(f"--reward {config.reward}: {path} was trained with {trained_with}")
+    if "reward" not in config.given and trained_with not in ("reward_model", "process", "verifier"):
+        raise InputError(f"{path}: was trained with a program, which this would run; if you trust "
+                         f"it, give --reward {shlex.quote(trained_with)} too")
     config = replace(config, **{name: checkpoint[name] for name in KEPT})
     samples = math.ceil(64 / config.group) * config.group
     sft_path = stage_folder(config, "sft") / "checkpoint.pt"

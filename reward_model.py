@@ -24,7 +24,7 @@ scale. The slides' class finds the last token from the attention mask; here ever
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -403,7 +403,9 @@ def stage_comparisons(config):
         if not (config.resume and unfinished.exists()):
             refuse_flags(config, COLLECTING, f"{folder} has its comparisons already")
     else:
-        train(config)
+        stage = replace(config, learning_curve=False)
+        stage.given = config.given
+        train(stage)
     return read_comparisons(folder)
 
 

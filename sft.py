@@ -33,7 +33,8 @@ from data import stories
 from data.annotator import answers, gold_rewards, scored
 from data.answer_key import standard_error
 from data.corpus import draw_demonstrations, draw_requests, has_room
-from data.files import InputError, hold_out, read_demonstrations, run_script
+from data.files import (InputError, checksum, hold_out, read_demonstrations, read_prompts,
+                        refuse_changed, run_script)
 from data.run import (Run, SilentRun, allow_flags, announce, check_name, complete, doublings,
                       kind_of_policy, parse_config, refuse_flags, refuse_stale, show, show_models,
                       stage_folder, train_missing, with_error)
@@ -203,8 +204,10 @@ def train(config):
     """Fine-tune the base model and save it to OUT/SIZE/sft/checkpoint.pt."""
     # Read the user's file first, so that a bad one fails before any training.
     split = None
+    data_checksum = None
     if config.data:
-        split = hold_out(read_demonstrations(config.data), config.data)
+        split = hold_out(read_demonstrations(config.data), config.data, read_prompts(config.data))
+        data_checksum = checksum(config.data)
     check_name(config.base, "gpt", "base")
     complete(stage_folder(config, config.base))
     refuse_stale(stage_folder(config, config.base))
@@ -241,7 +244,8 @@ def train(config):
         own_text = base["text"] or base.get("loaded", "")
         save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer,
                         metrics=run.figures(), made_from=run.made_from(), own_text=own_text,
-                        base=config.base, data=config.data, batch=config.batch,
+                        base=config.base, data=config.data, data_checksum=data_checksum,
+                        batch=config.batch,
                         tokens_per_batch=mean_tokens(data.demonstrations, config.batch))
         run.finish()
     base_texts, _ = before
@@ -415,7 +419,9 @@ def explain(config):
 
     # The demonstrations that training has never seen; one of them.
     if checkpoint["data"]:
-        _, rows = hold_out(read_demonstrations(checkpoint["data"]), checkpoint["data"])
+        own = checkpoint["data"]
+        refuse_changed(own, checkpoint.get("data_checksum"), path)
+        _, rows = hold_out(read_demonstrations(own), own, read_prompts(own))
     else:
         rows, _ = draw_demonstrations(random.Random("held-out demonstrations"), 500, held_out=True)
     demonstrations, _ = encode_demonstrations(rows, tokenizer, policy.config.block_size)

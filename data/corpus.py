@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import stories
-from data.files import InputError, checksum
+from data.files import InputError, refuse_changed
 from data.run import memory_mapped, progress
 from data.tokenizer import Tokenizer, encode_file, remark_on_file, sample_text
 from data.tokenizer import train as train_vocabulary
@@ -142,10 +142,7 @@ def pretraining_text(checkpoint, path, tokenizer, block_size):
         raise InputError(f"{path}: came from {checkpoint['loaded']}; what that was trained on is "
                          "not known, so leave out --ptx")
     if text:
-        known = checkpoint.get("text_checksum")
-        if known is not None and known != checksum(text):
-            raise InputError(f"{text}: has changed since {path} was trained on it; restore it, or "
-                             "leave out --ptx")
+        refuse_changed(text, checkpoint.get("text_checksum"), path)
         tokens, held_out, _ = split_text(text, tokenizer, block_size, path.parent)
 
         def draw(count, rng):

@@ -200,16 +200,16 @@ def read_prompts(path):
     return list(dict.fromkeys(row["prompt"] for row in rows))
 
 
-def hold_out(rows, path="the rows"):
+def hold_out(rows, path="the rows", prompts=()):
     """Rows with a "prompt" -> (training rows, held-out rows): about a tenth of the prompts is held
-    out, at least one.
+    out, at least one. prompts: those of the whole file, where rows leave some out.
 
     Whether a prompt is held out depends on its own text alone (a checksum), not on the seed or on
     the other rows: no stage is measured on what an earlier one was trained on, even if the file has
     grown since. Only where no prompt of a small file would be, the one with the smallest checksum
     is. InputError, naming path, if there is only one prompt.
     """
-    prompts = {row["prompt"] for row in rows}
+    prompts = {row["prompt"] for row in rows}.union(prompts)
     if len(prompts) < 2:
         raise InputError(f"{path}: all have the same prompt; at least two prompts are needed, to "
                          "hold one out")
@@ -268,6 +268,14 @@ def checksum(path):
     for block in read_blocks(path):
         crc = zlib.crc32(block, crc)
     return crc
+
+
+def refuse_changed(path, known, trained):
+    """InputError if the file path is another one than the checkpoint `trained` was made from.
+    known: its checksum at that time, None where there is none."""
+    if known is not None and known != checksum(path):
+        raise InputError(f"{path}: has changed since {trained} was made from it; restore it, or "
+                         "train that stage again")
 
 
 def objects(path, fields):
@@ -388,6 +396,9 @@ def plain(row, where, fields):
                                  "keep one of them")
             row["prompt"] = prompt
         row[field] = turns[-1]["content"]
+        if not isinstance(row[field], str):
+            raise InputError(f'{where}: a content in "{name}" is {kind(row[field])}, not a text; '
+                             "write its parts as one string")
     return row
 
 

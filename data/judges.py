@@ -273,4 +273,4 @@ def ask(words, questions, read):
             last = said[-1][:300] if said else "nothing"
             raise InputError(
                 f"{name}: gave {number} of {len(questions)} answers and ended with status "
-                f"{status}; it said: {last}; once it is mended, --resume continues")
+                f"{status}; it said: {last}; once it is mended, --resume continues a training run")

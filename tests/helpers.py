@@ -45,8 +45,7 @@ def noise(seed, *shape):
 
 
 def ragged_mask(seed, B=5, T=12):
-    """A response mask with prompts and responses of different lengths: (B, T-1), prompt lengths,
-    lengths."""
+    """(mask (B, T-1), prompt lengths, lengths) of prompts and responses of different lengths."""
     rng = random.Random(seed)
     prompts = [rng.randint(1, 4) for _ in range(B)]
     lengths = [prompt + rng.randint(1, T - prompt) for prompt in prompts]
@@ -55,8 +54,7 @@ def ragged_mask(seed, B=5, T=12):
 
 
 def made_up_rollouts(policy, value_model):
-    """Rollouts of very different response lengths, off the policy by a little noise. Not yet with
-    advantages and returns."""
+    """Rollouts of very different lengths, a little off the policy, without advantages as yet."""
     rng = random.Random(0)
     prompts = [3, 1, 5, 2, 4, 1]
     responses = [1, 14, 2, 9, 1, 20]
@@ -79,8 +77,7 @@ def made_up_rollouts(policy, value_model):
 
 
 def token_losses(model, sequences, prompt_lengths):
-    """-log π(y_t | x, y_<t) of all response tokens, one sequence at a time: cross_entropy, no
-    padding."""
+    """-log π(y_t | x, y_<t) of all response tokens, one sequence at a time, by cross_entropy."""
     losses = []
     for ids, prompt_length in zip(sequences, prompt_lengths):
         logits = model(torch.tensor([ids]))[0, prompt_length - 1:-1]
@@ -157,8 +154,7 @@ def snapshot(folder):
 
 
 def short_demonstrations(path):
-    """Write 600 demonstrations of half a sentence each: an SFT model learns to end its answers in a
-    few steps."""
+    """Write 600 demonstrations of half a sentence each: SFT soon learns to end its answers."""
     rng = random.Random(0)
     rows = []
     for _ in range(600):

@@ -127,8 +127,7 @@ def score_of_padding(code):
 
 
 def unshifted(code):
-    """Logits and labels one step apart: the probability of a token in the state that already holds
-    it."""
+    """Logits and labels one step apart: a token's probability in the state that holds it."""
     def late(right, model, tokens, mask, temperature):
         logprobs = token_logprobs(model(tokens).roll(-1, dims=1), tokens, temperature)
         return torch.where(mask, logprobs, 0.0)
@@ -148,8 +147,7 @@ def top_k_rollouts(code):
 
 
 def ratio_of_one(code):
-    """The old log-probabilities are computed anew in every step: ρ is always 1, and nothing is ever
-    clipped."""
+    """The old log-probabilities are computed anew in every step: ρ is 1, nothing is clipped."""
     code.patch(ppo, "clipped_policy_loss", lambda right, logprobs, old_logprobs, *others:
                right(logprobs, logprobs.detach(), *others))
 

@@ -346,15 +346,16 @@ def test_rounds_are_new_samples_of_the_policy(loss, judge, out, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model"])
 def test_a_model_of_another_vocabulary(stage, out, tmp_path):
-    """A reference or a judge that reads the policy's ids as other words: a loss like any other."""
+    """A reference, a judge or ORPO's base that reads ids as other words: a loss like any other."""
     path = out / "cpu" / stage / "checkpoint.pt"
     checkpoint = read_torch(path)
     words = checkpoint["vocabulary"]
     words[-2:] = reversed(words[-2:])
-    write_torch(path, checkpoint)
+    write_torch(path, checkpoint | {"base": "gpt-own"})
+    (out / "cpu/gpt").rename(out / "cpu/gpt-own")
     flags = ONLINE
     if stage == "sft":
-        flags = ["--start", "gpt", *own_pairs(tmp_path / "pairs.jsonl")]
+        flags = ["--loss", "orpo", *own_pairs(tmp_path / "pairs.jsonl")]
     with pytest.raises(InputError, match=f"{stage}/checkpoint.pt: its vocabulary is not that of"):
         run_dpo(out, *flags)
 

@@ -128,7 +128,9 @@ TRL = {"prompt": conversation("q"), "chosen": conversation("q", "a fox")[1:],
     (read_demonstrations, {"messages": [{"role": "system", "content": "be kind"}, *SHORT]},
      '"messages" has a system message, and the chat format here has none'),
     (read_demonstrations, {"prompt": "q", "messages": conversation("another", "a")},
-     '"messages" begins with another prompt than the row has; keep one of them')])
+     '"messages" begins with another prompt than the row has; keep one of them'),
+    (read_demonstrations, {"messages": conversation("q", [{"type": "text", "text": "a"}])},
+     'a content in "messages" is a list, not a text; write its parts as one string')])
 def test_the_message_says_what_to_do(reader, row, reason, tmp_path):
     """ "KeyError: 'completion'" helps nobody: line, field, what stands there, what should. A
     dialogue cut to its last turn trains on something that nobody wrote."""
@@ -193,6 +195,8 @@ def test_what_is_held_out_depends_on_the_prompt_alone(tmp_path):
         assert sorted(map(len, hold_out(rows))) == [1, 19]
     _, (one,) = hold_out(train[:20])
     assert one["prompt"] == min((row["prompt"] for row in train[:20]), key=prompt_checksum)
+    rest = [row for row in train[:20] if row != one]
+    assert hold_out(rest, "x", [one["prompt"]]) == (rest, [])   # KTO's reader left out its row
     with pytest.raises(InputError, match="^x: all have the same prompt"):
         hold_out([{"prompt": "a"}] * 3, "x")
 

@@ -92,8 +92,7 @@ def test_every_pass_takes_every_row_once():
 
 
 def one_iteration(monkeypatch, reference, value_model, reward, **flags):
-    """(Rollouts with their advantages, figures) of one iteration of tiny_gpt(0) with a learning
-    rate of 0."""
+    """(Rollouts with advantages, figures) of an iteration of tiny_gpt(0), learning rate 0."""
     config = ppo.Config(iterations=1, rollouts=32, lr=0.0, value_lr=0.0, epochs=1,
                         max_new_tokens=LIMIT, **flags)
     spy = mock.Mock(wraps=ppo.log_rollouts)
@@ -295,8 +294,8 @@ def test_the_verifier_needs_no_reward_model(out, capsys):
 
 
 def test_a_program_as_the_reward(out, tmp_path):
-    """Rewards of a program that reach no policy, or that is started for every few responses; the
-    annotator asked about prompts that it cannot judge."""
+    """Rewards of a program that reach no policy, or that is started for every few responses, or by
+    --explain, from somebody else's checkpoint; the annotator asked about prompts not its own."""
     prompts = tmp_path / "prompts.jsonl"
     program = tmp_path / "reward.py"
     runs = tmp_path / "runs.txt"
@@ -309,6 +308,8 @@ for line in sys.stdin:
     rows = train(out, "--iterations 3", "--data", str(prompts), "--reward",
                  f"{sys.executable} {program}")
     assert "gold" not in rows[0] and any(row["reward"] > 0 for row in rows)
+    with pytest.raises(InputError, match="trained with a program, .* give --reward '.*reward.py'"):
+        ppo.main(["--out", str(out), "--size", "cpu", "--explain"])
     assert runs.read_text() == (3 + 2) * "run\n"  # once an iteration, and before and after
 
 

@@ -239,7 +239,7 @@ def test_the_text_that_is_shown_is_the_median_one(tokenizer, monkeypatch, capsys
     sft.show_before_and_after(None, before, after, tokenizer, config, temperature=0.7)
     assert settings == [(before, 1.0, 5), (after, 0.7, 5)] and len(set(asked)) == 33
     x, y = [torch.tensor(list(map(annotator.gold_reward, asked, told))) for told in texts]
-    error = (y - x).std(correction=0) / math.sqrt(33)
+    error = (y - x).std() / math.sqrt(33)
     head, prompt, *shown = capsys.readouterr().out.splitlines()
     assert head.endswith(f": gold {x.mean():.2f} → {y.mean():.2f} (± {error:.2f})")
     which = asked.index(prompt.removeprefix("prompt   "))
