@@ -245,7 +245,7 @@ def train(config):
         save_checkpoint(run.folder / "checkpoint.pt", "sft", config.size, model, tokenizer,
                         metrics=run.figures(), made_from=run.made_from(), own_text=own_text,
                         base=config.base, data=config.data, data_checksum=data_checksum,
-                        batch=config.batch,
+                        demonstrations=len(data.demonstrations), batch=config.batch,
                         tokens_per_batch=mean_tokens(data.demonstrations, config.batch))
         run.finish()
     base_texts, _ = before

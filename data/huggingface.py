@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from data.files import InputError, read_bytes, run_script, write_atomic
-from data.run import (_Parser, Run, announce, check_name, complete, refused_if_broken,
+from data.run import (Parser, Run, announce, check_name, complete, refused_if_broken,
                       stage_folder)
 from data.tokenizer import PATTERN, SIGNS, SPECIAL_TOKENS, Tokenizer
 
@@ -657,7 +657,7 @@ def export(config):
 
 
 def main(argv=None):
-    parser = _Parser(description="Read and write GPT-2 in the folder format of transformers.",
+    parser = Parser(description="Read and write GPT-2 in the folder format of transformers.",
                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 

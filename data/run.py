@@ -47,9 +47,18 @@ except ImportError:  # Windows has none
 # The command line
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An error is one line."""
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def positive(text):
+    """An int above 0, as the type of a Parser's argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be positive")
+    return int(text)
 
 
 def parse_config(Config, gpu, argv, description, needs={}, presets={}):
@@ -66,7 +75,7 @@ def parse_config(Config, gpu, argv, description, needs={}, presets={}):
     without a comment.
     """
     comments = field_comments(Config)
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     for field in fields(Config):
         if not comments.get(field.name):
             raise TypeError(f"{Config.__module__}.{Config.__name__}.{field.name} has no comment on "

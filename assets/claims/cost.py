@@ -4,7 +4,6 @@ PPO, with the reward model that it needs, beside DPO (CS 224R, Lecture 9, ch. 9;
     python -m assets.claims.cost --out OUT          after ppo.py and dpo.py, on one machine
 """
 
-import argparse
 import inspect
 import json
 import random
@@ -18,9 +17,11 @@ import dpo
 import ppo
 from data.corpus import draw_requests
 from data.files import InputError, run_script, write_jsonl
+from data.run import Parser, positive
 from data.table import Column, print_columns
 from gpt import generate, get_device, load_checkpoint
 from reward_model import RewardModel, bradley_terry_loss, fit
+from sft import refuse_own_text
 
 # What a reader of the algorithm reads: the loop, and what it calls that is its own.
 LOOPS = {
@@ -94,14 +95,16 @@ def training_row(folder, name):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     arguments = parser.parse_args(argv)
     folder = Path(arguments.out) / arguments.size
     device = get_device()
-    sft, tokenizer, _ = load_checkpoint(folder / "sft/checkpoint.pt", "sft", arguments.size, device)
+    path = folder / "sft/checkpoint.pt"
+    sft, tokenizer, checkpoint = load_checkpoint(path, "sft", arguments.size, device)
+    refuse_own_text(path, checkpoint)
     policy, _, _ = load_checkpoint(folder / "ppo/checkpoint.pt", "ppo", arguments.size, device)
     reward_model, _, _ = load_checkpoint(folder / "reward_model/checkpoint.pt", "reward_model",
                                          arguments.size, device, RewardModel)

@@ -9,11 +9,11 @@ on each batch of 16.
 Saves the policy to OUT/SIZE/ppo-a2c-four_steps, where best_of_n.py finds it.
 """
 
-import argparse
 from unittest import mock
 
 import ppo
 from data.files import run_script
+from data.run import Parser
 
 one_step = ppo.minibatches
 
@@ -24,7 +24,7 @@ def four_steps(count, epochs, size, rng, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", default="1", help="fixes prompts and samples")

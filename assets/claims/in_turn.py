@@ -9,24 +9,23 @@ DeepSeek-R1): best_of_n.py --finetune per_prompt, but from PPO's policy and on i
 Saves the policy to OUT/SIZE/rsft-after_ppo, where best_of_n.py finds it.
 """
 
-import argparse
 import random
 
 import best_of_n
 from data.corpus import draw_requests
 from data.files import checksum, run_script
-from data.run import SilentRun, stage_folder
+from data.run import Parser, SilentRun, positive, stage_folder
 from data.tokenizer import encode_demonstrations
 from gpt import save_checkpoint
 from sft import fine_tune
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rsft_prompts", type=int, default=best_of_n.Config.rsft_prompts)
+    parser.add_argument("--rsft_prompts", type=positive, default=best_of_n.Config.rsft_prompts)
     arguments = parser.parse_args(argv)
     sizes = best_of_n.GPU if arguments.size == "gpu" else {}
     config = best_of_n.Config(out=arguments.out, size=arguments.size, seed=arguments.seed,

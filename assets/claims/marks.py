@@ -14,7 +14,6 @@ A comparison cancels what annotators differ in; a mark does not:
              0.95, 0.8, 0.65 or 0.5, and σ(win) is nearest to that one
 """
 
-import argparse
 import random
 
 import torch
@@ -24,11 +23,13 @@ import reward_model
 from data.annotator import gold_margins, gold_reward, gumbel
 from data.answer_key import cell, reward_model_figures
 from data.files import InputError, read_comparisons, run_script, write_jsonl
-from data.run import SilentRun, refuse_stale, stage_folder
+from data.run import Parser, SilentRun, refuse_stale, stage_folder
+from data.stories import parse_request
 from data.table import Column, print_columns
 from data.tokenizer import encode_comparisons
 from gpt import (batches_by_length, get_device, learning_rate, load_checkpoint, make_optimizer,
                  optimizer_step, pad)
+from sft import refuse_own_text
 
 ANNOTATORS = 16
 BIAS = 1.0      # standard deviation of the annotators' biases, marks
@@ -86,7 +87,7 @@ def fit_marks(model, responses, marks, batch, config, rng):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1, help="fixes noise, biases and the order")
@@ -99,12 +100,16 @@ def main(argv=None):
     if not (folder / "checkpoint.pt").exists():
         raise InputError(f"{folder}: no comparisons; python reward_model.py collects them")
     refuse_stale(folder)
-    policy, tokenizer, _ = load_checkpoint(
-        stage_folder(config, "sft") / "checkpoint.pt", "sft", config.size, get_device())
+    path = stage_folder(config, "sft") / "checkpoint.pt"
+    policy, tokenizer, checkpoint = load_checkpoint(path, "sft", config.size, get_device())
+    refuse_own_text(path, checkpoint)
     data = encode_comparisons(read_comparisons(folder), folder / "pairs.jsonl", tokenizer,
                               policy.config.block_size)
-    if arguments.limit < 0:
-        raise InputError(f"--limit {arguments.limit}: must be a number of pairs, or 0 for all")
+    if arguments.limit and arguments.limit < 16:
+        raise InputError(f"--limit {arguments.limit}: must be at least 16 pairs, or 0 for all")
+    if not all(parse_request(row["prompt"]) for row in data.rows):
+        raise InputError(f"{folder / 'pairs.jsonl'}: is not of the little world, whose annotator "
+                         "would mark the answers")
     count = min(arguments.limit, len(data.pairs)) or len(data.pairs)
     pairs = data.pairs[:count]
     rows = data.rows[:count]

@@ -7,7 +7,6 @@ OUT, OUT2: folders of two seeds, each after gpt.py and sft.py. The same number o
 labels by the annotator for each; DPO with the settings of dpo.py.
 """
 
-import argparse
 import random
 from copy import deepcopy
 from pathlib import Path
@@ -20,10 +19,11 @@ from data.annotator import gold_rewards
 from data.corpus import draw_requests
 from data.files import InputError, run_script, write_jsonl
 from data.judges import annotator_judge
-from data.run import SilentRun, stage_folder
+from data.run import Parser, SilentRun, positive, stage_folder
 from data.table import Column, print_columns
 from data.tokenizer import encode_pairs
 from gpt import generate, get_device, load_checkpoint, response_logprobs, respond
+from sft import refuse_own_text
 
 
 def base_comparisons(base, tokenizer, prompts, config, seed):
@@ -106,13 +106,13 @@ def sampled_figures(policy, reference, tokenizer, prompts, config):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--other", required=True, help="the folder of another seed")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=2560)
-    parser.add_argument("--questions", type=int, default=256, help="held-out requests")
+    parser.add_argument("--pairs", type=positive, default=2560)
+    parser.add_argument("--questions", type=positive, default=256, help="held-out requests")
     arguments = parser.parse_args(argv)
     if arguments.pairs < 512:
         raise InputError(f"--pairs {arguments.pairs}: must be at least 512")
@@ -123,6 +123,7 @@ def main(argv=None):
     device = get_device()
     path = stage_folder(config, "sft") / "checkpoint.pt"
     reference, tokenizer, checkpoint = load_checkpoint(path, "sft", config.size, device)
+    refuse_own_text(path, checkpoint)
     path = Path(arguments.other) / config.size / "sft/checkpoint.pt"
     other, other_tokenizer, _ = load_checkpoint(path, "sft", config.size, device)
     path = stage_folder(config, checkpoint.get("base", "gpt")) / "checkpoint.pt"
@@ -136,6 +137,7 @@ def main(argv=None):
     for name, (model, its_tokenizer) in models.items():
         rng = random.Random(f"other pairs {config.seed} {name}")
         comparisons = []
+        sampled = 0
         while len(comparisons) < arguments.pairs:
             prompts = draw_requests(512, rng)
             seed = rng.getrandbits(48)
@@ -145,6 +147,10 @@ def main(argv=None):
                 drawn, _ = reward_model.sample_comparisons(
                     model, its_tokenizer, prompts, config.max_new_tokens, seed)
                 comparisons += drawn
+                sampled += len(prompts)
+                if sampled > 10 * arguments.pairs:
+                    raise InputError(f"{name}: of {sampled:,} pairs of its samples "
+                                     f"{len(comparisons):,} can be compared; train it longer")
         comparisons = comparisons[:arguments.pairs]
         pairs = pairs_of(comparisons, tokenizer, rng, reference.config.block_size)
 

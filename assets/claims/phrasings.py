@@ -6,14 +6,13 @@ ways to ask are left out of the demonstrations: does SFT answer them?
 The base model has read all twelve on the pages of its pretraining text, never in the chat format.
 """
 
-import argparse
 import random
 
 import sft
 from data.annotator import answers, rubric
 from data.corpus import draw_demonstrations, draw_requests
-from data.files import run_script, write_jsonl
-from data.run import SilentRun, stage_folder
+from data.files import InputError, run_script, write_jsonl
+from data.run import Parser, SilentRun, positive, stage_folder
 from data.stories import WORLD, parse_request
 from data.table import Column, print_columns
 from data.tokenizer import encode_demonstrations
@@ -63,12 +62,12 @@ def figures(model, tokenizer, prompts, config):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--demonstrations", type=int, default=sft.Config.demonstrations)
-    parser.add_argument("--questions", type=int, default=400, help="of each kind")
+    parser.add_argument("--demonstrations", type=positive, default=sft.Config.demonstrations)
+    parser.add_argument("--questions", type=positive, default=400, help="of each kind")
     arguments = parser.parse_args(argv)
     sizes = sft.GPU if arguments.size == "gpu" else {}
     config = sft.Config(out=arguments.out, size=arguments.size, seed=arguments.seed,
@@ -77,11 +76,18 @@ def main(argv=None):
     device = get_device()
     path = stage_folder(config, "sft") / "checkpoint.pt"
     stage, _, checkpoint = load_checkpoint(path, "sft", config.size, device)
+    sft.refuse_own_text(path, checkpoint)
+    had = checkpoint.get("demonstrations", arguments.demonstrations)
+    if had != arguments.demonstrations:
+        raise InputError(f"--demonstrations {arguments.demonstrations}: {path} was trained on "
+                         f"{had}; give that number, to compare like with like")
     path = stage_folder(config, checkpoint.get("base", "gpt")) / "checkpoint.pt"
     without, tokenizer, _ = load_checkpoint(path, "gpt", config.size, device)
 
     rows = demonstrations_without(arguments.demonstrations, config.seed)
-    demonstrations, _ = encode_demonstrations(rows, tokenizer, without.config.block_size)
+    demonstrations, dropped = encode_demonstrations(rows, tokenizer, without.config.block_size)
+    if dropped:
+        raise InputError(f"{path}: its context is too short for {dropped} demonstrations")
     rng = random.Random(f"demonstrations' order {config.seed}")
     sft.fine_tune(without, demonstrations, [], None, config, rng, SilentRun())
 

@@ -4,7 +4,6 @@ samples of SFT, of best-of-16 and of policies trained against it, beside the ann
     python -m assets.claims.where_trained --out OUT [--seed S]      after ppo.py
 """
 
-import argparse
 import random
 
 import torch
@@ -15,7 +14,7 @@ from data.annotator import rubric
 from data.answer_key import cell, mean_and_error, share_and_error
 from data.corpus import draw_requests
 from data.files import run_script, write_jsonl
-from data.run import complete, refuse_stale, stage_folder
+from data.run import Parser, complete, positive, refuse_stale, stage_folder
 from data.table import Column, print_columns
 from gpt import get_device, load_checkpoint
 from reward_model import RewardModel
@@ -144,12 +143,13 @@ def part_by_part(under, parts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1, help="fixes the samples")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out requests")
-    parser.add_argument("--samples", type=int, default=8, help="answers to each; SFT: 16 times")
+    parser.add_argument("--prompts", type=positive, default=64, help="held-out requests")
+    parser.add_argument("--samples", type=positive, default=8,
+                        help="answers to each; SFT: 16 times")
     arguments = parser.parse_args(argv)
     config = best_of_n.Config(**(best_of_n.GPU if arguments.size == "gpu" else {}))
     config.out = arguments.out

@@ -5,7 +5,6 @@ base model does with a request (CS 224R, ch. 3).
     python -m assets.claims.writers --out OUT [--seed S]    after ppo.py and dpo.py
 """
 
-import argparse
 import random
 
 import torch
@@ -15,7 +14,8 @@ from data.annotator import answers, gold_reward
 from data.answer_key import cell, mean_and_error
 from data.corpus import draw_demonstrations
 from data.files import InputError, run_script, write_jsonl
-from data.run import complete, kind_of_policy, refuse_stale, stage_folder, with_error
+from data.run import (Parser, complete, kind_of_policy, positive, refuse_stale, stage_folder,
+                      with_error)
 from data.stories import parse_request, split_sentences
 from data.table import Column, print_columns
 from gpt import get_device, load_checkpoint, respond
@@ -29,7 +29,9 @@ def load_policy(config, name):
     folder = stage_folder(config, name)
     complete(folder)
     refuse_stale(folder)
-    return load_checkpoint(folder / "checkpoint.pt", stage, config.size, get_device())
+    found = load_checkpoint(folder / "checkpoint.pt", stage, config.size, get_device())
+    sft.refuse_own_text(folder, found[2])
+    return found
 
 
 def what_follows(text, ended):
@@ -48,12 +50,12 @@ def what_follows(text, ended):
 def read_arguments(description, questions, argv):
     """(arguments, config) of a script that asks policies questions: the command line, and the
     settings of sft.py at that size. questions: how many of them, where none are given."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = Parser(description=description.splitlines()[0])
     parser.add_argument("--out", default="out", help="the folder of the finished stages")
     parser.add_argument("--size", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--seed", type=int, default=1, help="fixes the samples")
     parser.add_argument("--policies", default="ppo,dpo", help="folders, with commas between")
-    parser.add_argument("--questions", type=int, default=questions, help="held-out requests")
+    parser.add_argument("--questions", type=positive, default=questions, help="held-out requests")
     arguments = parser.parse_args(argv)
     config = sft.Config(**(sft.GPU if arguments.size == "gpu" else {}))
     config.out = arguments.out
