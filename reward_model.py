@@ -738,7 +738,7 @@ def main(argv=None):
         raise InputError("--learning_curve True: is a curve of pairs, but --process trains on "
                          "steps")
     if config.learning_curve:
-        refuse_flags(config, ("resume", "report"), "cannot be used with --learning_curve")
+        refuse_flags(config, ("resume",), "cannot be used with --learning_curve")
     if config.process:
         train_process(config)
     elif config.learning_curve:

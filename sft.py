@@ -469,7 +469,7 @@ def main(argv=None):
         if config.data:
             refuse_flags(config, ("demonstrations",), "is of the little world; leave out --data")
         if config.learning_curve:
-            refuse_flags(config, ("resume", "report"), "cannot be used with --learning_curve")
+            refuse_flags(config, ("resume",), "cannot be used with --learning_curve")
         train(config)
 
 

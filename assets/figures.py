@@ -1037,12 +1037,12 @@ def claims(data):
          "as easy at a quarter of these rates, not at four times: there DPO is behind SFT with two "
          "of three β, PPO with none"],
         ["DPO is off its distribution, online DPO the cure", "CS 224R ch. 9, 11",
-         "`dpo.py --online 5 --judge annotator --lr 2e-4`",
+         "`dpo.py --online 5 --judge annotator`",
          f"gold share: offline {of_direct('dpo', 'share_gold', '.1%')}, "
          "online with the annotator's labels "
          f"{of_direct('dpo-online-annotator', 'share_gold', '.1%')}, "
          f"with the reward model's {of_direct('dpo-online', 'share_gold', '.1%')}",
-         "holds with the annotator's labels, not with a reward model's, the lecture's way"],
+         "not here: as good with the annotator's labels, worse with a reward model's, the lecture's way"],
         ["pairs of other policies teach less", "CS 224R ch. 9",
          "`python -m assets.claims.other_pairs --other OUT`",
          "gold after DPO on 2,560 pairs of samples: its own "
@@ -1052,7 +1052,7 @@ def claims(data):
          f"{first_gradients}",
          "not if they write alike; a far policy's teach nothing, though their gradient is "
          "the largest"],
-        ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo --lr 1e-4`",
+        ["SimPO corrects for length", "ECE 7115", "`dpo.py --loss simpo`",
          f"tokens: SFT {of_direct('sft', 'length', '.0f')}, "
          f"DPO {of_direct('dpo', 'length', '.0f')}, "
          f"SimPO {of_direct('dpo-simpo', 'length', '.0f')}",
@@ -1333,16 +1333,16 @@ NAMED = {
     "gold": {
         "rsft-per_prompt": ("RSFT", 1.12, 3.05),
         "ppo": ("PPO", 1.75, 2.8),
-        "ppo-rloo": ("leave-one-out", 2.0, 2.35),
-        "dpo-online-annotator": ("online DPO, fresh labels", 2.8, 2.75),
+        "ppo-rloo": ("leave-one-out", 2.3, 2.5),
+        "dpo-online-annotator": ("online DPO, fresh labels", 1.1, 2.6),
         "dpo": ("DPO", 3.1, 3.2),
         "ppo-grpo": ("GRPO", 3.6, 3.5),
     },
     "reward": {
         "rsft-per_prompt": ("RSFT", 1.1, 0.95),
         "ppo": ("PPO", 1.7, 0.8),
-        "ppo-rloo": ("leave-one-out", 2.0, 0.45),
-        "dpo-online-annotator": ("online DPO, fresh labels", 2.8, 0.72),
+        "ppo-rloo": ("leave-one-out", 2.3, 0.5),
+        "dpo-online-annotator": ("online DPO, fresh labels", 1.0, 0.6),
         "dpo": ("DPO", 3.1, 1.1),
         "ppo-grpo": ("GRPO", 3.6, 1.45),
     },

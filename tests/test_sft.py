@@ -136,7 +136,7 @@ def test_what_is_refused_costs_nothing(base):
 def test_the_world_and_its_learning_curve(out, monkeypatch, capsys):
     """An entropy over other tokens than the loss's; figures in the log that aren't those of the
     saved model. Points of a curve that go on from one another, or whose last one is not the stage's
-    own model, or costs its checkpoint; a share of no answers: 0/0; a --report for nothing."""
+    own model, or costs its checkpoint; a share of no answers: 0/0; a --resume for nothing."""
     world = ("--base gpt --demonstrations 24 --questions 3 --lr 0.01 --warmup 1 "
              "--max_new_tokens 90").split()
     fine_tune(out, *world)
@@ -161,7 +161,7 @@ def test_the_world_and_its_learning_curve(out, monkeypatch, capsys):
     assert first.split()[0] == "8" and first.split()[1] != figure
     assert second.split()[:3] == ["24", figure, f"{last['excess']:.1%}"]
     assert f"  {100 * told['answers']:.1f} ± " in second
-    for flag, error in (("--report 2", "cannot be used"), ("--max_new_tokens 126", "leaves room")):
+    for flag, error in (("--resume", "cannot be used"), ("--max_new_tokens 126", "leaves room")):
         with pytest.raises(InputError, match=error):
             fine_tune(out, *world, "--learning_curve", *flag.split())
     assert snapshot(out) == before
