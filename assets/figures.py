@@ -1042,7 +1042,8 @@ def claims(data):
          "online with the annotator's labels "
          f"{of_direct('dpo-online-annotator', 'share_gold', '.1%')}, "
          f"with the reward model's {of_direct('dpo-online', 'share_gold', '.1%')}",
-         "not here: as good with the annotator's labels, worse with a reward model's, the lecture's way"],
+         "not here: as good with the annotator's labels, worse with a reward model's, the "
+         "lecture's way"],
         ["pairs of other policies teach less", "CS 224R ch. 9",
          "`python -m assets.claims.other_pairs --other OUT`",
          "gold after DPO on 2,560 pairs of samples: its own "

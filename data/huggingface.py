@@ -519,6 +519,7 @@ def write_folder(folder, shape, weights, tokenizer, begins=True, temperature=1.0
 
 
 def write_json(path, value):
+    """Write a JSON value, atomically."""
     write_atomic(path, json.dumps(value, indent=1))
 
 
@@ -658,7 +659,7 @@ def export(config):
 
 def main(argv=None):
     parser = Parser(description="Read and write GPT-2 in the folder format of transformers.",
-                     allow_abbrev=False)
+                    allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     load_parser = commands.add_parser("load", help="make a GPT-2 a checkpoint", allow_abbrev=False)

@@ -725,6 +725,7 @@ class Run(SilentRun):
     # ---- figures
 
     def note(self, text):
+        """Print a line, once in a run."""
         if text not in self.notes:
             self.notes.append(text)
             print(f"note    {text}", flush=True)
@@ -752,6 +753,7 @@ class Run(SilentRun):
         print(f"{self.step:4d}/{self.total:<4d}{cells}  {left:>5s}", flush=True)
 
     def record(self, **figures):
+        """Keep a row, in metrics.jsonl too."""
         super().record(**figures)
         self.write_metrics()
 
